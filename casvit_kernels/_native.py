@@ -1,0 +1,37 @@
+"""Finds and loads the compiled library; knows nothing about what is in it.
+
+The library is built against the stable ABI of torch, so one file serves every supported torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+REMEDY = (
+    "install a C++17 compiler (g++ or clang) and run "
+    "'pip install --force-reinstall --no-deps casvit-kernels' or, in a checkout, 'make setup'"
+)
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library and None, or None and the reason why it cannot be used."""
+    path = Path(__file__).with_name("_C.so")
+    if not path.exists():
+        return None, f"the native library was not built ({path.name} is missing): {REMEDY}"
+    try:
+        torch.ops.load_library(str(path))
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"the native library does not load with torch {torch.__version__}: {error}"
+    library.casvit_cpu_isa_active.restype = ctypes.c_char_p
+    library.casvit_cpu_isa_reason.restype = ctypes.c_char_p
+    library.casvit_cpu_isa_reason.argtypes = [ctypes.c_char_p]
+    library.casvit_cpu_isa_select.restype = ctypes.c_char_p
+    library.casvit_cpu_isa_select.argtypes = [ctypes.c_char_p]
+    library.casvit_build_info.restype = ctypes.c_char_p
+    return library, None

@@ -1,0 +1,122 @@
+"""The ordered registry of backends and the choice among them.
+
+Choice, first that is set: the `backend=` argument, `use_backend(...)`, the environment variable
+CASVIT_KERNELS_BACKEND, else the first registered backend that can serve the call. A backend that was
+asked for and cannot serve the call raises with its reason; only the automatic choice moves on.
+
+To add a backend: write one file beside `cpu.py` that implements `base.Backend`, add it to `_REGISTRY`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+from .base import Backend, Problem
+from .cpu import CpuBackend
+from .missing import MissingBackend
+from .reference import ReferenceBackend
+
+ENVIRONMENT = "CASVIT_KERNELS_BACKEND"
+
+_REGISTRY: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        MissingBackend("cuda", "this version has no CUDA kernels yet"),
+        MissingBackend("triton", "this version has no Triton kernels yet"),
+        CpuBackend(),
+        ReferenceBackend(),
+    )
+}
+_override: ContextVar[str | None] = ContextVar("casvit_kernels_backend", default=None)
+_warned = False
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for that cannot serve the call; the message says why."""
+
+
+class BackendStatus(NamedTuple):
+    name: str
+    usable: bool
+    reason: str | None  # why not, None when usable
+
+
+def backends() -> list[BackendStatus]:
+    """Every known backend, in order of preference, usable on this machine or why not."""
+    return [
+        BackendStatus(b.name, (reason := b.why_not()) is None, reason) for b in _REGISTRY.values()
+    ]
+
+
+def check_name(name: str | None, origin: str) -> None:
+    """Raise ValueError unless `name` is None or a known backend."""
+    if name is not None and name not in _REGISTRY:
+        known = ", ".join(_REGISTRY)
+        raise ValueError(f"{origin}: expected one of {known}, got {name!r}")
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within the context, calls without a `backend=` of their own use backend `name`.
+
+    Args:
+        name: ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or None for the automatic choice.
+            Holds for the current thread (or task) only. A function compiled with `torch.compile`
+            keeps the choice it was compiled with.
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    check_name(name, "use_backend(name)")
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def select(requested: str | None, problem: Problem) -> Backend:
+    """The backend that serves `problem`; see the module docstring for the order.
+
+    Raises:
+        ValueError: the environment variable names no known backend.
+        BackendUnavailable: the backend that was asked for cannot serve the problem.
+    """
+    name, origin = requested, "backend"
+    if name is None:
+        name, origin = _override.get(), "use_backend"
+    if name is None:
+        name, origin = os.environ.get(ENVIRONMENT) or None, ENVIRONMENT
+    check_name(name, origin)
+    if name is not None:
+        backend = _REGISTRY[name]
+        reason = backend.why_not(problem)
+        if reason is not None:
+            raise BackendUnavailable(
+                f"{origin}={name!r} cannot serve this call "
+                f"({problem.dtype} on {problem.device}): {reason}"
+            )
+        return backend
+    for backend in _REGISTRY.values():
+        if backend.why_not(problem) is None:
+            if backend.name == "reference":
+                _say_once(problem)
+            return backend
+    raise AssertionError("the reference backend serves every problem")
+
+
+def _say_once(problem: Problem) -> None:
+    """The automatic choice ended at the reference on a CPU that could do better: say it once."""
+    global _warned
+    reason = _REGISTRY["cpu"].why_not()
+    if _warned or problem.device != "cpu" or reason is None:
+        return
+    _warned = True
+    warnings.warn(
+        f"casvit_kernels runs on its plain PyTorch reference path: {reason}", stacklevel=4
+    )

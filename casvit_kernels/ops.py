@@ -1,0 +1,133 @@
+"""The operators of `torch.ops.casvit_kernels`: schema, fake kernels, autograd, autocast; one place.
+
+The CPU kernels register themselves from `csrc/register.cpp` when the native library loads. The
+arguments are the fields of `reference.MixerWeights`, flat, in order, as the operator schema wants them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native, reference
+from .reference import GateWeights, MixerWeights
+
+_GATE = (
+    "Tensor {z}_depthwise_weight, Tensor {z}_depthwise_bias, "
+    "Tensor? {z}_norm_weight, Tensor? {z}_norm_bias, Tensor {z}_norm_mean, Tensor {z}_norm_var, "
+    "Tensor {z}_spatial_weight, Tensor {z}_channel_weight"
+)
+_WEIGHTS = (
+    f"Tensor qkv_weight, Tensor? qkv_bias, {_GATE.format(z='q')}, {_GATE.format(z='k')}, "
+    "Tensor dwc_weight, Tensor dwc_bias, Tensor proj_weight, Tensor proj_bias, "
+    "float eps_q, float eps_k"
+)
+
+_library = torch.library.Library("casvit_kernels", "DEF")
+# `packed` is what pack() made of the same weights; None makes it anew in this call.
+_library.define(f"project_and_mix(Tensor x, {_WEIGHTS}, Tensor? packed=None) -> Tensor")
+_library.define(f"pack({_WEIGHTS}, ScalarType dtype) -> Tensor")
+_native.load()
+
+
+def project_and_mix(
+    x: Tensor, w: MixerWeights, eps: tuple[float, float], packed: Tensor | None = None
+) -> Tensor:
+    """The whole mixer from x to out with running statistics; differentiable once."""
+    out: Tensor = torch.ops.casvit_kernels.project_and_mix(x, *flatten(w), *eps, packed)
+    return out
+
+
+def pack(w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype) -> Tensor:
+    """The weights, BatchNorm folded, in the layout the CPU kernel reads; opaque bytes."""
+    out: Tensor = torch.ops.casvit_kernels.pack(*flatten(w), *eps, dtype)
+    return out
+
+
+def flatten(w: MixerWeights) -> tuple[Tensor | None, ...]:
+    return (w[0], w[1], *w.q, *w.k, *w[4:])
+
+
+def unflatten(flat: tuple[Tensor | None, ...]) -> MixerWeights:
+    a: tuple[Any, ...] = flat
+    return MixerWeights(a[0], a[1], GateWeights(*a[2:10]), GateWeights(*a[10:18]), *a[18:22])
+
+
+def output_memory_format(x: Tensor) -> torch.memory_format:
+    """Channels last when channels are innermost in memory, else contiguous: the input's layout."""
+    if not x.is_contiguous() and x.stride(1) == 1:
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+@torch.library.register_fake("casvit_kernels::project_and_mix", lib=_library)
+def _project_and_mix_fake(x: Tensor, *rest: object) -> Tensor:
+    return torch.empty(
+        x.shape, dtype=x.dtype, device=x.device, memory_format=output_memory_format(x)
+    )
+
+
+@torch.library.register_fake("casvit_kernels::pack", lib=_library)
+def _pack_fake(qkv_weight: Tensor, *rest: object) -> Tensor:
+    # The size depends on the instruction set; nobody computes with it.
+    size = torch.library.get_ctx().new_dynamic_size()
+    return qkv_weight.new_empty(size, dtype=torch.uint8)
+
+
+_N = len(MixerWeights._fields) - 2 + 2 * len(GateWeights._fields)  # tensors of the weights
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[: 1 + _N])
+    ctx.eps = inputs[1 + _N : 3 + _N]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Recomputes the reference formulas and differentiates them (saved: the inputs alone)."""
+    saved = ctx.saved_tensors
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[: 1 + _N]) if needed]
+    with torch.enable_grad():
+        inputs = [
+            t if t is None else t.detach().requires_grad_(i in wanted) for i, t in enumerate(saved)
+        ]
+        x = inputs[0]
+        assert x is not None
+        # Under autocast the weights are wider than x.
+        w = unflatten(tuple(t if t is None else t.to(x.dtype) for t in inputs[1:]))
+        out = reference.catm(
+            x,
+            w,
+            reference.running_norm(w.q, ctx.eps[0]),
+            reference.running_norm(w.k, ctx.eps[1]),
+        )
+    grads = torch.autograd.grad(out, [inputs[i] for i in wanted], grad)
+    result: list[Tensor | None] = [None] * (len(ctx.needs_input_grad))
+    for i, g in zip(wanted, grads, strict=True):
+        result[i] = g
+    return tuple(result)
+
+
+torch.library.register_autograd(
+    "casvit_kernels::project_and_mix", _backward, setup_context=_setup_context, lib=_library
+)
+
+
+def _autocast(device_type: str, key: str) -> None:
+    """Under autocast only x is cast: the small weights stay as they are, the kernel reads any."""
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(x: Tensor, *rest: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            if x.dtype is not torch.float64:
+                x = x.to(dtype)
+            out: Tensor = torch.ops.casvit_kernels.project_and_mix(x, *rest)
+        return out
+
+    _library.impl("project_and_mix", kernel, key)
+
+
+_autocast("cpu", "AutocastCPU")
+_autocast("cuda", "AutocastCUDA")
