@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 
 import torch
 
+ISA_ENVIRONMENT = "CASVIT_KERNELS_CPU_ISA"
 REMEDY = (
     "install a C++17 compiler (g++ or clang) and run "
     "'pip install --force-reinstall --no-deps casvit-kernels' or, in a checkout, 'make setup'"
@@ -28,10 +30,14 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"the native library does not load with torch {torch.__version__}: {error}"
-    library.casvit_cpu_isa_active.restype = ctypes.c_char_p
-    library.casvit_cpu_isa_reason.restype = ctypes.c_char_p
+    for name in ("active", "known", "reason", "select"):
+        getattr(library, f"casvit_cpu_isa_{name}").restype = ctypes.c_char_p
     library.casvit_cpu_isa_reason.argtypes = [ctypes.c_char_p]
-    library.casvit_cpu_isa_select.restype = ctypes.c_char_p
     library.casvit_cpu_isa_select.argtypes = [ctypes.c_char_p]
     library.casvit_build_info.restype = ctypes.c_char_p
+    forced = os.environ.get(ISA_ENVIRONMENT)
+    if forced:
+        reason = library.casvit_cpu_isa_select(forced.encode()).decode()
+        if reason:
+            return None, f"{ISA_ENVIRONMENT}={forced!r} cannot be used: {reason}"
     return library, None

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
+from .._native import ISA_ENVIRONMENT
 from .base import Backend, Problem
 from .cpu import CpuBackend
 from .missing import MissingBackend
@@ -114,7 +115,11 @@ def _say_once(problem: Problem) -> None:
     """The automatic choice ended at the reference on a CPU that could do better: say it once."""
     global _warned
     reason = _REGISTRY["cpu"].why_not()
-    if _warned or problem.device != "cpu" or reason is None:
+    if problem.device != "cpu" or reason is None:
+        return
+    if os.environ.get(ISA_ENVIRONMENT):
+        raise BackendUnavailable(reason)  # an instruction set was asked for
+    if _warned:
         return
     _warned = True
     warnings.warn(

@@ -12,6 +12,25 @@ from .base import Problem
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def instruction_sets() -> dict[str, str | None]:
+    """Every instruction set of this build, best first: None when usable here, else why not."""
+    library, _ = _native.load()
+    if library is None:
+        return {}
+    names = library.casvit_cpu_isa_known().decode().split(",")
+    return {n: library.casvit_cpu_isa_reason(n.encode()).decode() or None for n in names}
+
+
+def active_instruction_set() -> str | None:
+    """The instruction set in use; None without the native library.
+
+    The best one that this CPU has, or what the environment variable CASVIT_KERNELS_CPU_ISA
+    named when the library was loaded.
+    """
+    library, _ = _native.load()
+    return None if library is None else library.casvit_cpu_isa_active().decode()
+
+
 class CpuBackend:
     name = "cpu"
 

@@ -1,0 +1,136 @@
+// What the parts of the CPU mixer know of one another: the problem, the packed weights, the scratch
+// layout, and the table of kernels that each instruction set fills in.
+//
+// Data flow of one image:  x --product--> q, k, v --gates--> spatial gates s, pooled sums
+//                          --channel_gates--> g --combine--> out
+// q, k, v live in scratch as [channel block][H + 2][W + 2][lanes] with zero borders, so that the 3x3
+// convolutions need no edge cases and every access is a whole vector.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace casvit {
+
+enum class DType : int64_t { F32 = 0, BF16 = 1, F16 = 2 };
+
+// How the qkv product is computed. Everything else is float32 whatever the dtype of x and out.
+enum class Product : int64_t { F32 = 0, BF16 = 1 };
+
+struct Geometry {
+  int64_t C, H, W;
+  int64_t lanes;   // vector length
+  int64_t blocks;  // channel blocks of `lanes` channels
+  int64_t row;     // floats in a padded row
+  int64_t plane;   // floats in a padded channel block
+  int64_t pixels() const { return H * W; }
+  int64_t padded() const { return blocks * lanes; }
+};
+
+inline Geometry make_geometry(int64_t C, int64_t H, int64_t W, int64_t lanes) {
+  Geometry g{C, H, W, lanes, (C + lanes - 1) / lanes, (W + 2) * lanes, 0};
+  g.plane = (H + 2) * g.row;
+  if (g.plane * 4 % 1024 == 0) g.plane += 16;  // planes must not share cache sets
+  return g;
+}
+
+// x: any strides, in elements.
+struct Input {
+  const void* data;
+  DType dtype;
+  int64_t batch_stride, channel_stride, row_stride, column_stride;
+};
+
+// out: dense, channels first or last.
+struct Output {
+  void* data;
+  DType dtype;
+  bool channels_last;
+};
+
+// Views into the packed weights; float arrays are padded with zeros to whole blocks.
+struct GateView {
+  const float* depthwise;       // [blocks][9][lanes], BatchNorm folded in
+  const float* depthwise_bias;  // [blocks][lanes]
+  const float* spatial;         // [blocks][lanes]
+  const float* channel;         // [C in][padded out]
+};
+struct WeightsView {
+  const unsigned char* product;  // layout private to the instruction set
+  const float* qkv_bias;         // [3][padded]
+  GateView gate[2];              // q, k
+  const float *dwc, *dwc_bias, *proj, *proj_bias;
+};
+
+// A run of pixels of one group of images, for the product.
+struct PixelRun {
+  const Input* x;
+  const Geometry* g;
+  int64_t image;  // index of the group's first image in x
+  int64_t begin, end;
+};
+
+struct Kernels {
+  const char* name;
+  int64_t lanes;
+
+  // The qkv product. Weights come as a dense float matrix [3][padded][C] (rows: outputs).
+  int64_t (*product_weight_bytes)(int64_t C, int64_t blocks, Product);
+  void (*product_pack_weights)(const float* matrix, int64_t C, int64_t blocks, Product, void* to);
+  int64_t (*product_temp_bytes)(int64_t C, Product, int64_t pixels);
+  // Writes channel blocks [block_begin, block_end) of the 3 * blocks of q, k, v for the run.
+  // planes: q, k, v of the group's first image; image_floats: from one image to the next.
+  void (*product)(const PixelRun&, const WeightsView&, Product, int64_t block_begin,
+                  int64_t block_end, float* planes, int64_t image_floats, void* temp);
+
+  // Spatial gate of one strip of one image. z: q or k planes; s: [pixels]; sums: [padded], the
+  // strip's sum of z * s per channel (overwritten).
+  void (*spatial_gate)(const Geometry&, const GateView&, const float* z, int64_t strip, float* s,
+                       float* sums, float* temp);
+  // gate[image][o] = sigmoid(sum_i channel[i][o] * pooled[image][i]), o in [begin, end) blocks.
+  void (*channel_gate)(const Geometry&, const GateView&, const float* pooled, float* gate,
+                       int64_t images, int64_t begin, int64_t end);
+  // Rows [y_begin, y_end) of channel block `block` of one image, from q, k, v planes to out.
+  void (*combine)(const Geometry&, const WeightsView&, const float* planes, const float* s,
+                  const float* const gate[2], int64_t block, int64_t y_begin, int64_t y_end,
+                  const Output&, int64_t image, float* temp);
+};
+
+// Strips: the unit of work of the spatial gates, fixed by the shape alone so that results do not
+// depend on the number of threads.
+struct Strips {
+  int64_t columns, rows;  // size of one strip
+  int64_t across, count;
+};
+inline Strips make_strips(const Geometry& g) {
+  const int64_t most = 256;  // partial sums of a strip stay in the first-level cache
+  Strips s{};
+  s.across = (g.W + 111) / 112;
+  s.columns = (g.W + s.across - 1) / s.across;
+  s.across = (g.W + s.columns - 1) / s.columns;
+  s.rows = most / s.columns;
+  if (s.rows < 1) s.rows = 1;
+  if (s.rows > g.H) s.rows = g.H;
+  int64_t down = (g.H + s.rows - 1) / s.rows;
+  s.rows = (g.H + down - 1) / down;
+  s.count = s.across * ((g.H + s.rows - 1) / s.rows);
+  return s;
+}
+inline int64_t spatial_gate_temp_floats(const Geometry& g) {
+  Strips s = make_strips(g);
+  return (s.rows * s.columns + g.lanes) * g.lanes;
+}
+// Rows of output gathered before they are transposed into channels-first memory.
+inline int64_t combine_rows(const Geometry& g) { return g.W >= 64 ? 1 : 64 / g.W; }
+inline int64_t combine_temp_floats(const Geometry& g) {
+  return 6 * g.row + (combine_rows(g) * g.W + g.lanes) * g.lanes;
+}
+
+const Kernels& portable_kernels();
+#if defined(CASVIT_HAVE_X86)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+const Kernels& amx_kernels();
+#endif
+
+}  // namespace casvit

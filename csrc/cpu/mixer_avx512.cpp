@@ -1,0 +1,16 @@
+// The kernels compiled for one instruction set; the flags are set in setup.py.
+#define CASVIT_ISA avx512
+#include "mixing.h"
+#include "product.h"
+
+namespace casvit {
+
+const Kernels& avx512_kernels() {
+  using namespace avx512;
+  static const Kernels kernels = {
+      "avx512", VL, product_weight_bytes, product_pack_weights, product_temp_bytes, product,
+      spatial_gate, channel_gate, combine};
+  return kernels;
+}
+
+}  // namespace casvit

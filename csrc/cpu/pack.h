@@ -1,0 +1,49 @@
+// The packed weights of one mixer: BatchNorm folded into the depthwise convolutions of the gates,
+// everything in the order the kernels read it. One block of bytes: a header, then the arrays.
+#pragma once
+
+#include <vector>
+
+#include "mixer.h"
+
+namespace casvit {
+
+// A parameter or buffer where it lies, any strides; data == nullptr: absent.
+struct Source {
+  const void* data = nullptr;
+  DType dtype = DType::F32;
+  int64_t stride[4] = {0, 0, 0, 0};
+  int64_t span = 0;  // elements from the first to the last in memory
+};
+
+struct GateSources {
+  Source depthwise_weight, depthwise_bias, norm_weight, norm_bias, norm_mean, norm_var,
+      spatial_weight, channel_weight;
+  double eps;
+};
+
+struct Sources {
+  int64_t C;
+  Source qkv_weight, qkv_bias;
+  GateSources gate[2];
+  Source dwc_weight, dwc_bias, proj_weight, proj_bias;
+};
+
+struct PackedHeader {
+  int64_t magic;
+  char isa[8];
+  int64_t product;
+  int64_t channels;
+  uint64_t fingerprint;  // of sampled values of all sources
+  int64_t stale;         // byte 40, read by casvit_kernels/packing.py
+  double eps[2];
+};
+static_assert(offsetof(PackedHeader, stale) == 40, "packing.py reads this offset");
+
+int64_t packed_bytes(const Kernels&, int64_t C, Product);
+void pack(const Kernels&, const Sources&, Product, void* to);
+// Whether `packed` was made by pack() for this problem from these values; notes it when not.
+bool is_current(const Kernels&, const Sources&, Product, void* packed, int64_t bytes);
+WeightsView view(const Kernels&, int64_t C, Product, const void* packed);
+
+}  // namespace casvit
