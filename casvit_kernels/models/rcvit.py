@@ -1,0 +1,358 @@
+"""The RCViT networks of CAS-ViT in four sizes, for classification and as dense backbones.
+
+State-dict keys, their order and the initial weights drawn from a seed are those of the published
+networks. Source: CAS-ViT, arXiv 2408.03703, section 3.3 and table 1.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Concatenate, NamedTuple, ParamSpec
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import exporting
+from ..module import FusedCATM
+from ..reference import AdditiveTokenMixer
+
+
+class Config(NamedTuple):
+    """One size of the family: blocks and channels of the four stages."""
+
+    layers: tuple[int, int, int, int]
+    dims: tuple[int, int, int, int]
+
+
+CONFIGS: dict[str, Config] = {
+    "rcvit_xs": Config((2, 2, 4, 2), (48, 56, 112, 220)),
+    "rcvit_s": Config((3, 3, 6, 3), (48, 64, 128, 256)),
+    "rcvit_m": Config((3, 3, 6, 3), (64, 96, 192, 384)),
+    "rcvit_t": Config((3, 3, 6, 3), (96, 128, 256, 512)),
+}
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training drops a whole sample with probability `rate`, scales the rest.
+
+    Source: arXiv 1603.09382. Any shape with the batch first, in and out.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
+        return x * (mask / keep if keep > 0.0 else mask)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:g}"
+
+
+class Embedding(nn.Module):
+    """Downsampling between stages: ``(B, C, H, W)`` to ``(B, out, ceil(H/2), ceil(W/2))``."""
+
+    def __init__(self, in_chans: int, out_chans: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, out_chans, 3, 2, 1)
+        self.norm = nn.BatchNorm2d(out_chans)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.proj(x))
+        return out
+
+
+class LocalIntegration(nn.Module):
+    """1x1, BatchNorm, depthwise 3x3, GELU, 1x1; ``(B, C, H, W)`` in and out."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Conv2d(dim, dim, 1),
+            nn.BatchNorm2d(dim),
+            nn.Conv2d(dim, dim, 3, 1, 1, groups=dim),
+            nn.GELU(),
+            nn.Conv2d(dim, dim, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.network(x)
+        return out
+
+
+class Mlp(nn.Module):
+    """1x1 to ratio * C, GELU, 1x1 back, dropout after both; ``(B, C, H, W)`` in and out."""
+
+    def __init__(self, dim: int, ratio: int = 4, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, ratio * dim, 1)
+        self.act = nn.GELU()
+        self.fc2 = nn.Conv2d(ratio * dim, dim, 1)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return out
+
+
+class AdditiveBlock(nn.Module):
+    """Local integration, token mixer and Mlp, each with a residual; ``(B, C, H, W)`` in and out.
+
+    Args:
+        dim: channels C.
+        mixer: makes the token mixer for C channels, here so that random draws keep their order.
+        drop: dropout probability in the Mlp.
+        drop_path: probability of dropping the mixer's and the Mlp's branch of a sample.
+    """
+
+    def __init__(
+        self, dim: int, mixer: Callable[[int], nn.Module], drop: float, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.local_perception = LocalIntegration(dim)
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.attn = mixer(dim)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.mlp = Mlp(dim, drop=drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.local_perception(x)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
+
+
+class RCViT(nn.Module):
+    """The CAS-ViT network: stem, four stages of blocks with downsampling between, head.
+
+    Args:
+        config: blocks and channels per stage; the named sizes are in `CONFIGS`.
+        num_classes: outputs of the classifier; 0 leaves it out and returns pooled features.
+        in_chans: channels of the input image.
+        fork_feat: build a dense backbone: no classifier, returns the four stage outputs normed.
+        distillation: a second classifier `dist_head`; the pair is returned in training, its average
+            in eval.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        drop_rate: dropout after each mixer and inside each Mlp.
+        fused: build `FusedCATM` mixers in place of the published ones; same weights, same keys.
+        backend: backend of the fused mixers, None to choose per call.
+
+    Input: ``(B, in_chans, H, W)``, a floating dtype. Output, with C the last stage's channels:
+    ``(B, num_classes)``; in training with distillation two of them; with ``num_classes=0``
+    ``(B, C)``; with ``fork_feat`` a list of four maps with strides 4, 8, 16 and 32.
+
+    Raises:
+        ValueError: an argument is out of range (named in the message).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        /,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        fork_feat: bool = False,
+        distillation: bool = True,
+        drop_path_rate: float = 0.0,
+        drop_rate: float = 0.0,
+        fused: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_count("num_classes", num_classes, 0)
+        _check_count("in_chans", in_chans, 1)
+        _check_rate("drop_path_rate", drop_path_rate)
+        _check_rate("drop_rate", drop_rate)
+        if backend is not None and not fused:
+            raise ValueError(
+                f"backend: expected None with fused=False (plain mixers have no backend), "
+                f"got {backend!r}"
+            )
+        self.config = config
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.fork_feat = fork_feat
+        self.distillation = distillation
+        self.num_features = config.dims[-1]
+
+        def mixer(dim: int) -> nn.Module:
+            if fused:
+                return FusedCATM(dim, proj_drop=drop_rate, backend=backend)
+            return AdditiveTokenMixer(dim, proj_drop=drop_rate)
+
+        layers, dims = config
+        self.patch_embed = nn.Sequential(
+            nn.Conv2d(in_chans, dims[0] // 2, 3, 2, 1),
+            nn.BatchNorm2d(dims[0] // 2),
+            nn.ReLU(),
+            nn.Conv2d(dims[0] // 2, dims[0], 3, 2, 1),
+            nn.BatchNorm2d(dims[0]),
+            nn.ReLU(),
+        )
+        self.network = nn.ModuleList()
+        last = max(sum(layers) - 1, 1)
+        before = 0
+        for index, (depth, dim) in enumerate(zip(layers, dims, strict=True)):
+            if index > 0:
+                self.network.append(Embedding(dims[index - 1], dim))
+            blocks = [
+                AdditiveBlock(dim, mixer, drop_rate, drop_path_rate * block / last)
+                for block in range(before, before + depth)
+            ]
+            self.network.append(nn.Sequential(*blocks))
+            before += depth
+
+        if fork_feat:
+            for index, dim in enumerate(dims):
+                self.add_module(f"norm{2 * index}", nn.BatchNorm2d(dim))
+        else:
+            self.norm = nn.BatchNorm2d(dims[-1])
+            self._make_heads(num_classes)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor] | list[Tensor]:
+        """See the class for shapes.
+
+        Raises:
+            ValueError: ``x`` has not 4 dimensions or not ``in_chans`` channels.
+            TypeError: ``x`` is no tensor of a floating dtype.
+        """
+        if self.fork_feat:
+            return self.forward_stages(x)
+        return self.forward_head(self.forward_features(x))
+
+    def forward_stages(self, x: Tensor) -> list[Tensor]:
+        """The outputs of the four stages, normed when ``fork_feat``."""
+        self._check_input(x)
+        x = self.patch_embed(x)
+        outputs = []
+        for index, part in enumerate(self.network):
+            x = part(x)
+            if index % 2 == 0:
+                outputs.append(getattr(self, f"norm{index}")(x) if self.fork_feat else x)
+        return outputs
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last feature map ``(B, C, ceil(H/32), ceil(W/32))``, normed."""
+        last = self.forward_stages(x)[-1]
+        if self.fork_feat:
+            return last
+        normed: Tensor = self.norm(last)
+        return normed
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Pool the map of `forward_features` and classify it; only pool it with ``pre_logits``."""
+        pooled = x.mean((2, 3))
+        if pre_logits or self.num_classes == 0:
+            return pooled
+        self._check_has_head("forward_head")
+        logits: Tensor = self.head(pooled)
+        if not self.distillation:
+            return logits
+        distilled: Tensor = self.dist_head(pooled)
+        return (logits, distilled) if self.training else (logits + distilled) / 2
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """The `head` layer, or `head` and `dist_head` with distillation."""
+        self._check_has_head("get_classifier")
+        return (self.head, self.dist_head) if self.distillation else self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a freshly initialised one, 0 classes to leave it out.
+
+        Raises:
+            ValueError: ``num_classes`` is negative or ``global_pool`` is not None or ``"avg"``.
+            RuntimeError: the model is a dense backbone.
+        """
+        _check_count("num_classes", num_classes, 0)
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool: expected None or 'avg', got {global_pool!r}")
+        self._check_has_head("reset_classifier")
+        self.num_classes = num_classes
+        self._make_heads(num_classes)
+
+    def _make_heads(self, num_classes: int) -> None:
+        def layer() -> nn.Module:
+            if num_classes == 0:
+                return nn.Identity()
+            like = self.norm.weight
+            return nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+
+        self.head = layer()
+        if self.distillation:
+            self.dist_head = layer()
+        for head in self.head, getattr(self, "dist_head", None):
+            if isinstance(head, nn.Linear):
+                _init_head(head)
+                head.train(self.training)
+
+    def _check_has_head(self, method: str) -> None:
+        if self.fork_feat:
+            raise RuntimeError(f"{method}: expected a classifier, got a model with fork_feat=True")
+
+    def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"x: expected 4 dimensions (B, C, H, W), got shape {tuple(x.shape)}")
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+        # In a trace sizes are tensors, and comparing them would be recorded with a warning.
+        if not exporting() and x.shape[1] != self.in_chans:
+            raise ValueError(
+                f"x: expected {self.in_chans} channels (in_chans) in dimension 1, "
+                f"got {x.shape[1]} in shape {tuple(x.shape)}"
+            )
+
+
+P = ParamSpec("P")
+
+
+def _size(
+    model: Callable[Concatenate[Config, P], RCViT], name: str, parameters: str
+) -> Callable[P, RCViT]:
+    def build(*args: P.args, **kwargs: P.kwargs) -> RCViT:
+        return model(CONFIGS[name], *args, **kwargs)
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = (
+        f"{name}: {parameters} parameters with two heads of 1000 classes. "
+        "Arguments and errors as `RCViT` without its config."
+    )
+    signature = inspect.signature(RCViT)
+    build.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=list(signature.parameters.values())[1:], return_annotation=RCViT
+    )
+    return build
+
+
+rcvit_xs = _size(RCViT, "rcvit_xs", "3,200,700")
+rcvit_s = _size(RCViT, "rcvit_s", "5,764,224")
+rcvit_m = _size(RCViT, "rcvit_m", "12,421,520")
+rcvit_t = _size(RCViT, "rcvit_t", "21,763,120")
+
+
+@torch.no_grad()
+def _init_head(head: nn.Linear) -> None:
+    """Normal with std 0.02 through the inverse CDF, biases 0.
+
+    `nn.init.trunc_normal_` draws by rejection in newer versions of torch, so other numbers.
+    """
+    head.weight.uniform_(-1.0, 1.0).erfinv_().mul_(0.02 * math.sqrt(2.0)).clamp_(-2.0, 2.0)
+    head.bias.zero_()
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+
+
+def _check_rate(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1], got {value!r}")
