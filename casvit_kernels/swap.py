@@ -1,7 +1,246 @@
-"""fuse(model) / unfuse(model)."""
-from typing import Any
+"""`fuse` swaps the mixers of a model for `FusedCATM` in place, `unfuse` brings the originals back.
+
+Which modules are mixers is decided in `recognition.py`: by what they compute, not by their class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
 from torch import nn
-class FuseReport: ...
-def refusal(m: nn.Module) -> str | None: return None
-def fuse(model: nn.Module, backend: str | None = None) -> Any: raise NotImplementedError
-def unfuse(model: nn.Module) -> Any: raise NotImplementedError
+
+from . import recognition
+from .backends import BackendUnavailable, backends, check_name
+from .module import FusedCATM
+from .packing import PackedWeights
+from .reference import AdditiveTokenMixer
+
+__all__ = ["FuseReport", "Refusal", "UnfuseReport", "fuse", "refusal", "share", "unfuse"]
+
+_CANDIDATE = ("qkv", "oper_q", "oper_k", "dwc", "proj")
+_ORIGINAL = "_original"  # on a FusedCATM: the mixer it stands for; a plain attribute, no submodule
+
+
+class Refusal(NamedTuple):
+    """A module that looks like a mixer and was left as it is."""
+
+    name: str  # path in the model, "" for the model itself
+    reason: str
+
+
+class FuseReport(NamedTuple):
+    """What `fuse` did; names are paths in the model, as in ``model.named_modules()``."""
+
+    swapped: tuple[str, ...]
+    refused: tuple[Refusal, ...]
+    already: tuple[str, ...]  # were a FusedCATM before the call
+
+    def __str__(self) -> str:
+        if not any(self):
+            return "no mixer found"
+        lines = [f"{len(self.swapped)} swapped", *_indented(self.swapped)]
+        if self.already:
+            lines += [f"{len(self.already)} already fused", *_indented(self.already)]
+        if self.refused:
+            lines += [f"{len(self.refused)} refused"]
+            lines += _indented(f"{_shown(name)}: {reason}" for name, reason in self.refused)
+        return "\n".join(lines)
+
+
+class UnfuseReport(NamedTuple):
+    """What `unfuse` did; names are paths in the model."""
+
+    restored: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([f"{len(self.restored)} restored", *_indented(self.restored)])
+
+
+def fuse(model: nn.Module, backend: str | None = None) -> FuseReport:
+    """Replace, in place, every mixer of ``model`` that computes the published CATM.
+
+    The class of a mixer does not matter: its children must be those of the published mixer, and its
+    own forward is compared with the reference formulas (see `refusal`). The `FusedCATM` put in its
+    place shares its submodules, parameters and hooks, so state-dict keys stay, and optimizers, EMA
+    copies and DDP made before or after keep working. The original object is kept outside the module
+    tree for `unfuse`; plain attributes of its own stay on it.
+
+    Calling it again swaps what is new and sets ``backend`` on all that it swapped earlier; mixers
+    built as `FusedCATM` keep the backend they have.
+
+    Args:
+        model: any module. If it is a mixer itself it cannot be replaced in place and is reported as
+            refused: use `FusedCATM.from_mixer`.
+        backend: as for `FusedCATM`.
+
+    Returns:
+        What was swapped, what was fused already, and what was refused with the reason: every module
+        with children ``qkv, oper_q, oper_k, dwc, proj`` appears. All empty when there is none.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``backend`` is not known.
+        BackendUnavailable: ``backend`` is known and cannot be used on this machine, with the
+            reason. Nothing is changed when an error is raised.
+    """
+    _check_module(model, "model")
+    check_name(backend, "backend")
+    for status in backends():
+        if status.name == backend and not status.usable:
+            raise BackendUnavailable(
+                f"backend={backend!r} cannot be used on this machine: {status.reason}"
+            )
+
+    already: list[str] = []
+    refused: list[Refusal] = []
+    found: list[_Site] = []
+    earlier: list[FusedCATM] = []
+    reasons: dict[int, str | None] = {}  # by identity of the mixer: one may sit at several places
+    fused: dict[int, FusedCATM] = {}
+    for site in _sites(model):
+        child = site.child
+        if isinstance(child, FusedCATM):
+            already.append(site.name)
+            original = vars(child).get(_ORIGINAL)
+            if original is not None:
+                earlier.append(child)
+                fused[id(original)] = child
+        elif _looks_like_mixer(child):
+            if id(child) not in reasons:
+                reasons[id(child)] = refusal(child)
+            reason = reasons[id(child)]
+            if reason is None and site.parent is None:
+                reason = "it is the model itself: use FusedCATM.from_mixer(model) in its place"
+            if reason is None:
+                found.append(site)
+            else:
+                refused.append(Refusal(site.name, reason))
+
+    for mixer in earlier:
+        mixer.backend = backend
+    for site in found:
+        if id(site.child) not in fused:
+            fused[id(site.child)] = share(FusedCATM, site.child, backend)
+        site.put(fused[id(site.child)])
+    return FuseReport(tuple(site.name for site in found), tuple(refused), tuple(already))
+
+
+def unfuse(model: nn.Module) -> UnfuseReport:
+    """Undo `fuse`: put the very objects back that it replaced.
+
+    Parameters, submodules, hooks and the training mode are those of now, not of the time of `fuse`.
+    A `FusedCATM` that replaced nothing becomes an `AdditiveTokenMixer` that shares its submodules.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``model`` is a `FusedCATM` itself, which cannot be replaced in place.
+    """
+    _check_module(model, "model")
+    if isinstance(model, FusedCATM):
+        raise ValueError(
+            "model: expected a module that contains mixers, got a FusedCATM itself, "
+            "which cannot be replaced in place"
+        )
+    sites = [site for site in _sites(model) if isinstance(site.child, FusedCATM)]
+    plain: dict[int, nn.Module] = {}
+    for site in sites:
+        if id(site.child) not in plain:
+            plain[id(site.child)] = unfused(site.child)
+        site.put(plain[id(site.child)])
+    return UnfuseReport(tuple(site.name for site in sites))
+
+
+def refusal(mixer: nn.Module) -> str | None:
+    """Why `fuse` leaves ``mixer`` as it is, or None if it computes the published CATM.
+
+    Its children, their types and settings must be the published ones, without anything that reads
+    or writes between them (hooks, parametrizations, replaced methods). Then its own forward runs on
+    a copy with random float64 weights on the CPU, in training and in eval mode; output, gradients
+    and running statistics must be those of `casvit_kernels.reference`. Neither the mixer nor a
+    random number generator is touched. A plain attribute that changes the result is noticed with
+    the value it has now.
+    """
+    _check_module(mixer, "mixer")
+    if isinstance(mixer, FusedCATM):
+        return "it is a FusedCATM already"
+    return recognition.difference(mixer)
+
+
+def share(cls: type[FusedCATM], mixer: nn.Module, backend: str | None) -> FusedCATM:
+    """A `FusedCATM` in place of ``mixer``, unchecked: same children, hooks and training mode."""
+    fused = cls.__new__(cls)
+    _share(mixer, fused)
+    fused.backend = backend
+    fused._packed = PackedWeights()
+    vars(fused)[_ORIGINAL] = mixer
+    return fused
+
+
+def unfused(fused: nn.Module) -> nn.Module:
+    """The mixer that ``fused`` replaced, brought up to date, or else a plain one."""
+    plain = vars(fused).get(_ORIGINAL)
+    if plain is None:
+        plain = AdditiveTokenMixer.__new__(AdditiveTokenMixer)
+    _share(fused, plain)
+    mixer: nn.Module = plain
+    return mixer
+
+
+def _share(source: nn.Module, target: nn.Module) -> None:
+    # The dictionaries themselves (children, hooks) are shared: what is added to or removed from one
+    # of the two later, also through a hook's handle, holds for both; copies and pickles keep that.
+    for name in vars(nn.Module()):
+        vars(target)[name] = vars(source)[name]
+
+
+class _Site(NamedTuple):
+    """One place in a model: ``parent._modules[key]`` is ``child``. The root has no parent."""
+
+    name: str
+    parent: nn.Module | None
+    key: str
+    child: nn.Module
+
+    def put(self, module: nn.Module) -> None:
+        assert self.parent is not None
+        self.parent._modules[self.key] = module
+
+
+def _sites(model: nn.Module) -> list[_Site]:
+    """Every place in the model, in the order of named_modules; a shared module is entered once."""
+    sites = [_Site("", None, "", model)]
+    entered: set[int] = set()
+
+    def enter(path: str, parent: nn.Module) -> None:
+        if id(parent) in entered:
+            return
+        entered.add(id(parent))
+        for key, child in parent._modules.items():
+            if child is not None:
+                sites.append(_Site(path + key, parent, key, child))
+                enter(f"{path}{key}.", child)
+
+    enter("", model)
+    return sites
+
+
+def _looks_like_mixer(module: nn.Module) -> bool:
+    # Not hasattr: a wrapper such as a compiled module hands on the attributes of what it wraps.
+    return all(
+        name in module._modules or name in vars(module) or hasattr(type(module), name)
+        for name in _CANDIDATE
+    )
+
+
+def _check_module(value: object, argument: str) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{argument}: expected a torch.nn.Module, got {type(value).__name__}")
+
+
+def _shown(name: str) -> str:
+    return name or "(the model itself)"
+
+
+def _indented(lines: Iterable[str]) -> list[str]:
+    return [f"  {_shown(line)}" for line in lines]

@@ -1,0 +1,49 @@
+"""What all tests share: seeds, thread limits, and the demand for the native library."""
+
+import os
+
+import pytest
+import torch
+
+import casvit_kernels
+
+REQUIRE_NATIVE = "CASVIT_KERNELS_REQUIRE_NATIVE"
+
+
+def require_backend(name):
+    """Skip the calling test unless backend `name` is usable, with the backend's own reason.
+
+    A missing native CPU kernel fails instead where CASVIT_KERNELS_REQUIRE_NATIVE=1 is set.
+    """
+    status = next(s for s in casvit_kernels.backends() if s.name == name)
+    if status.usable:
+        return
+    if name == "cpu" and os.environ.get(REQUIRE_NATIVE) == "1":
+        pytest.fail(f"{REQUIRE_NATIVE}=1 is set and the cpu backend is not usable: {status.reason}")
+    pytest.skip(f"{name}: {status.reason}")
+
+
+def require_native():
+    """Skip (or fail, see `require_backend`) the calling test without the native CPU kernel."""
+    require_backend("cpu")
+
+
+@pytest.fixture(name="require_native")
+def _require_native():
+    """The same for a test that names it as an argument."""
+    require_native()
+
+
+def pytest_configure():
+    # Small tensors: more threads only make the tests slower. A test may set its own number.
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """Every test starts from the same random state and leaves the number of threads as it was."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
