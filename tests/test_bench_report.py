@@ -1,0 +1,266 @@
+"""From a measurement to JSON, README table and picture; and what is refused on the way."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from casvit_kernels import timing
+from casvit_kernels.reference import AdditiveTokenMixer
+
+ROOT = Path(__file__).parents[1]
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+measure = _load("measure")
+report = _load("report")
+
+CASE = measure.Case("mixer", "xs", 1, 5, 6, 8, "float32")
+SETTINGS = measure.Settings(rounds=2, min_round_seconds=0.0)
+FAST = ("eager", "fused")
+
+
+@pytest.fixture
+def candidates():
+    """Plain mixer, input, and candidates of which the fused one is the reference too."""
+    mixer = measure.randomise_statistics(AdditiveTokenMixer(5))
+    x = torch.randn(8, 5, 6, 6)
+    return mixer, x, timing.mixer_candidates(mixer, x, include=FAST, backend="reference")
+
+
+def _measured(**medians_ms):
+    """A result with these medians; None: the candidate is absent."""
+    found = measure.Measured(CASE)
+    for name, ms in medians_ms.items():
+        name = name.replace("_", " ")
+        if ms is None:
+            found.absent[name] = "not installed: onnxruntime"
+        else:
+            s = ms / 1e3
+            found.timings[name] = timing.Timing(s, 0.9 * s, 1.1 * s, 15, 3, (s,))
+            found.errors[name] = 1e-7
+    return found
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A tree with a README that has the markers, and no results."""
+    text = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
+    (tmp_path / "README.md").write_text(text)
+    return tmp_path
+
+
+def _publish(checkout, measured, settings=SETTINGS):
+    (path,) = measure.write(checkout / "bench" / "results", [measured], settings)
+    return path
+
+
+def _run(checkout, *arguments):
+    return report.main(["--root", str(checkout), *arguments])
+
+
+def _row(checkout, start):
+    lines = (checkout / "README.md").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"| {start}"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_what_passes_parity_is_timed_and_written(candidates, tmp_path):
+    measured = measure.measure(CASE, *candidates, SETTINGS)
+    (path,) = measure.write(tmp_path, [measured], SETTINGS)
+    document = json.loads(path.read_text())
+    assert path.name == "mixer-xs-cpu.json"
+    assert document["environment"]["torch"] == torch.__version__
+    (case,) = document["cases"]
+    assert dataclasses.asdict(CASE).items() <= case.items()
+    assert [row["candidate"] for row in case["rows"]] == list(FAST)
+    for row in case["rows"]:
+        assert 0 < row["p25_s"] <= row["median_s"] <= row["p75_s"]
+        assert row["rounds"] == 2
+        assert row["max_error"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda out: out * 1.001,
+        lambda out: out + float("nan"),
+        lambda out: out[:1],
+        lambda out: out.roll(1, 0),
+    ],
+    ids=["scaled", "nan", "shape", "images swapped"],
+)
+def test_a_fused_candidate_that_fails_parity_gets_no_row(candidates, tmp_path, wrong):
+    mixer, x, calls = candidates
+    fused, eager = calls["fused"], calls["eager"]
+    timed = []
+
+    def counted_eager():
+        timed.append(1)
+        return eager()
+
+    calls = {"eager": counted_eager, "fused": lambda: wrong(fused())}
+    measured = measure.measure(CASE, mixer, x, calls, SETTINGS)
+    assert "parity failed" in measured.refused
+    assert "fused: max error" in measured.refused
+    assert measured.timings == {}
+    assert len(timed) == 1  # compared once, never timed
+    (path,) = measure.write(tmp_path, [measured], SETTINGS)
+    (case,) = json.loads(path.read_text())["cases"]
+    assert case["refused"] == measured.refused
+    assert "rows" not in case
+
+
+def test_bf16_is_judged_against_autocast(tmp_path):
+    mixer, x = AdditiveTokenMixer(5), torch.randn(8, 5, 6, 6)
+    include = [name + timing.BF16 for name in FAST]
+    calls = timing.mixer_candidates(mixer, x, include=include, backend="reference")
+    case = dataclasses.replace(CASE, dtype="bfloat16")
+    assert measure.measure(case, mixer, x, calls, SETTINGS).refused is None
+    calls["fused bf16"] = lambda: mixer.eval()(x) * 1.1
+    assert "fused bf16" in measure.measure(case, mixer, x, calls, SETTINGS).refused
+
+
+def test_table_shows_the_medians_the_best_baseline_and_both_ratios(checkout, capsys):
+    _publish(checkout, _measured(eager=8.0, compile=5.0, onnxruntime=4.0, fused=2.0))
+    assert _run(checkout) == 0
+    row = _row(checkout, "mixer, xs stage 1")
+    assert row[1:] == ["2", "4 (onnxruntime)", "**2.00x**", "4.00x", "not measured"]
+    assert _row(checkout, "mixer, t stage 1")[1:] == ["not measured"] * 5
+    assert _row(checkout, "any GPU")[1:] == ["not measured"] * 5
+    text = (checkout / "README.md").read_text()
+    assert text.startswith("# Title\n")
+    assert text.endswith("\nafter\n")
+    environment = timing.environment()
+    for fact in (environment["torch"], environment["cpu"], environment["date"][:10]):
+        assert fact in text
+    complete = (checkout / "bench" / "results" / "README.md").read_text()
+    assert "| 2 (1.8 to 2.2) | 2.00x |" in complete
+    assert _run(checkout, "--check") == 0
+
+
+def test_absent_baselines_are_shown_with_the_reason(checkout):
+    _publish(checkout, _measured(eager=8.0, compile=5.0, onnxruntime=None, fused=2.0))
+    assert _run(checkout) == 0
+    assert _row(checkout, "mixer, xs stage 1")[2] == "5 (compile)"
+    for path in ("README.md", "bench/results/README.md"):
+        text = (checkout / path).read_text()
+        assert "onnxruntime not measured: not installed: onnxruntime" in text, path
+
+
+def test_refused_cases_are_shown_as_such(checkout):
+    measured = measure.Measured(CASE, refused="parity failed, nothing was timed: fused")
+    _publish(checkout, measured)
+    assert _run(checkout) == 0
+    assert _row(checkout, "mixer, xs stage 1")[1:5] == ["refused"] * 4
+    assert "parity failed, nothing was timed" in (checkout / "README.md").read_text()
+
+
+def test_picture_has_a_bar_as_long_as_the_ratio(checkout):
+    _publish(checkout, _measured(eager=8.0, compile=6.0, fused=2.0))
+    assert _run(checkout) == 0
+    tree = ElementTree.parse(checkout / "docs" / "bench.svg").getroot()
+    space = {"svg": "http://www.w3.org/2000/svg"}
+    (bar,) = tree.findall("svg:rect", space)
+    one = tree.findall("svg:line", space)[1]
+    unit = float(one.get("x1")) - float(bar.get("x"))
+    assert float(bar.get("width")) / unit == pytest.approx(3.0, abs=0.01)
+    texts = [t.text for t in tree.findall("svg:text", space)]
+    assert "3.00x compile" in texts
+    assert texts.count("not measured") == 7
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/bench.svg", "bench/results/README.md"])
+def test_check_finds_an_edited_number_and_writes_nothing(checkout, path, capsys):
+    _publish(checkout, _measured(eager=8.0, onnxruntime=4.0, fused=2.0))
+    assert _run(checkout) == 0
+    edited = checkout / path
+    edited.write_text(edited.read_text().replace("2.00x", "2.60x"))
+    text = edited.read_text()
+    assert "2.60x" in text
+    assert _run(checkout, "--check") == 1
+    assert str(edited) in capsys.readouterr().out
+    assert edited.read_text() == text
+
+
+def test_check_finds_results_that_were_not_reported(checkout):
+    path = _publish(checkout, _measured(eager=8.0, fused=2.0))
+    assert _run(checkout) == 0
+    path.write_text(path.read_text().replace("0.008", "0.009"))
+    assert _run(checkout, "--check") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (measure.Settings(quick=True), "--quick"),
+        (measure.Settings(backend="reference"), "reference"),
+    ],
+    ids=["quick", "reference"],
+)
+def test_trial_runs_are_not_reported(checkout, settings, message, capsys):
+    before = (checkout / "README.md").read_text()
+    _publish(checkout, _measured(eager=8.0, fused=2.0), settings)
+    assert _run(checkout) == 2
+    assert message in capsys.readouterr().err
+    assert (checkout / "README.md").read_text() == before
+
+
+def test_a_readme_without_markers_and_a_broken_file_are_named(checkout, capsys):
+    (checkout / "README.md").write_text("# Title\n")
+    assert _run(checkout) == 2
+    assert report.BEGIN in capsys.readouterr().err
+    path = _publish(checkout, _measured(eager=8.0, fused=2.0))
+    path.write_text(path.read_text()[:100])
+    assert _run(checkout) == 2
+    assert path.name in capsys.readouterr().err
+
+
+def _bench(tmp_path, *arguments, **environment):
+    """Run the smallest mixer benchmark in a process of its own."""
+    command = [sys.executable, "-m", "pytest", str(ROOT / "bench" / "test_mixer.py")]
+    command += ["--benchmark-only", "--quick", "--json-dir", str(tmp_path / "json"), *arguments]
+    path = os.pathsep.join([str(ROOT), str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_bench_command_fails_where_parity_fails_and_writes_no_number(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    (tmp_path / "wrong_kernel.py").write_text(
+        "from casvit_kernels import FusedCATM\n"
+        "right = FusedCATM.forward\n"
+        "FusedCATM.forward = lambda self, x: right(self, x) * 1.001\n"
+    )
+    done = _bench(tmp_path, "--backend", "reference", "-p", "wrong_kernel")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "parity failed, nothing was timed" in done.stdout
+    (case,) = json.loads((tmp_path / "json" / "mixer-xs-cpu.json").read_text())["cases"]
+    assert "rows" not in case
+    assert "parity failed" in case["refused"]
+
+
+def test_the_bench_command_says_why_a_backend_cannot_be_measured(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    done = _bench(tmp_path, "--backend", "triton")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "backend 'triton' is not usable" in done.stdout
+    assert not (tmp_path / "json").exists()
