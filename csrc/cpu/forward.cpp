@@ -86,8 +86,16 @@ struct Group {
 
   Group(const Kernels& k, const Geometry& g, const WeightsView& w, Product kind, const Input& x,
         const Output& out, int64_t first, int64_t images)
-      : k(k), g(g), w(w), kind(kind), x(x), out(out), first(first), images(images),
-        image_floats(3 * g.blocks * g.plane), strips(make_strips(g)) {
+      : k(k),
+        g(g),
+        w(w),
+        kind(kind),
+        x(x),
+        out(out),
+        first(first),
+        images(images),
+        image_floats(3 * g.blocks * g.plane),
+        strips(make_strips(g)) {
     planes = planes_buffer.planes(g, images, image_floats);
     const int64_t spatial_floats = images * 2 * g.pixels() + 16;
     const int64_t sum_floats = images * 2 * strips.count * g.padded();
@@ -128,7 +136,8 @@ struct Group {
   }
   void combine(int64_t image, int64_t block, int64_t y_begin, int64_t y_end) const {
     float* temp = static_cast<float*>(temp_buffer.get(combine_temp_floats(g) * 4));
-    const float* const gate[2] = {gates + image * g.padded(), gates + (images + image) * g.padded()};
+    const float* const gate[2] = {gates + image * g.padded(),
+                                  gates + (images + image) * g.padded()};
     k.combine(g, w, planes + image * image_floats, spatial + image * 2 * g.pixels(), gate, block,
               y_begin, y_end, out, first + image, temp);
   }
@@ -164,8 +173,7 @@ void by_phases(const Group& group, const Pool& pool) {
   if (parts < 1) parts = 1;
   const int64_t part = divide_up(divide_up(pixels, parts), 32) * 32;
   parts = divide_up(pixels, part);
-  const int64_t block_part =
-      divide_up(divide_up(3 * g.blocks, divide_up(threads, parts)), 6) * 6;
+  const int64_t block_part = divide_up(divide_up(3 * g.blocks, divide_up(threads, parts)), 6) * 6;
   const int64_t block_parts = divide_up(3 * g.blocks, block_part);
   run(pool, parts * block_parts, [&](int64_t i) {
     const int64_t begin = i / block_parts * part, block = i % block_parts * block_part;
@@ -174,11 +182,11 @@ void by_phases(const Group& group, const Pool& pool) {
     group.product(begin, end, block, block_end);
   });
   const int64_t strips = group.strips.count;
-  run(pool, group.images * 2 * strips, [&](int64_t i) {
-    group.spatial_gate(i / (2 * strips), i / strips % 2, i % strips);
-  });
+  run(pool, group.images * 2 * strips,
+      [&](int64_t i) { group.spatial_gate(i / (2 * strips), i / strips % 2, i % strips); });
   group.pool();
-  const int64_t gate_part = divide_up(2 * g.blocks, threads) < g.blocks ? divide_up(2 * g.blocks, threads) : g.blocks;
+  const int64_t gate_part =
+      divide_up(2 * g.blocks, threads) < g.blocks ? divide_up(2 * g.blocks, threads) : g.blocks;
   const int64_t gate_parts = divide_up(g.blocks, gate_part);
   run(pool, 2 * gate_parts, [&](int64_t i) {
     const int64_t begin = i % gate_parts * gate_part;

@@ -3,8 +3,8 @@
 //
 // Data flow of one image:  x --product--> q, k, v --gates--> spatial gates s, pooled sums
 //                          --channel_gates--> g --combine--> out
-// q, k, v live in scratch as [channel block][H + 2][W + 2][lanes] with zero borders, so that the 3x3
-// convolutions need no edge cases and every access is a whole vector.
+// q, k, v live in scratch as [channel block][H + 2][W + 2][lanes] with zero borders, so that the
+// 3x3 convolutions need no edge cases and every access is a whole vector.
 #pragma once
 
 #include <cstddef>

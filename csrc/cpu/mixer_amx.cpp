@@ -12,10 +12,10 @@
 namespace casvit {
 namespace CASVIT_ISA {
 
-constexpr int TILE = 16;           // pixels or outputs of one tile
-constexpr int DEPTH = 32;          // channels of one tile
+constexpr int TILE = 16;   // pixels or outputs of one tile
+constexpr int DEPTH = 32;  // channels of one tile
 constexpr int64_t TILE_BYTES = 1024;
-constexpr int PANEL = 2 * TILE;    // pixels of one panel
+constexpr int PANEL = 2 * TILE;  // pixels of one panel
 
 // Parts of the split: x = high + middle + low.
 static int64_t parts_of(Product kind) { return kind == Product::F32 ? 3 : 1; }

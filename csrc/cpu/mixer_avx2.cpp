@@ -7,9 +7,15 @@ namespace casvit {
 
 const Kernels& avx2_kernels() {
   using namespace avx2;
-  static const Kernels kernels = {
-      "avx2", VL, product_weight_bytes, product_pack_weights, product_temp_bytes, product,
-      spatial_gate, channel_gate, combine};
+  static const Kernels kernels = {"avx2",
+                                  VL,
+                                  product_weight_bytes,
+                                  product_pack_weights,
+                                  product_temp_bytes,
+                                  product,
+                                  spatial_gate,
+                                  channel_gate,
+                                  combine};
   return kernels;
 }
 

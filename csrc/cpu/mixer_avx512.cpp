@@ -7,9 +7,15 @@ namespace casvit {
 
 const Kernels& avx512_kernels() {
   using namespace avx512;
-  static const Kernels kernels = {
-      "avx512", VL, product_weight_bytes, product_pack_weights, product_temp_bytes, product,
-      spatial_gate, channel_gate, combine};
+  static const Kernels kernels = {"avx512",
+                                  VL,
+                                  product_weight_bytes,
+                                  product_pack_weights,
+                                  product_temp_bytes,
+                                  product,
+                                  spatial_gate,
+                                  channel_gate,
+                                  combine};
   return kernels;
 }
 

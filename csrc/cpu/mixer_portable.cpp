@@ -7,9 +7,15 @@ namespace casvit {
 
 const Kernels& portable_kernels() {
   using namespace portable;
-  static const Kernels kernels = {
-      "portable", VL, product_weight_bytes, product_pack_weights, product_temp_bytes, product,
-      spatial_gate, channel_gate, combine};
+  static const Kernels kernels = {"portable",
+                                  VL,
+                                  product_weight_bytes,
+                                  product_pack_weights,
+                                  product_temp_bytes,
+                                  product,
+                                  spatial_gate,
+                                  channel_gate,
+                                  combine};
   return kernels;
 }
 

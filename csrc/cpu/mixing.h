@@ -31,17 +31,21 @@ struct Count {
 };
 
 // Calls f<N>(x) over [0, n) in runs of 7 (all CAS-ViT maps are multiples of 7 wide) and a rest.
-#define CASVIT_FOR_PIXEL_RUNS(n, f)                            \
-  do {                                                         \
-    int64_t x_ = 0;                                            \
-    for (; x_ + 7 <= (n); x_ += 7) f(Count<7>{}, x_);        \
-    if (x_ + 4 <= (n)) { f(Count<4>{}, x_); x_ += 4; }       \
-    for (; x_ < (n); ++x_) f(Count<1>{}, x_);                \
+#define CASVIT_FOR_PIXEL_RUNS(n, f)                   \
+  do {                                                \
+    int64_t x_ = 0;                                   \
+    for (; x_ + 7 <= (n); x_ += 7) f(Count<7>{}, x_); \
+    if (x_ + 4 <= (n)) {                              \
+      f(Count<4>{}, x_);                              \
+      x_ += 4;                                        \
+    }                                                 \
+    for (; x_ < (n); ++x_) f(Count<1>{}, x_);         \
   } while (0)
 static void spatial_gate(const Geometry& g, const GateView& w, const float* z, int64_t strip,
                          float* s, float* sums, float* temp) {
   const Strips strips = make_strips(g);
-  const int64_t y0 = strip / strips.across * strips.rows, x0 = strip % strips.across * strips.columns;
+  const int64_t y0 = strip / strips.across * strips.rows,
+                x0 = strip % strips.across * strips.columns;
   const int64_t rows = y0 + strips.rows < g.H ? strips.rows : g.H - y0;
   const int64_t columns = x0 + strips.columns < g.W ? strips.columns : g.W - x0;
 
@@ -73,7 +77,8 @@ static void spatial_gate(const Geometry& g, const GateView& w, const float* z, i
   // The gates overwrite the partial sums they come from, which are already read.
   for (int64_t i = 0; i < pixels; i += VL) store(temp + i, sigmoid(sum_each(temp + i * VL)));
   for (int64_t y = 0; y < rows; ++y)
-    std::memcpy(s + (y0 + y) * g.W + x0, temp + y * columns, sizeof(float) * static_cast<size_t>(columns));
+    std::memcpy(s + (y0 + y) * g.W + x0, temp + y * columns,
+                sizeof(float) * static_cast<size_t>(columns));
 
   for (int64_t block = 0; block < g.blocks; ++block) {
     Vec sum[4] = {zero(), zero(), zero(), zero()};
@@ -120,8 +125,7 @@ static void channel_gate(const Geometry& g, const GateView& w, const float* pool
     int64_t m = 0;
     for (; m + 4 <= images; m += 4)
       channel_gate_of<4>(g, w, pooled + m * padded, gate + m * padded, block);
-    for (; m < images; ++m)
-      channel_gate_of<1>(g, w, pooled + m * padded, gate + m * padded, block);
+    for (; m < images; ++m) channel_gate_of<1>(g, w, pooled + m * padded, gate + m * padded, block);
   }
 }
 
@@ -141,7 +145,8 @@ CASVIT_INLINE void write_out(const Geometry& g, const Output& out, int64_t image
   for (int64_t i = 0; i < count; i += VL) {
     const int n = static_cast<int>(count - i < VL ? count - i : VL);
     Vec r[VL];
-    for (int j = 0; j < VL; ++j) r[j] = load(from + (i + j) * VL);  // the buffer has VL spare pixels
+    for (int j = 0; j < VL; ++j)
+      r[j] = load(from + (i + j) * VL);  // the buffer has VL spare pixels
     transpose(r);
     for (int j = 0; j < channels; ++j) store_first(to + j * g.pixels() + i, r[j], n);
   }
@@ -158,7 +163,7 @@ static void combine(const Geometry& g, const WeightsView& w, const float* planes
   const float *dwc = w.dwc + block * 9 * VL, *proj = w.proj + block * 9 * VL;
   const Vec dwc_bias = load(w.dwc_bias + block * VL), proj_bias = load(w.proj_bias + block * VL);
   // Rings of three rows each; rows outside the image are zero, and so are the borders.
-  float* sum = temp;               // q2 + k2
+  float* sum = temp;                // q2 + k2
   float* mixed = temp + 3 * g.row;  // dwc(q2 + k2) * v
   float* result = temp + 6 * g.row;
   auto ring = [&](float* base, int64_t y) { return base + (y + 3) % 3 * g.row; };
@@ -191,7 +196,8 @@ static void combine(const Geometry& g, const WeightsView& w, const float* planes
       const float* const from[3] = {ring(sum, y - 1) + x * VL, ring(sum, y) + x * VL,
                                     ring(sum, y + 1) + x * VL};
       convolve<N>(from, dwc, acc);
-      for (int i = 0; i < N; ++i) store(to + (x + i) * VL, mul(acc[i], load(from_v + (x + i) * VL)));
+      for (int i = 0; i < N; ++i)
+        store(to + (x + i) * VL, mul(acc[i], load(from_v + (x + i) * VL)));
     };
     CASVIT_FOR_PIXEL_RUNS(g.W, pixels);
   };

@@ -88,19 +88,19 @@ uint64_t sample(const Source& s, uint64_t hash) {
     else std::memcpy(&bits, static_cast<const char*>(s.data) + 2 * i, 2);
     lane[n & 3] = (lane[n & 3] ^ bits) * 0x9e3779b97f4a7c15ull;
   }
-  for (int i = 1; i < 4; ++i) lane[0] = (lane[0] ^ (lane[i] >> 29) ^ lane[i]) * 0xbf58476d1ce4e5b9ull;
+  for (int i = 1; i < 4; ++i)
+    lane[0] = (lane[0] ^ (lane[i] >> 29) ^ lane[i]) * 0xbf58476d1ce4e5b9ull;
   return lane[0] ^ (lane[0] >> 32);
 }
 
 uint64_t fingerprint(const Sources& s) {
   uint64_t hash = 1;
-  for (const Source* t : {&s.qkv_weight, &s.qkv_bias, &s.dwc_weight, &s.dwc_bias, &s.proj_weight,
-                          &s.proj_bias})
+  for (const Source* t :
+       {&s.qkv_weight, &s.qkv_bias, &s.dwc_weight, &s.dwc_bias, &s.proj_weight, &s.proj_bias})
     hash = sample(*t, hash);
   for (const GateSources& g : s.gate)
-    for (const Source* t :
-         {&g.depthwise_weight, &g.depthwise_bias, &g.norm_weight, &g.norm_bias, &g.norm_mean,
-          &g.norm_var, &g.spatial_weight, &g.channel_weight})
+    for (const Source* t : {&g.depthwise_weight, &g.depthwise_bias, &g.norm_weight, &g.norm_bias,
+                            &g.norm_mean, &g.norm_var, &g.spatial_weight, &g.channel_weight})
       hash = sample(*t, hash);
   return hash;
 }
@@ -133,7 +133,8 @@ void pack(const Kernels& k, const Sources& s, Product kind, void* packed) {
   std::vector<float> matrix(static_cast<size_t>(3 * padded * C), 0.0f);
   for (int64_t t = 0; t < 3; ++t)
     for (int64_t o = 0; o < C; ++o) {
-      for (int64_t c = 0; c < C; ++c) matrix[(t * padded + o) * C + c] = at(s.qkv_weight, t * C + o, c);
+      for (int64_t c = 0; c < C; ++c)
+        matrix[(t * padded + o) * C + c] = at(s.qkv_weight, t * C + o, c);
       if (s.qkv_bias.data) floats(layout.qkv_bias)[t * padded + o] = at(s.qkv_bias, t * C + o);
     }
   k.product_pack_weights(matrix.data(), C, blocks, kind, base + layout.product);

@@ -9,14 +9,15 @@
 namespace casvit {
 namespace CASVIT_ISA {
 
-constexpr int PANEL = 16;                       // pixels
+constexpr int PANEL = 16;                         // pixels
 constexpr int PIXELS_AT_ONCE = VL == 16 ? 8 : 4;  // times 3 blocks: what the registers hold
 
 static int64_t product_weight_bytes(int64_t C, int64_t blocks, Product) {
   return 3 * blocks * VL * C * 4;
 }
 
-static void product_pack_weights(const float* matrix, int64_t C, int64_t blocks, Product, void* to) {
+static void product_pack_weights(const float* matrix, int64_t C, int64_t blocks, Product,
+                                 void* to) {
   float* out = static_cast<float*>(to);
   for (int64_t block = 0; block < 3 * blocks; ++block)
     for (int64_t c = 0; c < C; ++c)

@@ -42,8 +42,12 @@ CASVIT_INLINE Vec round_even(Vec a) {
 CASVIT_INLINE Vec scale_by_power(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 
 CASVIT_INLINE Vec load_as_float(const float* p) { return load(p); }
-struct Bf16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
 CASVIT_INLINE Vec load_as_float(const Bf16* p) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -105,7 +109,8 @@ CASVIT_INLINE Vec sum_each(const float* p) {
   }
   for (int i = 0; i < 4; ++i) {
     __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
-    u[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    u[i] =
+        add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
   }
   __m512 v = add(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
   __m512 w = add(_mm512_shuffle_f32x4(u[2], u[3], 0x88), _mm512_shuffle_f32x4(u[2], u[3], 0xdd));
@@ -144,8 +149,12 @@ CASVIT_INLINE Vec scale_by_power(Vec a, Vec n) {
 }
 
 CASVIT_INLINE Vec load_as_float(const float* p) { return load(p); }
-struct Bf16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
 CASVIT_INLINE Vec load_as_float(const Bf16* p) {
   __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
@@ -200,7 +209,8 @@ CASVIT_INLINE Vec sum_each(const float* p) {
   }
   for (int i = 0; i < 2; ++i) {
     __m256d a = _mm256_castps_pd(t[2 * i]), b = _mm256_castps_pd(t[2 * i + 1]);
-    u[i] = add(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+    u[i] =
+        add(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
   }
   return add(_mm256_permute2f128_ps(u[0], u[1], 0x20), _mm256_permute2f128_ps(u[0], u[1], 0x31));
 }
@@ -208,10 +218,12 @@ CASVIT_INLINE Vec sum_each(const float* p) {
 #else  // portable: four lanes the compiler maps to NEON, SSE2 or scalars
 
 constexpr int VL = 4;
-struct Vec { float v[VL]; };
+struct Vec {
+  float v[VL];
+};
 
-#define CASVIT_LANES(expression)                     \
-  Vec r;                                             \
+#define CASVIT_LANES(expression)                      \
+  Vec r;                                              \
   for (int i = 0; i < VL; ++i) r.v[i] = (expression); \
   return r
 CASVIT_INLINE Vec splat(float a) { CASVIT_LANES(a); }
@@ -227,7 +239,8 @@ CASVIT_INLINE Vec add(Vec a, Vec b) { CASVIT_LANES(a.v[i] + b.v[i]); }
 CASVIT_INLINE Vec sub(Vec a, Vec b) { CASVIT_LANES(a.v[i] - b.v[i]); }
 CASVIT_INLINE Vec mul(Vec a, Vec b) { CASVIT_LANES(a.v[i] * b.v[i]); }
 CASVIT_INLINE Vec div(Vec a, Vec b) { CASVIT_LANES(a.v[i] / b.v[i]); }
-// Not std::fma: without the instruction that is a library call. The compiler contracts where it can.
+// Not std::fma: without the instruction that is a library call. The compiler contracts where it
+// can.
 CASVIT_INLINE Vec fma(Vec a, Vec b, Vec c) { CASVIT_LANES(a.v[i] * b.v[i] + c.v[i]); }
 CASVIT_INLINE Vec max_keep_nan(Vec a, Vec b) { CASVIT_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 CASVIT_INLINE Vec min_keep_nan(Vec a, Vec b) { CASVIT_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
@@ -241,8 +254,12 @@ CASVIT_INLINE float power_of_two(float n) {
 }
 CASVIT_INLINE Vec scale_by_power(Vec a, Vec n) { CASVIT_LANES(a.v[i] * power_of_two(n.v[i])); }
 
-struct Bf16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
 CASVIT_INLINE float as_float(uint32_t bits) {
   float f;
   std::memcpy(&f, &bits, sizeof f);

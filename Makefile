@@ -1,0 +1,61 @@
+# Two commands: `make demo` and `make test`. Either sets everything up first.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+TORCH  ?= torch
+# What the demo and the tests need beyond the package; pyproject.toml names the versions.
+EXTRAS ?= test,lint
+
+.PHONY: demo test setup bench parity lint format gpu clean
+.DEFAULT_GOAL := test
+
+demo: setup
+	$(BIN)/python -m casvit_kernels demo $(ARGS)
+
+test: setup
+	CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(ARGS)
+
+bench: setup
+	$(BIN)/python -m pytest bench/ --benchmark-only --json-dir bench/results $(ARGS)
+	$(BIN)/python bench/report.py
+
+parity: setup
+	$(BIN)/python -m casvit_kernels parity $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+	$(BIN)/python bench/report.py --check
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+
+gpu: setup
+	@$(BIN)/python -m casvit_kernels info
+	@$(BIN)/python -c "from casvit_kernels import backends; \
+	gpu = [b for b in backends() if b.name in ('cuda', 'triton')]; \
+	[print(f'{b.name}: {b.reason}') for b in gpu if not b.usable]; \
+	raise SystemExit(0 if any(b.usable for b in gpu) else 1)"
+	$(BIN)/python -m casvit_kernels parity --backend triton
+	$(BIN)/python -m casvit_kernels parity --backend cuda
+
+clean:
+	rm -rf $(VENV) build dist casvit_kernels.egg-info casvit_kernels/_C.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+
+setup: $(VENV)/.packages $(VENV)/.native
+
+# The packages; again when the list of them changes.
+$(VENV)/.packages: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH) "setuptools>=77" wheel
+	CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
+	touch $@
+
+# The native library; again when a source of it changes.
+$(VENV)/.native: $(VENV)/.packages setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+	CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@

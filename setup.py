@@ -1,0 +1,130 @@
+"""Builds csrc/ into casvit_kernels/_C.so, one library for every supported torch.
+
+The library uses torch's stable ABI only and links libtorch_cpu only, so a wheel built with one torch
+runs with any other from 2.11 on, CPU or CUDA build alike, and with any Python 3.
+Without a C++ compiler the install succeeds without the library; the package then says so when used.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest supported
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+SOURCES = {
+    "csrc/register.cpp": [],
+    "csrc/cpu/isa.cpp": [],
+    "csrc/cpu/pack.cpp": [],
+    "csrc/cpu/forward.cpp": [],
+    "csrc/cpu/mixer_portable.cpp": [],
+}
+X86_SOURCES = {
+    "csrc/cpu/mixer_avx2.cpp": AVX2,
+    "csrc/cpu/mixer_avx512.cpp": AVX512,
+    "csrc/cpu/mixer_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+}
+
+
+class BuildNative(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"  # no Python in it, so no Python tag
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        reason = self._compile(target)
+        if reason is None:
+            return
+        if os.environ.get("CASVIT_KERNELS_REQUIRE_NATIVE") == "1":
+            raise RuntimeError(reason)
+        print(
+            f"\ncasvit_kernels: {reason}\ncasvit_kernels: installing without the native library; "
+            "the mixer will run on its plain PyTorch reference path.\n",
+            file=sys.stderr,
+        )
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+    def copy_extensions_to_source(self) -> None:
+        built = [e for e in self.extensions if os.path.exists(self.get_ext_fullpath(e.name))]
+        if self.inplace or built:
+            super().copy_extensions_to_source()
+
+    def _compile(self, target: Path) -> str | None:
+        """Build the library; the reason why not, or None."""
+        try:
+            from torch.utils.cpp_extension import include_paths, library_paths
+        except ImportError as error:
+            return f"the native library needs torch at build time: {error}"
+        compiler = os.environ.get("CXX", "c++").split()
+        sources = dict(SOURCES)
+        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        # GCC 12's own AVX-512 headers trip these two.
+        flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+        flags += [f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+        flags += os.environ.get("CXXFLAGS", "").split()
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            sources |= X86_SOURCES
+            flags.append("-DCASVIT_HAVE_X86")
+        for path in include_paths():
+            flags += ["-isystem", path]
+        temporary = Path(self.build_temp)
+        temporary.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        def run(command: list[str]) -> None:
+            subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+
+        def compile_one(item: tuple[str, list[str]]) -> str:
+            source, extra = item
+            out = str((temporary / (Path(source).stem + ".o")).resolve())
+            run([*compiler, *flags, *extra, "-c", source, "-o", out])
+            return out
+
+        try:
+            with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:
+                objects = list(pool.map(compile_one, sources.items()))
+            link = ["-shared", "-pthread", *(f"-L{path}" for path in library_paths())]
+            if sys.platform == "darwin":
+                link += ["-undefined", "dynamic_lookup"]
+            # Linked beside the target and moved into place: an interrupted build leaves no half file.
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                library = Path(scratch) / target.name
+                run([*compiler, *objects, *link, "-ltorch_cpu", "-o", str(library.resolve())])
+                os.replace(library, target)
+        except FileNotFoundError:
+            return f"no C++ compiler found ({compiler[0]!r} is not there; CXX names another)"
+        except subprocess.CalledProcessError as error:
+            return f"the native library did not build:\n{' '.join(error.cmd)}\n{error.stderr}"
+        return None
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for any Python 3 on this platform; for any platform when nothing was compiled."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+setup(
+    ext_modules=[
+        Extension("casvit_kernels._C", sorted(SOURCES) + sorted(X86_SOURCES), optional=False)
+    ],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+)
