@@ -169,18 +169,23 @@ def test_refused_cases_are_shown_as_such(checkout):
     assert "parity failed, nothing was timed" in (checkout / "README.md").read_text()
 
 
-def test_picture_has_a_bar_as_long_as_the_ratio(checkout):
-    _publish(checkout, _measured(eager=8.0, compile=6.0, fused=2.0))
+def test_picture_has_bars_as_long_as_the_ratios(checkout):
+    first = _measured(eager=8.0, compile=6.0, fused=2.0)
+    second = _measured(eager=3.0, fused=2.0)
+    second.case = dataclasses.replace(CASE, stage=2)
+    measure.write(checkout / "bench" / "results", [first, second], SETTINGS)
     assert _run(checkout) == 0
     tree = ElementTree.parse(checkout / "docs" / "bench.svg").getroot()
     space = {"svg": "http://www.w3.org/2000/svg"}
-    (bar,) = tree.findall("svg:rect", space)
+    bars = tree.findall("svg:rect", space)
     one = tree.findall("svg:line", space)[1]
-    unit = float(one.get("x1")) - float(bar.get("x"))
-    assert float(bar.get("width")) / unit == pytest.approx(3.0, abs=0.01)
+    unit = float(one.get("x1")) - float(bars[0].get("x"))
+    ratios = [float(bar.get("width")) / unit for bar in bars]
+    assert ratios == pytest.approx([3.0, 1.5], abs=0.01)
     texts = [t.text for t in tree.findall("svg:text", space)]
     assert "3.00x compile" in texts
-    assert texts.count("not measured") == 7
+    assert "1.50x eager" in texts
+    assert texts.count("not measured") == 6
 
 
 @pytest.mark.parametrize("path", ["README.md", "docs/bench.svg", "bench/results/README.md"])
