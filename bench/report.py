@@ -130,10 +130,12 @@ def picture(documents: list[Document]) -> str:
         for stage in (1, 2, 3, 4)
     ]
     longest = max([2.0, *(v.ratio for _, v in bars if isinstance(v, Verdict))])
-    left, top, row, span = 110, 62, 26, 400
+    left, top, row, span = 110, 76, 26, 400
     scale = span / longest
     axis = top + row * len(bars)
+    # The machine, then the versions: one line would be wider than the picture.
     facts = "; ".join(_environments(documents)) or NOT_MEASURED
+    machine, mark, versions = facts.partition("casvit_kernels ")
     title = "Fused mixer: speed-up over the best baseline of each stage"
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="720" height="{axis + 44}" '
@@ -147,7 +149,9 @@ def picture(documents: list[Document]) -> str:
         "  .small { fill: #9198a1 } line { stroke: #9198a1 } }",
         "</style>",
         f'<text class="title" x="12" y="24">{escape(title)}</text>',
-        f'<text class="small" x="12" y="44">224x224 input, fp32, batch 8. {escape(facts)}</text>',
+        f'<text class="small" x="12" y="44">224x224 input, fp32, batch 8. '
+        f"{escape(machine.rstrip(', '))}</text>",
+        f'<text class="small" x="12" y="60">{escape(mark + versions)}</text>',
     ]
     for index, (label, verdict) in enumerate(bars):
         y = top + row * index
