@@ -48,6 +48,7 @@ class BuildNative(build_ext):
             return
         if os.environ.get("CASVIT_KERNELS_REQUIRE_NATIVE") == "1":
             raise RuntimeError(reason)
+        target.unlink(missing_ok=True)
         print(
             f"\ncasvit_kernels: {reason}\ncasvit_kernels: installing without the native library; "
             "the mixer will run on its plain PyTorch reference path.\n",
@@ -58,9 +59,10 @@ class BuildNative(build_ext):
         return [path for path in super().get_outputs() if os.path.exists(path)]
 
     def copy_extensions_to_source(self) -> None:
-        built = [e for e in self.extensions if os.path.exists(self.get_ext_fullpath(e.name))]
-        if self.inplace or built:
-            super().copy_extensions_to_source()
+        super().copy_extensions_to_source()
+        for ext in self.extensions:  # what did not build now must not survive from an earlier build
+            if not os.path.exists(os.path.join(self.build_lib, ext._file_name)):
+                (ROOT / ext._file_name).unlink(missing_ok=True)
 
     def _compile(self, target: Path) -> str | None:
         """Build the library; the reason why not, or None."""
@@ -123,8 +125,7 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[
-        Extension("casvit_kernels._C", sorted(SOURCES) + sorted(X86_SOURCES), optional=False)
-    ],
+    # Optional: an install without the library is complete.
+    ext_modules=[Extension("casvit_kernels._C", sorted(SOURCES | X86_SOURCES), optional=True)],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )
