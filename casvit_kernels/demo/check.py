@@ -1,0 +1,89 @@
+"""Whether the fused model computes what the reference computes, judged against float64."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..parity import FACTOR
+from . import network
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One output, compared. Errors are the largest absolute differences to float64."""
+
+    name: str
+    shape: tuple[int, ...]
+    largest_output: float
+    reference_error: float
+    fused_error: float
+    ratio: float  # of the errors; PyTorch's is taken as at least one ulp of the largest output
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Every mixer on its real input, then the logits."""
+
+    layers: list[Deviation]
+    logits: Deviation
+    same_top1: (
+        int  # images with the reference's top-1 class; only a near-tie can differ if logits passed
+    )
+    images: int
+    passed: bool
+
+    @property
+    def worst(self) -> Deviation:
+        """The mixer with the largest ratio."""
+        return max(self.layers, key=lambda layer: layer.ratio)
+
+
+def deviation(name: str, truth: Tensor, reference: Tensor, fused: Tensor) -> Deviation:
+    """Judge `fused` by `truth` (float64) and by the error that `reference` makes itself."""
+    largest = truth.abs().max().item()
+    reference_error = (reference.double() - truth).abs().max().item()
+    fused_error = (fused.double() - truth).abs().max().item()
+    own = max(reference_error, torch.finfo(fused.dtype).eps * largest)
+    ratio = fused_error / own if own > 0 else (0.0 if fused_error == 0 else math.inf)
+    passed = ratio <= FACTOR  # NaN fails
+    shape = tuple(truth.shape)
+    return Deviation(name, shape, largest, reference_error, fused_error, ratio, passed)
+
+
+@torch.no_grad()
+def check(
+    reference: nn.Module,
+    fused: nn.Module,
+    x: Tensor,
+    inputs: dict[str, Tensor],
+    advance: Callable[[], object],
+) -> Parity:
+    """Compare two models of equal weights.
+
+    Args:
+        reference, fused: in eval mode.
+        x: ``(B, 3, H, W)``.
+        inputs: what each mixer of `reference` receives for `x`, by name.
+        advance: called after each comparison.
+    """
+    fused_mixers = network.mixers(fused)
+    layers = []
+    for name, mixer in network.mixers(reference).items():
+        z = inputs[name]
+        truth = copy.deepcopy(mixer).double()(z.double())
+        layers.append(deviation(name, truth, mixer(z), fused_mixers[name](z)))
+        advance()
+    truth = copy.deepcopy(reference).double()(x.double())
+    plain, output = reference(x), fused(x)
+    logits = deviation("logits", truth, plain, output)
+    same = int((output.argmax(1) == plain.argmax(1)).sum())
+    advance()
+    passed = all(d.passed for d in (*layers, logits))
+    return Parity(layers, logits, same, len(x), passed)

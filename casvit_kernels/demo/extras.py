@@ -1,0 +1,24 @@
+"""Optional packages, imported where they are needed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+class MissingExtra(ImportError):
+    """A package of an optional extra is not installed; the message says how to get it."""
+
+
+def need(name: str, extra: str = "demo") -> Any:
+    """The module `name`.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"{error.name} is needed and not installed: pip install 'casvit-kernels[{extra}]'"
+        ) from None

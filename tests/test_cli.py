@@ -1,0 +1,212 @@
+"""The command line: what each verb answers, and what it says to wrong usage."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from casvit_kernels import BackendUnavailable, backends, demo, parity
+from casvit_kernels.__main__ import main
+from casvit_kernels.backends.reference import ReferenceBackend
+
+VERBS = ("demo", "info", "parity", "bench", "export")
+
+
+def run(*argv):
+    """Exit status, stdout and stderr of one call."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main([str(a) for a in argv])
+        except SystemExit as stop:
+            status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def refused(*argv):
+    """The one line that wrong usage or input gets."""
+    status, out, err = run(*argv)
+    assert status == 2, err
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.fixture
+def wrong_backend(monkeypatch):
+    """The reference backend, chosen by default, with an error of a thousandth."""
+    right = ReferenceBackend.project_and_mix
+
+    def wrong(self, x, w, eps, packed):
+        return right(self, x, w, eps, packed) * 1.001
+
+    monkeypatch.setattr(ReferenceBackend, "project_and_mix", wrong)
+    monkeypatch.setenv("CASVIT_KERNELS_BACKEND", "reference")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_an_example(verb):
+    status, out, _ = run(verb, "--help")
+    assert status == 0
+    assert f"example: casvit-kernels {verb}" in out
+    assert "--json" in out
+
+
+def test_module_runs_as_a_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "casvit_kernels", "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith("casvit-kernels ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["dance"], "dance"),
+        ([], "VERB"),
+        (["demo", "--model", "resnet"], "--model"),
+        (["demo", "--threads", "0"], "--threads"),
+        (["bench", "--batch", "0"], "--batch"),
+        (["bench", "--batch", "eight"], "--batch"),
+        (["bench", "--stage", "5"], "--stage"),
+        (["parity", "--dtype", "int8"], "--dtype"),
+        (["parity", "--backend", "metal"], "reference"),
+        (["parity", "--backend", "cuda"], "cuda"),
+        (["export"], "--onnx"),
+        (["export", "--onnx", "model.mlpackage"], ".onnx"),
+        (["export", "--onnx", "/nowhere/model.onnx"], "/nowhere"),
+        (["export", "--checkpoint", "/nowhere.pth", "--onnx", "/tmp/never.onnx"], "/nowhere.pth"),
+    ],
+)
+def test_wrong_usage_gets_one_line(argv, said):
+    assert said in refused(*argv)
+
+
+def test_unknown_backend_lists_the_known():
+    line = refused("parity", "--backend", "metal")
+    assert all(status.name in line for status in backends())
+
+
+def test_backend_that_cannot_run_says_why():
+    reason = next(status.reason for status in backends() if status.name == "cuda")
+    assert reason in refused("parity", "--backend", "cuda")
+
+
+@pytest.mark.parametrize("verb", ["demo", "bench", "parity"])
+def test_environment_variable_with_impossible_backend(verb, monkeypatch):
+    monkeypatch.setenv("CASVIT_KERNELS_BACKEND", "cuda")
+    assert "CASVIT_KERNELS_BACKEND='cuda'" in refused(verb)
+
+
+def test_info():
+    status, out, _ = run("info", "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert found["environment"]["torch"] == torch.__version__
+    assert [(b["name"], b["usable"], b["reason"]) for b in found["backends"]] == [
+        tuple(b) for b in backends()
+    ]
+    status, out, _ = run("info")
+    assert status == 0
+    assert all(b.name in out and (b.reason or "usable") in out for b in backends())
+
+
+def test_parity_of_the_default_backend():
+    status, out, _ = run("parity", "--json", "--dtype", "float32")
+    found = json.loads(out)
+    assert status == 0
+    assert found["passed"]
+    assert found["backend"] == next(
+        b.name for b in backends() if b.usable and b.name in ("cpu", "reference")
+    )
+    assert {row["dtype"] for row in found["rows"]} == {"float32"}
+    assert len(found["rows"]) == len(parity.cases(found["backend"], dtypes=[torch.float32]))
+
+
+def test_parity_failure_exits_1(wrong_backend, monkeypatch):
+    case = parity.Case("reference", torch.float32, "contiguous", "eval", (2, 8, 5, 5))
+    monkeypatch.setattr(parity, "cases", lambda *_, **__: [case])
+    status, out, _ = run("parity", "--backend", "reference")
+    assert status == 1
+    assert "1 FAILED" in out
+    status, out, _ = run("parity", "--backend", "reference", "--json")
+    assert status == 1
+    assert not json.loads(out)["passed"]
+
+
+def test_bench_of_one_stage():
+    status, out, _ = run("bench", "--quick", "--stage", 4, "--batch", 1, "--threads", 1, "--json")
+    found = json.loads(out)
+    assert status == 0
+    (stage,) = found["speed"]["stages"]
+    assert stage["shape"] == [1, 220, 7, 7]
+    by_name = {latency["name"]: latency for latency in stage["latencies"]}
+    assert by_name.keys() == {"eager", "eager channels_last", "fused", "fused channels_last"}
+    for latency in by_name.values():
+        assert latency["p25"] <= latency["seconds"] <= latency["p75"]
+        assert latency["speedup"] == pytest.approx(by_name["eager"]["seconds"] / latency["seconds"])
+    assert {a["name"] for a in found["speed"]["absent"]} >= {"compile", "onnxruntime"}
+
+
+def test_bench_times_nothing_where_parity_fails(wrong_backend):
+    status, out, _ = run("bench", "--quick", "--batch", 1, "--json")
+    found = json.loads(out)
+    assert status == 1
+    assert not found["parity"]["passed"]
+    assert found["speed"] is None
+
+
+def test_export_writes_and_does_not_overwrite(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "xs.onnx"
+    argv = ("export", "--onnx", path, "--input-size", 64, "--json")
+    status, out, err = run(*argv)
+    assert status == 0, err
+    assert json.loads(out)["files"][0]["path"] == str(path)
+    onnx.checker.check_model(str(path))
+    written = path.read_bytes()
+    assert "--overwrite" in refused(*argv)
+    assert path.read_bytes() == written
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_ctrl_c_leaves_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "casvit_kernels", "demo", "--output", tmp_path / "report.html"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A parent that runs in the background may have it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    seen = ""
+    while "speed" not in seen:
+        letter = process.stderr.read(1)
+        assert letter, seen
+        seen += letter
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130
+    assert out == ""
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert [p.name for p in tmp_path.rglob("*") if "report" in p.name] == []
+
+
+def test_errors_of_our_own_are_not_passed_off_as_wrong_input(monkeypatch, tmp_path):
+    def broken(self):
+        raise BackendUnavailable("a bug")
+
+    monkeypatch.setattr(demo.Demo, "run", broken)
+    with pytest.raises(BackendUnavailable, match="a bug"):
+        main(["demo", "--output", str(tmp_path / "r.html")])
