@@ -329,7 +329,9 @@ def test_the_head_can_be_replaced() -> None:
     assert model(torch.randn(1, 3, 32, 32, dtype=torch.float64)).shape == (1, 9)
     assert float(model.head.weight.detach().std()) == pytest.approx(0.02, rel=0.3)
     assert not model.head.bias.any()
+    assert model.num_classes == 9
     model.reset_classifier(0, global_pool="avg")
+    assert model.num_classes == 0
     assert model(torch.randn(1, 3, 32, 32, dtype=torch.float64)).shape == (1, 20)
     with pytest.raises(ValueError, match=r"num_classes: .* got -1"):
         model.reset_classifier(-1)
