@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import select
+from .backends import get, select
 from .backends.base import Backend, Problem
 from .reference import GateWeights, MixerWeights, Norm
 
@@ -85,7 +85,7 @@ def check(x: Tensor, w: MixerWeights, backend: str | None) -> tuple[Backend, tor
         )
     if exporting():
         backend = "reference"
-    return _choose(backend, x.device.type, dtype), dtype
+    return get(_choose(backend, x.device.type, dtype)), dtype
 
 
 def exporting() -> bool:
@@ -96,6 +96,6 @@ def exporting() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _choose(backend: str | None, device: str, dtype: torch.dtype) -> Backend:
+def _choose(backend: str | None, device: str, dtype: torch.dtype) -> str:
     # A compiled function keeps the choice it was compiled with.
-    return select(backend, Problem(device, dtype))
+    return select(backend, Problem(device, dtype)).name

@@ -25,9 +25,14 @@ _WEIGHTS = (
     "float eps_q, float eps_k"
 )
 
+_N = len(MixerWeights._fields) - 2 + 2 * len(GateWeights._fields)  # tensors of the weights
+
 _library = torch.library.Library("casvit_kernels", "DEF")
-# `packed` is what pack() made of the same weights; None makes it anew in this call.
-_library.define(f"project_and_mix(Tensor x, {_WEIGHTS}, Tensor? packed=None) -> Tensor")
+# packed: what pack() made of the same weights; None makes it anew in this call.
+# dtype: that of the output and of the qkv product's operands, by default x's (autocast sets it).
+_library.define(
+    f"project_and_mix(Tensor x, {_WEIGHTS}, Tensor? packed=None, ScalarType? dtype=None) -> Tensor"
+)
 _library.define(f"pack({_WEIGHTS}, ScalarType dtype) -> Tensor")
 _native.load()
 
@@ -63,9 +68,13 @@ def output_memory_format(x: Tensor) -> torch.memory_format:
 
 
 @torch.library.register_fake("casvit_kernels::project_and_mix", lib=_library)
-def _project_and_mix_fake(x: Tensor, *rest: object) -> Tensor:
+def _project_and_mix_fake(
+    x: Tensor, *rest: Any, packed: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    if len(rest) == _N + 4:  # passed by position
+        dtype = rest[-1]
     return torch.empty(
-        x.shape, dtype=x.dtype, device=x.device, memory_format=output_memory_format(x)
+        x.shape, dtype=dtype or x.dtype, device=x.device, memory_format=output_memory_format(x)
     )
 
 
@@ -76,12 +85,10 @@ def _pack_fake(qkv_weight: Tensor, *rest: object) -> Tensor:
     return qkv_weight.new_empty(size, dtype=torch.uint8)
 
 
-_N = len(MixerWeights._fields) - 2 + 2 * len(GateWeights._fields)  # tensors of the weights
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[: 1 + _N])
     ctx.eps = inputs[1 + _N : 3 + _N]
+    ctx.dtype = output.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -94,10 +101,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ]
         x = inputs[0]
         assert x is not None
-        # Under autocast the weights are wider than x.
-        w = unflatten(tuple(t if t is None else t.to(x.dtype) for t in inputs[1:]))
+        # Under autocast x and the weights are wider than what was computed in.
+        w = unflatten(tuple(t if t is None else t.to(ctx.dtype) for t in inputs[1:]))
         out = reference.catm(
-            x,
+            x.to(ctx.dtype),
             w,
             reference.running_norm(w.q, ctx.eps[0]),
             reference.running_norm(w.k, ctx.eps[1]),
@@ -115,15 +122,14 @@ torch.library.register_autograd(
 
 
 def _autocast(device_type: str, key: str) -> None:
-    """Under autocast only x is cast: the small weights stay as they are, the kernel reads any."""
+    """Under autocast x and the weights stay as they are: the kernels read any dtype."""
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def kernel(x: Tensor, *rest: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
+    def kernel(x: Tensor, *rest: Any, **named: Any) -> Tensor:
+        if x.dtype is not torch.float64:
+            named.setdefault("dtype", torch.get_autocast_dtype(device_type))
         with torch._C._ExcludeDispatchKeyGuard(keyset):
-            if x.dtype is not torch.float64:
-                x = x.to(dtype)
-            out: Tensor = torch.ops.casvit_kernels.project_and_mix(x, *rest)
+            out: Tensor = torch.ops.casvit_kernels.project_and_mix(x, *rest, **named)
         return out
 
     _library.impl("project_and_mix", kernel, key)

@@ -96,7 +96,8 @@ Tensor pack(WEIGHT_PARAMETERS, ScalarType dtype) {
   return packed;
 }
 
-Tensor project_and_mix(const Tensor& x, WEIGHT_PARAMETERS, const Optional& packed) {
+Tensor project_and_mix(const Tensor& x, WEIGHT_PARAMETERS, const Optional& packed,
+                       std::optional<ScalarType> dtype) {
   STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor");
   STD_TORCH_CHECK(x.dim() == 4, "x: expected 4 dimensions (B, C, H, W), got ", x.dim());
   STD_TORCH_CHECK(qkv_weight.dim() == 4, "qkv_weight: expected 4 dimensions, got ",
@@ -116,12 +117,12 @@ Tensor project_and_mix(const Tensor& x, WEIGHT_PARAMETERS, const Optional& packe
   // As ops.output_memory_format: channels last when channels are innermost, else contiguous.
   const bool channels_last = !x.is_contiguous() && strides[1] == 1;
   Tensor out =
-      torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+      torch::stable::empty(x.sizes(), dtype.value_or(x.scalar_type()), std::nullopt, std::nullopt, std::nullopt,
                            channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   if (x.numel() == 0) return out;
 
   const casvit::Kernels& kernels = casvit::active_kernels();
-  const casvit::Product kind = product_for(x.scalar_type());
+  const casvit::Product kind = product_for(out.scalar_type());
   void* weights = packed ? packed->data_ptr() : nullptr;
   if (!weights || !casvit::is_current(kernels, sources, kind, weights, packed->numel())) {
     weights = casvit::scratch_for_packing(casvit::packed_bytes(kernels, C, kind));
@@ -137,7 +138,7 @@ Tensor project_and_mix(const Tensor& x, WEIGHT_PARAMETERS, const Optional& packe
                           }};
   casvit::forward(kernels, casvit::make_geometry(C, H, W, kernels.lanes),
                   casvit::view(kernels, C, kind, weights), kind, input,
-                  {out.mutable_data_ptr(), input.dtype, channels_last}, B, pool);
+                  {out.mutable_data_ptr(), dtype_of(out, "dtype"), channels_last}, B, pool);
   return out;
 }
 

@@ -81,6 +81,10 @@ def use_backend(name: str | None) -> Iterator[None]:
         _override.reset(token)
 
 
+def get(name: str) -> Backend:
+    return _REGISTRY[name]
+
+
 def select(requested: str | None, problem: Problem) -> Backend:
     """The backend that serves `problem`; see the module docstring for the order.
 

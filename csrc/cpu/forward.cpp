@@ -143,14 +143,32 @@ struct Group {
   }
 
   void all_on_this_thread() const {
-    product(0, images * g.pixels(), 0, 3 * g.blocks);
-    for (int64_t image = 0; image < images; ++image)
-      for (int64_t which = 0; which < 2; ++which)
-        for (int64_t strip = 0; strip < strips.count; ++strip) spatial_gate(image, which, strip);
+    // By rows of strips: q and k are still in the second-level cache when the gates read them.
+    const int64_t down = strips.count / strips.across;
+    for (int64_t image = 0; image < images; ++image) {
+      const int64_t first_pixel = image * g.pixels();
+      if (down == 1) {
+        if (image == 0) product(0, images * g.pixels(), 0, 3 * g.blocks);
+        spatial_gates(image, 0);
+        continue;
+      }
+      for (int64_t i = 0; i < down; ++i) {
+        const int64_t begin = i * strips.rows * g.W;
+        const int64_t end = i + 1 < down ? begin + strips.rows * g.W : g.pixels();
+        product(first_pixel + begin, first_pixel + end, 0, 3 * g.blocks);
+        if (i > 0) spatial_gates(image, i - 1);  // needs the first row of the next
+      }
+      spatial_gates(image, down - 1);
+    }
     pool();
     for (int64_t which = 0; which < 2; ++which) channel_gate(which, 0, g.blocks);
     for (int64_t image = 0; image < images; ++image)
       for (int64_t block = 0; block < g.blocks; ++block) combine(image, block, 0, g.H);
+  }
+  void spatial_gates(int64_t image, int64_t row_of_strips) const {
+    for (int64_t which = 0; which < 2; ++which)
+      for (int64_t i = 0; i < strips.across; ++i)
+        spatial_gate(image, which, row_of_strips * strips.across + i);
   }
 };
 
