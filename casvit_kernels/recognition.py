@@ -263,7 +263,6 @@ def _check_forward(mixer: nn.Module) -> None:
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
         torch.device("cpu"),
     ):
         probe = _randomised_copy(mixer, generator)

@@ -386,6 +386,12 @@ def test_the_check_leaves_no_trace(training):
         assert torch.equal(value, before[name]), name
 
 
+def test_a_check_that_draws_random_numbers_gives_them_back():
+    state = torch.get_rng_state()
+    assert swap.refusal(_OwnDropout(4)) is not None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # Swapping
 
 

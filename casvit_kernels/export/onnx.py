@@ -107,7 +107,6 @@ def _write(prepared: Prepared, draft: Path, dynamic_batch: bool, opset: int) -> 
             (example,),
             draft,
             dynamo=True,
-            verbose=False,
             external_data=False,
             opset_version=opset,
             input_names=["input"],
