@@ -1,0 +1,477 @@
+"""FusedCATM as a module: the published interface, modes, and the cache of packed weights."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import require_backend
+from mixers import assert_right, filled, plain_copy
+from torch import nn
+
+from casvit_kernels import AdditiveTokenMixer, FusedCATM, catm
+from casvit_kernels.backends import cpu
+from casvit_kernels.reference import GateWeights, MixerWeights
+
+KEYS = [
+    "qkv.weight",
+    "qkv.bias",
+    *(
+        f"oper_{z}.{key}"
+        for z in "qk"
+        for key in (
+            "0.block.0.weight",
+            "0.block.0.bias",
+            "0.block.1.weight",
+            "0.block.1.bias",
+            "0.block.1.running_mean",
+            "0.block.1.running_var",
+            "0.block.1.num_batches_tracked",
+            "0.block.3.weight",
+            "1.block.1.weight",
+        )
+    ),
+    "dwc.weight",
+    "dwc.bias",
+    "proj.weight",
+    "proj.bias",
+]
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    require_backend(request.param)
+    return request.param
+
+
+@pytest.fixture
+def mixer(backend):
+    return filled(FusedCATM(19, True, backend=backend)).eval()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 19, 6, 5) + 0.3
+
+
+def norms(mixer):
+    return mixer.oper_q[0].block[1], mixer.oper_k[0].block[1]
+
+
+# The published interface
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_keys_in_the_published_order(bias):
+    keys = [k for k in KEYS if bias or k != "qkv.bias"]
+    assert list(FusedCATM(5, bias).state_dict()) == keys
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_same_seed_same_initialisation(bias):
+    torch.manual_seed(5)
+    plain = AdditiveTokenMixer(7, bias, 0.1)
+    torch.manual_seed(5)
+    fused = FusedCATM(7, bias, 0.1)
+    for (name, a), (other, b) in zip(
+        plain.state_dict().items(), fused.state_dict().items(), strict=True
+    ):
+        assert name == other
+        assert torch.equal(a, b)
+    assert [n for n, _ in plain.named_parameters()] == [n for n, _ in fused.named_parameters()]
+    assert [n for n, _ in plain.named_modules()] == [n for n, _ in fused.named_modules()]
+
+
+def test_defaults_are_the_published_ones():
+    mixer = FusedCATM()
+    assert mixer.qkv.weight.shape == (1536, 512, 1, 1)
+    assert mixer.qkv.bias is None
+    assert mixer.proj_drop.p == 0.0
+    assert mixer.backend is None
+
+
+def test_strict_loading_both_ways():
+    plain, fused = filled(AdditiveTokenMixer(7), 1), filled(FusedCATM(7), 2)
+    state = copy.deepcopy(fused.state_dict())
+    fused.load_state_dict(plain.state_dict(), strict=True)
+    plain.load_state_dict(state, strict=True)
+    assert torch.equal(plain.qkv.weight, state["qkv.weight"])
+    with pytest.raises(RuntimeError, match=r"qkv\.bias"):
+        FusedCATM(7, True).load_state_dict(plain.state_dict(), strict=True)
+
+
+def test_batch_norm_stays_a_batch_norm():
+    found = [m for m in FusedCATM(5).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [type(m) for m in found] == [nn.BatchNorm2d, nn.BatchNorm2d]
+
+
+def test_repr_names_the_backend():
+    assert "backend='reference'" in repr(FusedCATM(3, backend="reference"))
+
+
+# Training: batch statistics, momentum, norms with parts missing
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+def test_running_statistics_and_gradients_over_several_steps(mixer, x, momentum):
+    mixer.train()
+    for norm in norms(mixer):
+        norm.momentum = momentum
+        norm.num_batches_tracked.zero_()
+    plain = plain_copy(mixer)
+    for step in range(3):
+        batch = x + step
+        mixer(batch).square().mean().backward()
+        plain(batch.double()).square().mean().backward()
+    for norm, expected in zip(norms(mixer), norms(plain), strict=True):
+        assert norm.num_batches_tracked.item() == 3
+        torch.testing.assert_close(
+            norm.running_mean.double(), expected.running_mean, rtol=1e-5, atol=1e-6
+        )
+        torch.testing.assert_close(
+            norm.running_var.double(), expected.running_var, rtol=1e-5, atol=1e-6
+        )
+    for (name, p), q in zip(mixer.named_parameters(), plain.parameters(), strict=True):
+        assert p.grad is not None, name
+        scale = q.grad.abs().max().item()
+        assert (p.grad - q.grad).abs().max().item() <= 1e-4 * max(scale, 1e-2), name
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("tracking", [False, True])
+def test_norms_with_parts_missing(mixer, x, training, affine, tracking):
+    for gate in (mixer.oper_q, mixer.oper_k):
+        gate[0].block[1] = nn.BatchNorm2d(19, affine=affine, track_running_stats=tracking)
+    filled(mixer).train(training)
+    assert_right(mixer, x)
+
+
+def test_one_norm_frozen_and_one_training(mixer, x):
+    mixer.train()
+    frozen, training = norms(mixer)
+    frozen.eval()
+    before = frozen.running_mean.clone(), training.running_mean.clone()
+    assert_right(mixer, x)
+    assert torch.equal(frozen.running_mean, before[0])
+    assert not torch.equal(training.running_mean, before[1])
+
+
+def test_one_value_per_channel_is_refused_as_by_batch_norm():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        FusedCATM(3).train()(torch.randn(1, 3, 1, 1))
+
+
+def test_an_empty_batch_in_training(backend):
+    mixer = FusedCATM(3, backend=backend).train()
+    x = torch.empty(0, 3, 4, 5, requires_grad=True)
+    out = mixer(x)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == (0, 3, 4, 5)
+    assert all(p.grad is not None for p in mixer.parameters())
+
+
+def test_dropout_is_active_in_training_only(backend):
+    mixer = filled(FusedCATM(19, proj_drop=0.5, backend=backend))
+    x = torch.randn(2, 19, 8, 8)
+    mixer.eval()
+    whole = assert_right(mixer, x)
+    assert (whole == 0).sum() == 0
+    mixer.train()
+    for norm in norms(mixer):
+        norm.eval()  # frozen: the fused path, with dropout after it
+    dropped = mixer(x)
+    zero = dropped == 0
+    assert 0.4 < zero.float().mean() < 0.6
+    torch.testing.assert_close(dropped[~zero], 2 * whole[~zero], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(mixer(x) == 0, zero)
+
+
+def test_modes_may_alternate(mixer, x):
+    for training in (False, True, False, True, False):
+        mixer.train(training)
+        assert_right(mixer, x + training)
+
+
+def test_synchronised_batch_norm_in_eval(mixer, x):
+    expected = mixer(x)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(mixer)
+    assert isinstance(norms(converted)[0], nn.SyncBatchNorm)
+    assert torch.equal(converted(x), expected)
+    converted.train()
+    for norm in norms(converted):
+        norm.eval()
+    assert torch.equal(converted(x), expected)
+
+
+# The packed weights follow the parameters. Every edit below changes the output visibly.
+
+
+def _optimizer(make):
+    def edit(mixer):
+        optimizer = make(mixer.parameters())
+        for p in mixer.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    return edit
+
+
+def _in_place(mixer):
+    with torch.no_grad():
+        mixer.dwc.weight[0, 0, 1, 1] += 3.0
+
+
+def _one_element_of_the_product(mixer):
+    with torch.no_grad():
+        mixer.qkv.weight[3, 2] += 3.0
+
+
+def _ema(mixer):
+    with torch.no_grad():
+        torch._foreach_lerp_(
+            list(mixer.parameters()), [torch.ones_like(p) for p in mixer.parameters()], 0.3
+        )
+
+
+def _load(mixer):
+    mixer.load_state_dict(filled(FusedCATM(19, True), 9).state_dict())
+
+
+def _assign(mixer):
+    mixer.load_state_dict(filled(FusedCATM(19, True), 9).state_dict(), assign=True)
+
+
+def _replace_parameter(mixer):
+    mixer.proj.weight = nn.Parameter(2 * mixer.proj.weight.detach())
+
+
+def _replace_module(mixer):
+    new = nn.Conv2d(19, 19, 3, 1, 1, groups=19)
+    mixer.dwc = new
+
+
+def _round_trip(mixer):
+    mixer.to(torch.bfloat16).to(torch.float32)
+
+
+def _vector(mixer):
+    vector = nn.utils.parameters_to_vector(mixer.parameters())
+    nn.utils.vector_to_parameters(0.7 * vector, mixer.parameters())
+
+
+def _swap_tensors(mixer):
+    torch.utils.swap_tensors(mixer.proj.bias, nn.Parameter(mixer.proj.bias.detach() + 1))
+
+
+def _statistics(mixer):
+    mixer.oper_k[0].block[1].running_var.mul_(3)
+
+
+def _statistics_replaced(mixer):
+    mixer.oper_q[0].block[1].running_mean = mixer.oper_q[0].block[1].running_mean + 1
+
+
+def _reset_statistics(mixer):
+    mixer.oper_q[0].block[1].reset_running_stats()
+
+
+def _training_step(mixer):
+    mixer.train()
+    mixer(torch.randn(4, 19, 6, 5))
+    mixer.eval()
+
+
+def _eps(mixer):
+    mixer.oper_q[0].block[1].eps = 0.5
+
+
+def _data(name):
+    def edit(mixer):
+        mixer.get_parameter(name).data.mul_(1.5).add_(0.1)
+
+    edit.__name__ = f"data {name}"
+    return edit
+
+
+def _data_statistics(mixer):
+    mixer.oper_k[0].block[1].running_mean.data.add_(1.0)
+
+
+EDITS = {
+    "sgd": _optimizer(lambda p: torch.optim.SGD(p, lr=0.1)),
+    "adam foreach": _optimizer(lambda p: torch.optim.Adam(p, lr=0.1, foreach=True)),
+    "adamw fused": _optimizer(lambda p: torch.optim.AdamW(p, lr=0.1, fused=True)),
+    "in place": _in_place,
+    "one element of qkv": _one_element_of_the_product,
+    "ema": _ema,
+    "load_state_dict": _load,
+    "load_state_dict assign": _assign,
+    "parameter replaced": _replace_parameter,
+    "module replaced": _replace_module,
+    "dtype round trip": _round_trip,
+    "vector_to_parameters": _vector,
+    "swap_tensors": _swap_tensors,
+    "statistics": _statistics,
+    "statistics replaced": _statistics_replaced,
+    "statistics reset": _reset_statistics,
+    "training step": _training_step,
+    "eps": _eps,
+    "data statistics": _data_statistics,
+    **{f"data {name}": _data(name) for name, _ in FusedCATM(1, True).named_parameters()},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_results_follow_an_edit(mixer, x, edit):
+    first = assert_right(mixer, x)
+    assert torch.equal(mixer(x), first)
+    edit(mixer)
+    second = assert_right(mixer, x)
+    assert torch.equal(mixer(x), second)  # also from the cache
+    # The edit was big enough for a stale cache to fail assert_right.
+    assert (second - first).abs().max() > 1e-4 * first.abs().max()
+
+
+def test_single_elements_written_through_data_follow_after_refresh(mixer, x):
+    assert_right(mixer, x)
+    mixer.qkv.weight.data[3, 2] += 3.0
+    mixer.refresh()
+    assert_right(mixer, x)
+
+
+def test_weights_are_packed_once_for_each_change(x, monkeypatch):
+    require_backend("cpu")
+    packed = []
+    real = cpu.ops.pack
+    monkeypatch.setattr(cpu.ops, "pack", lambda *args: packed.append(1) or real(*args))
+    mixer = filled(FusedCATM(19, backend="cpu")).eval()
+    for _ in range(3):
+        mixer(x)
+    mixer.train().eval()
+    mixer(x)
+    mixer(x[:1, :, :2])
+    assert len(packed) == 1
+    _in_place(mixer)
+    for _ in range(3):
+        mixer(x)
+    assert len(packed) == 2
+    mixer.dwc.weight.data.mul_(1.5)
+    for _ in range(4):
+        mixer(x)
+    assert len(packed) == 3
+    mixer.refresh()
+    mixer(x)
+    assert len(packed) == 4
+
+
+def test_the_cache_is_no_part_of_the_state(mixer, x):
+    mixer(x)
+    assert set(mixer.state_dict()) == set(KEYS)
+    assert {n for n, _ in mixer.named_buffers()} == {
+        k for k in KEYS if "running" in k or "num_" in k
+    }
+
+
+def test_a_copy_is_independent(mixer, x):
+    first = mixer(x)
+    twin = copy.deepcopy(mixer)
+    assert torch.equal(twin(x), first)
+    with torch.no_grad():
+        twin.proj.weight.mul_(2)
+    assert_right(twin, x)
+    assert torch.equal(mixer(x), first)
+    with torch.no_grad():
+        mixer.dwc.weight.mul_(3)
+    assert_right(mixer, x)
+    assert_right(twin, x)
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch.save"])
+def test_pickle_round_trip(mixer, x, how):
+    first = mixer(x)
+    if how == "pickle":
+        data = pickle.dumps(mixer)
+        twin = pickle.loads(data)
+    else:
+        file = io.BytesIO()
+        torch.save(mixer, file)
+        data = file.getvalue()
+        twin = torch.load(io.BytesIO(data), weights_only=False)
+    assert torch.equal(twin(x), first)
+    assert twin.backend == mixer.backend
+    # The parameters, and no packed copy of them beside.
+    plain = len(pickle.dumps(AdditiveTokenMixer(19, True)))
+    if how == "pickle":
+        assert len(data) < plain + 1000
+    with torch.no_grad():
+        twin.proj.weight.mul_(2)
+    assert_right(twin, x)
+
+
+def test_dtypes_may_alternate(mixer, x):
+    expected = assert_right(mixer, x)
+    half = copy.deepcopy(mixer).to(torch.bfloat16)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert mixer(x).dtype is torch.bfloat16
+        assert torch.equal(mixer(x), expected)
+    assert half(x.to(torch.bfloat16)).dtype is torch.bfloat16
+
+
+def test_mixers_do_not_mix_up_their_weights(backend, x):
+    mixers = [filled(FusedCATM(19, backend=backend), seed).eval() for seed in range(3)]
+    for _ in range(2):
+        outputs = [assert_right(m, x) for m in mixers]
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+# Sharing
+
+
+def test_from_mixer_shares_parameters_and_follows_them(backend, x):
+    plain = filled(AdditiveTokenMixer(19, True)).eval()
+    fused = FusedCATM.from_mixer(plain, backend=backend)
+    assert not fused.training
+    for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
+        assert a is b
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert_right(fused, x)
+    with torch.no_grad():
+        plain.qkv.weight.mul_(0.5)
+    assert_right(fused, x)
+
+
+def test_the_function_equals_the_module(mixer, x):
+    def gate(operation):
+        conv, norm, _, spatial, _ = operation[0].block
+        return GateWeights(
+            conv.weight,
+            conv.bias,
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            spatial.weight,
+            operation[1].block[1].weight,
+        )
+
+    weights = MixerWeights(
+        mixer.qkv.weight,
+        mixer.qkv.bias,
+        gate(mixer.oper_q),
+        gate(mixer.oper_k),
+        mixer.dwc.weight,
+        mixer.dwc.bias,
+        mixer.proj.weight,
+        mixer.proj.bias,
+    )
+    assert torch.equal(catm(x, weights, backend=mixer.backend), mixer(x))
+    norms(mixer)[0].eps, norms(mixer)[1].eps = 0.1, 0.4
+    assert torch.equal(catm(x, weights, eps=(0.1, 0.4), backend=mixer.backend), mixer(x))
+    # With norms given, they are called and may keep statistics.
+    twin = copy.deepcopy(mixer).train()
+    out = catm(x, weights, norms=norms(twin), backend=mixer.backend)
+    torch.testing.assert_close(out, copy.deepcopy(mixer).train()(x), rtol=1e-5, atol=1e-6)
+    assert norms(twin)[0].num_batches_tracked == norms(mixer)[0].num_batches_tracked + 1
