@@ -49,7 +49,7 @@ class Bar(NamedTuple):
 def bars(items: Sequence[Bar], axis: str) -> str:
     """Horizontal bars with their spread, first item on top."""
     with _style():
-        figure, ax = _figure(height=0.55 + 0.36 * len(items))
+        figure, ax = _figure(height=0.7 + 0.38 * len(items))
         for row, item in enumerate(items):
             ax.barh(row, item.value, 0.62, color=_ACCENT if item.accent else _PLAIN)
             ax.hlines(row, item.low, item.high, color=_INK, linewidth=1.2)
@@ -63,7 +63,7 @@ def bars(items: Sequence[Bar], axis: str) -> str:
             )
         ax.set_yticks(range(len(items)), [item.name for item in items], color=_INK)
         ax.invert_yaxis()
-        ax.set_xlim(0, 1.3 * max(item.high for item in items))
+        ax.set_xlim(0, 1.2 * max(item.high for item in items))
         ax.set_xlabel(axis)
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
@@ -73,10 +73,10 @@ def bars(items: Sequence[Bar], axis: str) -> str:
 def curves(reference: Sequence[float], fused: Sequence[float]) -> str:
     """Two loss curves over each other: the first wide, the second thin upon it."""
     with _style():
-        figure, ax = _figure(height=3.0)
+        figure, ax = _figure(height=4.0)
         steps = range(1, len(reference) + 1)
-        ax.plot(steps, reference, color=_PLAIN, linewidth=5, label="reference")
-        ax.plot(steps, fused, color=_ACCENT, linewidth=1.3, label="fused")
+        ax.plot(steps, reference, color=_PLAIN, linewidth=6, label="reference")
+        ax.plot(steps, fused, color=_ACCENT, linewidth=1.6, label="fused")
         ax.set_ylim(bottom=0)
         ax.set_xlim(1, max(2, len(reference)))
         ax.set_xlabel("step")
@@ -97,7 +97,7 @@ def heat_map(pixels: Tensor, gate: Tensor, low: float, high: float) -> str:
     scaled = F.interpolate(scaled[None, None], (TILE, TILE), mode="bilinear")[0, 0]
     heat = torch.from_numpy(colours(scaled.numpy())[..., :3]).float()
     grey = _resized(pixels).float().mean(-1, keepdim=True).expand(-1, -1, 3) / 255
-    return _jpeg(((0.62 * heat + 0.38 * grey) * 255).round().to(torch.uint8))
+    return _jpeg(((0.7 * heat + 0.3 * grey) * 255).round().to(torch.uint8))
 
 
 def scale_gradient() -> str:
@@ -113,7 +113,7 @@ def _style() -> Any:
         {
             "svg.fonttype": "none",  # text stays text, in the page's font
             "font.family": "sans-serif",
-            "font.size": 10,
+            "font.size": 11,
             "text.color": _INK,
             "axes.edgecolor": _MUTED,
             "axes.labelcolor": _MUTED,
@@ -127,7 +127,7 @@ def _style() -> Any:
 
 def _figure(height: float) -> tuple[Any, Any]:
     # The figure class itself, not pyplot: no global state, no display.
-    figure = need("matplotlib.figure").Figure(figsize=(7.6, height), layout="constrained")
+    figure = need("matplotlib.figure").Figure(figsize=(11, height), layout="constrained")
     figure.patch.set_alpha(0)
     ax = figure.add_subplot()
     ax.patch.set_alpha(0)

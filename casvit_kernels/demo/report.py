@@ -108,9 +108,7 @@ def _deviation(d: Deviation) -> list[str]:
 
 
 def _speed(speed: Speed) -> str:
-    absent = "".join(
-        f"<li>{escape(a.name)}: not measured, {escape(a.reason)}</li>" for a in speed.absent
-    )
+    absent = "".join(f"<p>{escape(line)}</p>" for line in words.absent(speed))
     stage_head = ("stage", "input", "mixers", *(latency.name for latency in speed.mixers))
     stage_rows = [
         [
@@ -136,7 +134,7 @@ def _speed(speed: Speed) -> str:
 <p>One mixer of each stage measured on its real input, times the number of mixers of that stage.</p>
 {_bars(speed.mixers, "milliseconds, sum of all mixers")}
 {_table(stage_head, stage_rows, left=2)}
-{f"<ul>{absent}</ul>" if absent else ""}""",
+{absent}""",
     )
 
 

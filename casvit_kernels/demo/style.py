@@ -47,7 +47,6 @@ svg text { font-family: inherit; font-variant-numeric: tabular-nums; }
 .maps tbody th, .maps th:first-child { padding-right: 8px; }
 .scale { display: flex; align-items: center; gap: 0.6rem; color: var(--muted); font-size: 0.82rem; }
 .scale i { width: 10rem; height: 0.7rem; border-radius: 2px; }
-ul { color: var(--muted); font-size: 0.9rem; padding-left: 1.1rem; }
 footer { border-top: 1px solid var(--line); margin-top: 1.5rem; padding-top: 1rem;
   color: var(--muted); font-size: 0.85rem; }
 @media print { main { max-width: none; padding: 0; } section { break-inside: avoid-page; } }

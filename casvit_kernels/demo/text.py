@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from .speed import Speed
 from .table import table
 from .training import Training
 
+WIDTH = 100  # characters of a line of prose
+
 
 def demo(results: Results) -> str:
     """The demo's tables, its findings last: they are what stays on the screen."""
@@ -22,9 +25,9 @@ def demo(results: Results) -> str:
         parts.append(_speed(results.speed))
     if results.training is not None:
         parts.append(_training(results.training))
-    parts += [f"Note: {note}" for note in words.notes(results)]
+    parts += [_paragraph(f"Note: {note}") for note in words.notes(results)]
     if results.parity.passed:
-        parts.append(words.summary(results))
+        parts.append(_paragraph(words.summary(results)))
         parts.append(f"Report: {results.report}")
     else:
         parts.append("Parity FAILED: nothing was timed, no report was written.")
@@ -82,8 +85,10 @@ def parity(backend: str, rows: Sequence[Row]) -> str:
     ]
     verdict = f"{len(failed)} FAILED" if failed else "all passed"
     parts.append(
-        f"Backend {backend}: {len(rows)} cases, {verdict}. The ratio is the largest error over "
-        f"that of plain PyTorch, both against float64; at most {FACTOR:g} passes."
+        _paragraph(
+            f"Backend {backend}: {len(rows)} cases, {verdict}. The ratio is the largest error over "
+            f"that of plain PyTorch, both against float64; at most {FACTOR:g} passes."
+        )
     )
     return "\n\n".join(parts)
 
@@ -147,8 +152,8 @@ def _speed(speed: Speed) -> str:
                 cells = [words.milliseconds(latency.seconds), words.times(latency.speedup)]
             row += cells if compared else cells[:1]
     parts = [table(head, list(rows.values()))]
-    parts += [f"Not measured: {absent.name} ({absent.reason})" for absent in speed.absent]
-    parts.append(words.speed_sentence(speed))
+    parts += [_paragraph(line) for line in words.absent(speed)]
+    parts.append(_paragraph(words.speed_sentence(speed)))
     return "\n".join(parts)
 
 
@@ -163,4 +168,8 @@ def _training(training: Training) -> str:
         for name, run in (("reference", training.reference), ("fused", training.fused))
     ]
     head = ("Training", "last loss", "test accuracy", "time per step")
-    return f"{table(head, rows)}\n{words.training_sentence(training)}"
+    return f"{table(head, rows)}\n{_paragraph(words.training_sentence(training))}"
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, WIDTH)

@@ -131,7 +131,7 @@ class _Learner:
         begun = time.perf_counter()
         loss = F.cross_entropy(self.model(x), y)
         self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._optimizer.step()
         self.seconds.append(time.perf_counter() - begun)
         self._schedule.step()

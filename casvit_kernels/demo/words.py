@@ -126,6 +126,15 @@ def speed_sentence(speed: Speed) -> str:
     )
 
 
+def absent(speed: Speed) -> Iterator[str]:
+    """What was not measured, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for missing in speed.absent:
+        reasons.setdefault(missing.reason, []).append(missing.name)
+    for reason, names in reasons.items():
+        yield f"Not measured: {', '.join(names)} ({reason})."
+
+
 def training_sentence(training: Training) -> str:
     difference = training.largest_loss_difference
     curves = (
