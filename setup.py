@@ -1,8 +1,8 @@
 """Builds csrc/ into casvit_kernels/_C.so, one library for every supported torch.
 
-The library uses torch's stable ABI only and links libtorch_cpu only, so a wheel built with one torch
-runs with any other from 2.11 on, CPU or CUDA build alike, and with any Python 3.
-Without a C++ compiler the install succeeds without the library; the package then says so when used.
+The library uses torch's stable ABI only and links libtorch_cpu only, so a wheel built with one
+torch runs with any other from 2.11 on, CPU or CUDA build alike, and with any Python 3.
+Without a C++ compiler the install succeeds without it; the package then says so when used.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class BuildNative(build_ext):
             link = ["-shared", "-pthread", *(f"-L{path}" for path in library_paths())]
             if sys.platform == "darwin":
                 link += ["-undefined", "dynamic_lookup"]
-            # Linked beside the target and moved into place: an interrupted build leaves no half file.
+            # Moved into place when whole: an interrupted build leaves no half file.
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                 library = Path(scratch) / target.name
                 run([*compiler, *objects, *link, "-ltorch_cpu", "-o", str(library.resolve())])

@@ -27,17 +27,21 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"the native library was not built ({path.name} is missing): {REMEDY}"
     try:
         torch.ops.load_library(str(path))
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
+        library = _declare(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError) as error:
         return None, f"the native library does not load with torch {torch.__version__}: {error}"
-    for name in ("active", "known", "reason", "select"):
-        getattr(library, f"casvit_cpu_isa_{name}").restype = ctypes.c_char_p
-    library.casvit_cpu_isa_reason.argtypes = [ctypes.c_char_p]
-    library.casvit_cpu_isa_select.argtypes = [ctypes.c_char_p]
-    library.casvit_build_info.restype = ctypes.c_char_p
     forced = os.environ.get(ISA_ENVIRONMENT)
     if forced:
         reason = library.casvit_cpu_isa_select(forced.encode()).decode()
         if reason:
             return None, f"{ISA_ENVIRONMENT}={forced!r} cannot be used: {reason}"
     return library, None
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name in ("active", "known", "reason", "select"):
+        getattr(library, f"casvit_cpu_isa_{name}").restype = ctypes.c_char_p
+    library.casvit_cpu_isa_reason.argtypes = [ctypes.c_char_p]
+    library.casvit_cpu_isa_select.argtypes = [ctypes.c_char_p]
+    library.casvit_build_info.restype = ctypes.c_char_p
+    return library

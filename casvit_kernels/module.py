@@ -64,24 +64,20 @@ class FusedCATM(AdditiveTokenMixer):
         Raises:
             ValueError: the module does not compute the published mixer, with the reason.
         """
-        from .swap import refusal  # swap builds on this module
+        from .swap import refusal, share  # swap builds on this module
 
         check_name(backend, "backend")
         reason = refusal(mixer)
         if reason is not None:
             raise ValueError(f"mixer: expected the published CATM, got one where {reason}")
-        fused = cls.__new__(cls)
-        nn.Module.__init__(fused)
-        for name in ("qkv", "oper_q", "oper_k", "dwc", "proj", "proj_drop"):
-            setattr(fused, name, getattr(mixer, name))
-        fused.backend = backend
-        fused._packed = PackedWeights()
-        fused.training = mixer.training
-        return fused
+        return share(cls, mixer, backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, C, H, W)``; raises as `casvit_kernels.catm` does."""
-        norm_q, norm_k = _child(self, "oper_q", "0", "block", "1"), _child(self, "oper_k", "0", "block", "1")
+        norm_q, norm_k = (
+            _child(self, "oper_q", "0", "block", "1"),
+            _child(self, "oper_k", "0", "block", "1"),
+        )
         w = MixerWeights(
             *_weight_and_bias(self, "qkv"),
             _gate_weights(self, "oper_q", norm_q),

@@ -96,15 +96,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[: 1 + _N]) if needed]
     with torch.enable_grad():
-        inputs = [
+        inputs: list[Any] = [
             t if t is None else t.detach().requires_grad_(i in wanted) for i, t in enumerate(saved)
         ]
-        x = inputs[0]
-        assert x is not None
         # Under autocast x and the weights are wider than what was computed in.
         w = unflatten(tuple(t if t is None else t.to(ctx.dtype) for t in inputs[1:]))
         out = reference.catm(
-            x.to(ctx.dtype),
+            inputs[0].to(ctx.dtype),
             w,
             reference.running_norm(w.q, ctx.eps[0]),
             reference.running_norm(w.k, ctx.eps[1]),

@@ -100,7 +100,8 @@ class SpatialOperation(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.block(x)
+        gate: Tensor = self.block(x)
+        return x * gate
 
 
 class ChannelOperation(nn.Module):
@@ -113,7 +114,8 @@ class ChannelOperation(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.block(x)
+        gate: Tensor = self.block(x)
+        return x * gate
 
 
 class AdditiveTokenMixer(nn.Module):

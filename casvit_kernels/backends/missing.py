@@ -19,9 +19,7 @@ class MissingBackend:
     def why_not(self, problem: Problem | None = None) -> str:
         return self._reason
 
-    def pack(
-        self, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype
-    ) -> NoReturn:
+    def pack(self, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype) -> NoReturn:
         raise RuntimeError(f"{self.name}: {self._reason}")
 
     def project_and_mix(
