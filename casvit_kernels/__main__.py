@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from .demo.progress import phase
 from .demo.results import finite
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+INTERRUPTED = 130  # exit status
 EXIT_STATUS = (
     "exit status: 0 fine; 1 a check failed; 2 wrong usage or input, said in one line on stderr; "
     "130 interrupted"
@@ -43,7 +45,17 @@ class Outcome(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; its exit status."""
+    """Run one verb; its exit status. Ctrl-C ends the process with status 130."""
+    status = _run(argv)
+    if status == INTERRUPTED:
+        # The compiler's threads would first finish the work they have queued, for minutes.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     name = f"casvit-kernels {arguments.name}"
     try:
@@ -60,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     if arguments.json:
         print(json.dumps(finite(outcome.document), indent=2, allow_nan=False))
     else:

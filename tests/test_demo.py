@@ -339,15 +339,17 @@ def test_report_shows_the_numbers_of_the_json(quick):
         return float(cell.removesuffix(" ms")) / 1e3
 
     speed_rows = [row for row in rows(page, "speed") if row]
-    by_name = {row[0]: row for row in speed_rows}
-    for latency in found["speed"]["model"]:
-        row = by_name[latency["name"]]
+    model, stages = found["speed"]["model"], found["speed"]["stages"]
+    assert len(speed_rows) == len(model) + len(found["speed"]["mixers"])
+    for latency, row in zip(model, speed_rows, strict=False):
+        assert row[0] == latency["name"]
         assert ms(row[1]) == pytest.approx(latency["seconds"], rel=6e-3)
         assert float(row[3].removesuffix("x")) == pytest.approx(latency["speedup"], abs=0.006)
-    for stage in found["speed"]["stages"]:
-        assert [ms(cell) for cell in by_name[stage["name"]][3:]] == pytest.approx(
-            [latency["seconds"] for latency in stage["latencies"]], rel=6e-3
-        )
+    for i, row in enumerate(speed_rows[len(model) :]):
+        total = found["speed"]["mixers"][i]
+        assert row[0] == total["name"]
+        expected = [stage["latencies"][i]["seconds"] for stage in stages] + [total["seconds"]]
+        assert [ms(cell) for cell in row[1:]] == pytest.approx(expected, rel=6e-3)
     shown = {row[0]: row for row in rows(page, "training") if row}
     for name in ("reference", "fused"):
         result = found["training"][name]

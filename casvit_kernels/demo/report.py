@@ -109,20 +109,13 @@ def _deviation(d: Deviation) -> list[str]:
 
 def _speed(speed: Speed) -> str:
     absent = "".join(f"<p>{escape(line)}</p>" for line in words.absent(speed))
-    stage_head = ("stage", "input", "mixers", *(latency.name for latency in speed.mixers))
-    stage_rows = [
-        [
-            stage.name,
-            words.shape(stage.shape),
-            f"{stage.count}",
-            *(words.milliseconds(latency.seconds) for latency in stage.latencies),
-        ]
-        for stage in speed.stages
-    ]
-    stage_rows.append(
-        ["all", "", f"{sum(s.count for s in speed.stages)}"]
-        + [words.milliseconds(latency.seconds) for latency in speed.mixers]
-    )
+    stages = speed.stages
+    head = ("implementation", *(f"{s.name}, {words.shape(s.shape)}" for s in stages), "sum of all")
+    rows = []
+    for total in speed.mixers:
+        found = [next(x for x in stage.latencies if x.name == total.name) for stage in stages]
+        rows.append([total.name, *(words.milliseconds(x.seconds) for x in (*found, total))])
+    counts = " + ".join(str(stage.count) for stage in stages)
     return _section(
         "speed",
         "Latency",
@@ -131,9 +124,10 @@ def _speed(speed: Speed) -> str:
 {_bars(speed.model, f"milliseconds for {speed.batch} photographs")}
 {_latencies(speed.model)}
 <h3>Its token mixers alone</h3>
-<p>One mixer of each stage measured on its real input, times the number of mixers of that stage.</p>
+<p>One mixer of each stage was measured, on its real input; the sum counts every mixer of the network
+({counts}).</p>
 {_bars(speed.mixers, "milliseconds, sum of all mixers")}
-{_table(stage_head, stage_rows, left=2)}
+{_table(head, rows)}
 {absent}""",
     )
 

@@ -35,13 +35,6 @@ def percent(part: float) -> str:
     return f"{100 * part:.1f} %"
 
 
-def faster(ratio: float) -> str:
-    """`ratio` of two times, slower over faster or the other way round, as a comparison."""
-    if ratio >= 1:
-        return f"{times(ratio)} as fast as"
-    return f"slower ({times(ratio)} the speed) than"
-
-
 def summary(results: Results) -> str:
     """What came out, in one sentence."""
     parity, speed = results.parity, results.speed
@@ -54,15 +47,13 @@ def summary(results: Results) -> str:
     if speed is None:
         return f"{same}."
     fused, other, eager = best(speed.model, True), best(speed.model, False), _eager(speed)
-    return (
+    text = (
         f"{same}; {speed.batch} photographs take {milliseconds(fused.seconds)}, "
-        f"{faster(eager.seconds / fused.seconds)} eager PyTorch"
-        + (
-            f" and {faster(other.seconds / fused.seconds)} {other.name}, the fastest of the others."
-            if other.name != eager.name
-            else ", the fastest of the others."
-        )
+        f"{times(eager.seconds / fused.seconds)} as fast as eager PyTorch"
     )
+    if other.name != eager.name:
+        text += f" and {times(other.seconds / fused.seconds)} as fast as {other.name}"
+    return f"{text}, the best of the others."
 
 
 def notes(results: Results) -> Iterator[str]:
