@@ -410,6 +410,30 @@ def test_pickle_round_trip(mixer, x, how):
     assert_right(twin, x)
 
 
+def test_weights_that_are_computed_from_others(mixer, x):
+    first = mixer(x)
+    nn.utils.parametrizations.weight_norm(mixer.dwc)
+    torch.testing.assert_close(mixer(x), first, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        mixer.dwc.parametrizations.weight.original0.mul_(2)
+    second = assert_right(mixer, x)
+    assert (second - first).abs().max() > 0.01
+    mixer(x).sum().backward()
+    assert mixer.dwc.parametrizations.weight.original1.grad is not None
+
+
+def test_weights_of_any_strides(mixer, x):
+    first = mixer(x)
+    mixer.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(mixer(x), first)
+    for name, p in list(mixer.named_parameters()):
+        spread = torch.full((*p.shape, 3), torch.nan)[..., 1].copy_(p.detach())
+        owner, _, leaf = name.rpartition(".")
+        setattr(mixer.get_submodule(owner), leaf, nn.Parameter(spread))
+    assert not mixer.qkv.weight.is_contiguous()
+    torch.testing.assert_close(mixer(x), first)
+
+
 def test_dtypes_may_alternate(mixer, x):
     expected = assert_right(mixer, x)
     half = copy.deepcopy(mixer).to(torch.bfloat16)

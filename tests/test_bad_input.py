@@ -1,0 +1,217 @@
+"""Bad input to FusedCATM and catm: a clear error, and nothing is changed."""
+
+import copy
+import re
+
+import pytest
+import torch
+from conftest import require_backend
+from mixers import filled
+
+from casvit_kernels import BackendUnavailable, FusedCATM, catm, use_backend
+from casvit_kernels.reference import GateWeights, MixerWeights
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    require_backend(request.param)
+    return request.param
+
+
+@pytest.fixture(params=["eval", "train"])
+def mixer(request, backend):
+    return filled(FusedCATM(4, backend=backend)).train(request.param == "train")
+
+
+def bits(module):
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def refused(error, message, mixer, x):
+    """The call raises, and neither the mixer nor x is changed; a good call still works after."""
+    before, x_before = bits(mixer), copy.deepcopy(x)
+    with pytest.raises(error, match=message) as caught:
+        mixer(x)
+    assert type(caught.value) is error
+    for name, value in mixer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    if isinstance(x, torch.Tensor) and x.device.type != "meta":
+        assert torch.equal(x, x_before)
+    assert mixer(torch.randn(2, 4, 3, 3)).isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 5), (1, 2, 4, 5, 5), (4,), ()], ids=str)
+def test_wrong_rank(mixer, shape):
+    message = r"x: expected 4 dimensions \(B, C, H, W\), got shape " + re.escape(str(shape))
+    refused(ValueError, message, mixer, torch.randn(shape))
+
+
+@pytest.mark.parametrize("channels", [0, 1, 3, 5, 12])
+def test_wrong_channels(mixer, channels):
+    message = rf"x: expected 4 channels \(dim\) .* got {channels} in shape \(2, {channels}, 5, 6\)"
+    refused(ValueError, message, mixer, torch.randn(2, channels, 5, 6))
+
+
+def test_channels_last_by_mistake(mixer):
+    refused(ValueError, r"x: expected 4 channels .* got 8", mixer, torch.randn(2, 8, 8, 4))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 0, 3), (2, 4, 3, 0)], ids=str)
+def test_empty_maps(mixer, shape):
+    message = r"x: expected H >= 1 and W >= 1, got shape " + re.escape(str(shape))
+    refused(ValueError, message, mixer, torch.randn(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
+def test_dtypes_that_are_no_floats(mixer, dtype):
+    message = f"x: expected a floating dtype, got {dtype}"
+    refused(TypeError, message, mixer, torch.ones(2, 4, 5, 5).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
+def test_dtypes_that_are_no_floats_under_autocast(mixer, dtype):
+    with torch.autocast("cpu", torch.bfloat16):
+        refused(TypeError, "x: expected a floating", mixer, torch.ones(2, 4, 5, 5).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_dtype_differs_from_the_parameters(mixer, dtype):
+    message = f"x: expected the dtype of the parameters, torch.float32, got {dtype}.*autocast"
+    refused(TypeError, message, mixer, torch.ones(2, 4, 5, 5, dtype=dtype))
+
+
+def test_a_dtype_nobody_computes(backend):
+    mixer = FusedCATM(4, backend=backend).eval()
+    x = torch.ones(2, 4, 5, 5).to(torch.float8_e4m3fn)
+    refused(TypeError, "x: expected .*got torch.float8_e4m3fn", mixer, x)
+
+
+def test_another_device(mixer):
+    x = torch.empty(2, 4, 5, 5, device="meta")
+    refused(ValueError, "x: expected the device of the parameters, cpu, got meta", mixer, x)
+
+
+@pytest.mark.parametrize("x", [None, [[1.0]], 3.0, "image"], ids=repr)
+def test_no_tensor(mixer, x):
+    message = f"x: expected a torch.Tensor, got {type(x).__name__}"
+    refused(TypeError, message, mixer, x)
+
+
+# The constructor
+
+
+@pytest.mark.parametrize("dim", [0, -1, 2.0, "8", None, True], ids=repr)
+def test_dim(dim):
+    message = rf"dim: expected a positive integer, got {re.escape(repr(dim))}"
+    with pytest.raises(ValueError, match=message):
+        FusedCATM(dim)
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.5, float("nan")])
+def test_proj_drop(p):
+    with pytest.raises(
+        ValueError, match=rf"proj_drop: expected a probability in \[0, 1\], got {p}"
+    ):
+        FusedCATM(4, proj_drop=p)
+
+
+# Backends
+
+
+def test_unknown_backend_lists_the_known():
+    known = r"expected one of .*cuda.*triton.*cpu.*reference.*, got 'metal'"
+    with pytest.raises(ValueError, match=f"backend: {known}"):
+        FusedCATM(4, backend="metal")
+    with pytest.raises(ValueError, match=f"backend: {known}"):
+        catm(torch.randn(1, 4, 3, 3), weights(), backend="metal")
+    with pytest.raises(ValueError, match=rf"use_backend\(name\): {known}"), use_backend("metal"):
+        pass
+
+
+def test_unknown_backend_set_later(mixer):
+    mixer.backend = "metal"
+    before = bits(mixer)
+    with pytest.raises(ValueError, match=r"backend: expected one of .* got 'metal'"):
+        mixer(torch.randn(2, 4, 3, 3))
+    assert all(torch.equal(v, before[k]) for k, v in mixer.state_dict().items())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_backend_that_cannot_do_it_says_why(name, training):
+    mixer = filled(FusedCATM(4, backend=name)).train(training)
+    before = bits(mixer)
+    with pytest.raises(BackendUnavailable, match=f"backend='{name}' cannot serve.*float32 on cpu"):
+        mixer(torch.randn(2, 4, 3, 3))
+    assert all(torch.equal(v, before[k]) for k, v in mixer.state_dict().items())
+
+
+# catm's weights
+
+
+def weights(**changes):
+    def gate():
+        return GateWeights(
+            torch.randn(4, 1, 3, 3),
+            torch.randn(4),
+            torch.randn(4),
+            torch.randn(4),
+            torch.randn(4),
+            torch.rand(4) + 0.5,
+            torch.randn(1, 4, 1, 1),
+            torch.randn(4, 4, 1, 1),
+        )
+
+    q, k = gate(), gate()
+    own = {k: v for k, v in changes.items() if k in MixerWeights._fields}
+    of_q = {k: v for k, v in changes.items() if k in GateWeights._fields}
+    return MixerWeights(
+        torch.randn(12, 4, 1, 1),
+        None,
+        q._replace(**of_q),
+        k,
+        torch.randn(4, 1, 3, 3),
+        torch.randn(4),
+        torch.randn(4, 1, 3, 3),
+        torch.randn(4),
+    )._replace(**own)
+
+
+WRONG_WEIGHTS = {
+    "qkv_weight": torch.randn(8, 4, 1, 1),
+    "qkv_bias": torch.randn(4),
+    "dwc_weight": torch.randn(4, 1, 5, 5),
+    "dwc_bias": torch.randn(3),
+    "proj_weight": torch.randn(3, 1, 3, 3),
+    "proj_bias": torch.randn(5),
+    "depthwise_weight": torch.randn(4, 4, 3, 3),
+    "depthwise_bias": torch.randn(2),
+    "norm_weight": torch.randn(3),
+    "norm_bias": torch.randn(5),
+    "norm_mean": torch.randn(3),
+    "norm_var": torch.rand(3),
+    "spatial_weight": torch.randn(1, 3, 1, 1),
+    "channel_weight": torch.randn(3, 4, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_WEIGHTS)
+def test_weights_of_the_wrong_shape(backend, name):
+    x = torch.randn(2, 4, 5, 5)
+    catm(x, weights(), backend=backend)
+    with pytest.raises((ValueError, RuntimeError), match=name if backend == "cpu" else ""):
+        catm(x, weights(**{name: WRONG_WEIGHTS[name]}), backend=backend)
+
+
+@pytest.mark.parametrize("name", WRONG_WEIGHTS)
+def test_weights_of_the_wrong_dtype(backend, name):
+    right = weights(qkv_bias=torch.randn(12))
+    value = getattr(right, name) if name in MixerWeights._fields else getattr(right.q, name)
+    with pytest.raises((TypeError, RuntimeError)):
+        catm(torch.randn(2, 4, 5, 5), weights(**{name: value.long()}), backend=backend)
+
+
+@pytest.mark.parametrize("name", ["norm_mean", "norm_var"])
+def test_no_running_statistics(backend, name):
+    with pytest.raises((TypeError, ValueError, RuntimeError), match="norm"):
+        catm(torch.randn(2, 4, 5, 5), weights(**{name: None}), backend=backend)
