@@ -20,7 +20,6 @@ from . import __version__, demo, export, models, parity, timing
 from .backends import BackendUnavailable, backends, check_name, cpu, select
 from .backends.base import Problem
 from .demo import bench, network, text
-from .demo.extras import MissingExtra
 from .demo.progress import phase
 from .demo.results import finite
 
@@ -85,7 +84,7 @@ def refusing() -> Iterator[None]:
     """For the part of a verb that judges its input: what is raised in it is the user's to mend."""
     try:
         yield
-    except (ValueError, TypeError, OSError, BackendUnavailable, MissingExtra) as error:
+    except (ValueError, TypeError, OSError, ImportError, BackendUnavailable) as error:
         raise Refused(str(error)) from error
 
 

@@ -179,6 +179,14 @@ def test_export_writes_and_does_not_overwrite(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_export_without_its_packages_says_how_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    status, _, err = run("export", "--onnx", tmp_path / "xs.onnx")
+    assert status == 2
+    assert "casvit-kernels[export]" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
 def test_ctrl_c_leaves_nothing(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "casvit_kernels", "demo", "--output", tmp_path / "report.html"],

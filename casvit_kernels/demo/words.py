@@ -109,9 +109,10 @@ def parity_sentence(parity: Parity) -> str:
 
 
 def speed_sentence(speed: Speed) -> str:
+    images = "1 image" if speed.batch == 1 else f"{speed.batch} images at once"
     threads = "1 thread" if speed.threads == 1 else f"{speed.threads} threads"
     return (
-        f"{speed.batch} images at once, float32, {threads}. Each of {speed.rounds} rounds calls "
+        f"{images}, float32, {threads}. Each of {speed.rounds} rounds calls "
         "all implementations in turn, in rotated order; given is the median of the rounds, and how "
         "many times as fast as eager PyTorch that is."
     )
