@@ -108,7 +108,7 @@ uint64_t fingerprint(const Sources& s) {
 PackedHeader header_of(const Kernels& k, const Sources& s, Product kind) {
   PackedHeader h{};
   h.magic = MAGIC;
-  std::strncpy(h.isa, k.name, sizeof h.isa);
+  std::memcpy(h.isa, k.name, std::strlen(k.name));  // at most 8 characters
   h.product = static_cast<int64_t>(kind);
   h.channels = s.C;
   h.fingerprint = fingerprint(s);
