@@ -189,9 +189,9 @@ void by_phases(const Group& group, const Pool& pool) {
   const int64_t threads = pool.threads, pixels = group.images * g.pixels();
   int64_t parts = pixels / 64 < threads ? pixels / 64 : threads;
   if (parts < 1) parts = 1;
-  const int64_t part = divide_up(divide_up(pixels, parts), 32) * 32;
+  const int64_t part = divide_up(divide_up(pixels, parts), 16) * 16;
   parts = divide_up(pixels, part);
-  const int64_t block_part = divide_up(divide_up(3 * g.blocks, divide_up(threads, parts)), 6) * 6;
+  const int64_t block_part = divide_up(divide_up(3 * g.blocks, divide_up(threads, parts)), 2) * 2;
   const int64_t block_parts = divide_up(3 * g.blocks, block_part);
   run(pool, parts * block_parts, [&](int64_t i) {
     const int64_t begin = i / block_parts * part, block = i % block_parts * block_part;
@@ -211,14 +211,18 @@ void by_phases(const Group& group, const Pool& pool) {
     const int64_t end = begin + gate_part < g.blocks ? begin + gate_part : g.blocks;
     group.channel_gate(i / gate_parts, begin, end);
   });
-  int64_t row_parts = divide_up(2 * threads, group.images * g.blocks);
-  if (row_parts > g.H / 8) row_parts = g.H / 8 > 1 ? g.H / 8 : 1;
-  const int64_t rows = divide_up(g.H, row_parts);
-  row_parts = divide_up(g.H, rows);
-  run(pool, group.images * g.blocks * row_parts, [&](int64_t i) {
-    const int64_t y = i % row_parts * rows;
-    group.combine(i / (g.blocks * row_parts), i / row_parts % g.blocks, y,
-                  y + rows < g.H ? y + rows : g.H);
+  // All rows of all blocks in one line, cut into equal pieces: only the cut blocks compute the rows
+  // around a cut twice.
+  const int64_t rows = group.images * g.blocks * g.H;
+  const int64_t pieces = rows / 4 < threads ? divide_up(rows, 4) : threads;
+  run(pool, pieces, [&](int64_t i) {
+    const int64_t stop = (i + 1) * rows / pieces;
+    for (int64_t row = i * rows / pieces; row < stop;) {
+      const int64_t block = row / g.H, y = row % g.H;
+      const int64_t y_end = y + stop - row < g.H ? y + stop - row : g.H;
+      group.combine(block / g.blocks, block % g.blocks, y, y_end);
+      row += y_end - y;
+    }
   });
 }
 
