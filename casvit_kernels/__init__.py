@@ -5,7 +5,7 @@ from .backends import BackendStatus, BackendUnavailable, backends, use_backend
 from .functional import GateWeights, MixerWeights, catm
 from .module import FusedCATM
 from .reference import AdditiveTokenMixer
-from .swap import FuseReport, fuse, unfuse
+from .swap import FuseReport, Refusal, UnfuseReport, fuse, unfuse
 
 __all__ = [
     "AdditiveTokenMixer",
@@ -15,6 +15,8 @@ __all__ = [
     "FusedCATM",
     "GateWeights",
     "MixerWeights",
+    "Refusal",
+    "UnfuseReport",
     "__version__",
     "backends",
     "catm",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 from . import reference
 from .backends import get, select
@@ -11,6 +13,8 @@ from .backends.base import Backend, Problem
 from .reference import GateWeights, MixerWeights, Norm
 
 __all__ = ["GateWeights", "MixerWeights", "catm"]
+
+_REMEDY = "convert one of them, or use torch.autocast"
 
 
 def catm(
@@ -33,28 +37,41 @@ def catm(
             use and update batch statistics in training. Every backend then runs the reference
             formulas; this version fuses the form with running statistics only.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None chooses (see
-            `casvit_kernels.use_backend`). While exporting, the reference is used whatever is asked.
+            `casvit_kernels.use_backend`). Whatever is asked, the reference formulas serve exports,
+            `torch.func` transforms, forward-mode AD and tensors without values (meta, fake): only
+            they can be followed there.
 
     Returns:
         ``(B, C, H, W)`` of the dtype of ``x`` (or of autocast), channels last if ``x`` has its channels
-        innermost, else contiguous. Differentiable with respect to ``x`` and all weights.
+        innermost, else contiguous (with ``norms``, or where only the reference formulas serve: as the
+        convolutions of PyTorch lay it out). Differentiable with respect to ``x`` and all weights, any
+        number of times.
 
     Raises:
-        TypeError: ``x`` is no floating tensor, or its dtype and that of the weights differ.
-        ValueError: a shape, a device or the backend's name does not fit.
+        TypeError: ``x`` is no floating tensor, or its dtype and that of the weights differ (under
+            autocast: one of them is float64, which autocast leaves alone, and the other is not).
+        ValueError: a shape, a device or the backend's name does not fit, or running statistics are
+            missing.
         BackendUnavailable: the backend that was asked for cannot serve this call, with the reason.
     """
     chosen, _ = check(x, weights, backend)
-    if norms is not None:
-        return reference.catm(x, weights, *norms)
+    plain = norms or (
+        reference.running_norm(weights.q, eps[0]),
+        reference.running_norm(weights.k, eps[1]),
+    )
+    if chosen is None or norms is not None:
+        return reference.catm(x, weights, *plain)
     return chosen.project_and_mix(x, weights, eps, None)
 
 
-def check(x: Tensor, w: MixerWeights, backend: str | None) -> tuple[Backend, torch.dtype]:
-    """Validate one call; its backend and the dtype it computes in. Raises as `catm` does."""
+def check(x: Tensor, w: MixerWeights, backend: str | None) -> tuple[Backend | None, torch.dtype]:
+    """Validate one call; its backend and the dtype it computes in. Raises as `catm` does.
+
+    The backend is None where the reference formulas must be called directly: see `formulas_only`.
+    """
     weight = w.qkv_weight
     if exporting():  # a tracer would record every comparison of sizes
-        return get("reference"), x.dtype
+        return None, x.dtype
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     if x.dim() != 4:
@@ -77,15 +94,18 @@ def check(x: Tensor, w: MixerWeights, backend: str | None) -> tuple[Backend, tor
             f"x: expected the device of the parameters, {weight.device}, got {x.device}"
         )
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        if dtype is not torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
-    elif dtype != weight.dtype:
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    if dtype != weight.dtype and (not autocast or torch.float64 in (dtype, weight.dtype)):
         raise TypeError(
             f"x: expected the dtype of the parameters, {weight.dtype}, got {dtype} "
-            "(convert one of them, or use torch.autocast)"
+            f"({'autocast leaves float64 alone' if autocast else _REMEDY})"
         )
-    return get(_choose(backend, x.device.type, dtype)), dtype
+    if autocast and dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    if formulas_only(x, weight):
+        return None, dtype
+    return get(_choose(backend, device, dtype)), dtype
 
 
 def exporting() -> bool:
@@ -97,7 +117,27 @@ def exporting() -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+def formulas_only(x: Tensor, weight: Tensor) -> bool:
+    """Whether something follows each operation that cannot look into a fused one.
+
+    Beside `exporting`: `torch.func` transforms, forward-mode AD, tensors without values. A compiler is
+    not among them: it takes the operator as a whole.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or x.is_meta
+        or isinstance(x, FakeTensor)
+        or isinstance(weight, FakeTensor)
+    )
+
+
 def _choose(backend: str | None, device: str, dtype: torch.dtype) -> str:
-    # A compiled function keeps the choice it was compiled with.
     return select(backend, Problem(device, dtype)).name
+
+
+# A compiled function keeps the choice it was compiled with. This is what the decorator
+# torch.compiler.assume_constant_result does, without the second that importing it takes.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]

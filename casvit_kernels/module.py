@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .backends import check_name
-from .functional import GateWeights, MixerWeights, check, exporting
+from .functional import GateWeights, MixerWeights, check
 from .packing import PackedWeights
 from .reference import AdditiveTokenMixer
 
@@ -36,6 +36,10 @@ class FusedCATM(AdditiveTokenMixer):
     through ``.data`` is invisible to PyTorch's version counters; it is recognised by a fingerprint of
     the values, which may miss a change of single elements of a 1x1 convolution: call `refresh` after
     such an edit.
+
+    A forward hook on a child that has weights (pruning by ``torch.nn.utils.prune`` adds one) makes the
+    call run the children one by one, unfused, whatever the backend. Hooks on the other children
+    (containers, activations, the dropout in eval) do not run.
 
     Raises:
         ValueError: a constructor argument is out of range (named in the message).
@@ -74,26 +78,22 @@ class FusedCATM(AdditiveTokenMixer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, C, H, W)``; raises as `casvit_kernels.catm` does."""
-        norm_q, norm_k = (
-            _child(self, "oper_q", "0", "block", "1"),
-            _child(self, "oper_k", "0", "block", "1"),
-        )
-        w = MixerWeights(
-            *_weight_and_bias(self, "qkv"),
-            _gate_weights(self, "oper_q", norm_q),
-            _gate_weights(self, "oper_k", norm_k),
-            *_weight_and_bias(self, "dwc"),
-            *_weight_and_bias(self, "proj"),
-        )
+        children = self._modules
+        q, k = _gate(children["oper_q"]), _gate(children["oper_k"])
+        ends: tuple[Any, ...] = children["qkv"], children["dwc"], children["proj"]
+        w = _weights(ends, q, k)
         chosen, dtype = check(x, w, self.backend)
-        if exporting() or _uses_batch_statistics(norm_q) or _uses_batch_statistics(norm_k):
+        if _hooked(ends) or _hooked(q) or _hooked(k):
+            return super().forward(x)
+        norm_q, norm_k = q[1], k[1]
+        if chosen is None or _uses_batch_statistics(norm_q) or _uses_batch_statistics(norm_k):
             out = reference.catm(x, w, norm_q, norm_k)
         else:
             eps = (norm_q.eps, norm_k.eps)
             packed = self._packed.get(chosen, w, eps, dtype)
             out = chosen.project_and_mix(x, w, eps, packed)
-        dropped: Tensor = self.proj_drop(out)
-        return dropped
+        dropout: Any = children["proj_drop"]
+        return dropout(out) if dropout.training else out
 
     def refresh(self) -> None:
         """Forget the packed weights; the next call makes them anew."""
@@ -107,28 +107,56 @@ class FusedCATM(AdditiveTokenMixer):
         return {**self.__dict__, "_packed": PackedWeights()}
 
 
-def _child(module: nn.Module, *path: str) -> Any:
-    # Direct look-ups: indexing an nn.Sequential costs a microsecond, and a call makes ten of them.
-    for name in path:
-        module = module._modules[name]  # type: ignore[assignment]
-    return module
+# Below, look-ups in the dictionaries of nn.Module: its attributes and the indexing of nn.Sequential
+# cost up to a microsecond each, and a call makes dozens.
 
 
-def _weight_and_bias(module: nn.Module, *path: str) -> tuple[Any, Any]:
-    parameters = _child(module, *path)._parameters
-    return parameters["weight"], parameters["bias"]
+def _gate(operation: Any) -> tuple[Any, ...]:
+    """Of one gate: depthwise convolution, norm, spatial and channel convolution."""
+    parts = operation._modules
+    spatial = parts["0"]._modules["block"]._modules
+    return spatial["0"], spatial["1"], spatial["3"], parts["1"]._modules["block"]._modules["1"]
 
 
-def _gate_weights(mixer: nn.Module, name: str, norm: nn.Module) -> GateWeights:
-    return GateWeights(
-        *_weight_and_bias(mixer, name, "0", "block", "0"),
-        *_weight_and_bias(mixer, name, "0", "block", "1"),
-        norm._buffers["running_mean"],
-        norm._buffers["running_var"],
-        _child(mixer, name, "0", "block", "3")._parameters["weight"],
-        _child(mixer, name, "1", "block", "1")._parameters["weight"],
+def _weights(ends: tuple[Any, ...], q: tuple[Any, ...], k: tuple[Any, ...]) -> MixerWeights:
+    qkv, dwc, proj = ends
+    return MixerWeights(
+        _get(qkv, "weight"),
+        _get(qkv, "bias"),
+        _gate_weights(*q),
+        _gate_weights(*k),
+        _get(dwc, "weight"),
+        _get(dwc, "bias"),
+        _get(proj, "weight"),
+        _get(proj, "bias"),
     )
 
 
-def _uses_batch_statistics(norm: nn.Module) -> bool:
+def _gate_weights(depthwise: Any, norm: Any, spatial: Any, channel: Any) -> GateWeights:
+    return GateWeights(
+        _get(depthwise, "weight"),
+        _get(depthwise, "bias"),
+        _get(norm, "weight"),
+        _get(norm, "bias"),
+        norm._buffers["running_mean"],
+        norm._buffers["running_var"],
+        _get(spatial, "weight"),
+        _get(channel, "weight"),
+    )
+
+
+def _get(module: Any, name: str) -> Any:
+    parameters = module._parameters
+    # Parametrized or pruned, it is a property or a plain attribute.
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
+def _hooked(modules: tuple[Any, ...]) -> bool:
+    for m in modules:  # noqa: SIM110 (any() takes twice as long)
+        if m._forward_pre_hooks or m._forward_hooks:
+            return True
+    return False
+
+
+def _uses_batch_statistics(norm: Any) -> bool:
     return norm.training or norm._buffers["running_mean"] is None

@@ -40,7 +40,7 @@ _native.load()
 def project_and_mix(
     x: Tensor, w: MixerWeights, eps: tuple[float, float], packed: Tensor | None = None
 ) -> Tensor:
-    """The whole mixer from x to out with running statistics; differentiable once."""
+    """The whole mixer from x to out with running statistics; differentiable."""
     out: Tensor = torch.ops.casvit_kernels.project_and_mix(x, *flatten(w), *eps, packed)
     return out
 
@@ -94,10 +94,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Recomputes the reference formulas and differentiates them (saved: the inputs alone)."""
     saved = ctx.saved_tensors
+    again = torch.is_grad_enabled()  # create_graph=True: the gradient is differentiated in turn
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[: 1 + _N]) if needed]
     with torch.enable_grad():
+        # Each input is cut off from the others: x may be computed from the weights, say.
         inputs: list[Any] = [
-            t if t is None else t.detach().requires_grad_(i in wanted) for i, t in enumerate(saved)
+            t
+            if t is None
+            else t.view_as(t)
+            if again and i in wanted
+            else t.detach().requires_grad_(i in wanted)
+            for i, t in enumerate(saved)
         ]
         # Under autocast x and the weights are wider than what was computed in.
         w = unflatten(tuple(t if t is None else t.to(ctx.dtype) for t in inputs[1:]))
@@ -107,7 +114,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             reference.running_norm(w.q, ctx.eps[0]),
             reference.running_norm(w.k, ctx.eps[1]),
         )
-    grads = torch.autograd.grad(out, [inputs[i] for i in wanted], grad)
+    grads = torch.autograd.grad(out, [inputs[i] for i in wanted], grad, create_graph=again)
     result: list[Tensor | None] = [None] * (len(ctx.needs_input_grad))
     for i, g in zip(wanted, grads, strict=True):
         result[i] = g

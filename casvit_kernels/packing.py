@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class PackedWeights:
         key = (backend.name, eps, dtype)
         if entry is not None and entry.key == key and entry.is_current(sources):
             return entry.packed
+        if any(t is not None and t.grad_fn is not None for t in sources):
+            return None  # computed for this call: to keep them would keep their graph
         with torch.no_grad():
             packed = backend.pack(w, eps, dtype)
         if packed is not None:
@@ -48,20 +51,22 @@ class _Entry:
         self.key = key
         self.packed = packed
         self._sources = sources
-        self._state = [_state(t) for t in sources]
+        self._present = [t for t in sources if t is not None]
+        # Inference tensors have no version counter; the fingerprint watches over those.
+        self._counted = [t for t in self._present if not t.is_inference()]
+        self._state = self._current_state()
         self._stale = ctypes.c_int64.from_address(packed.data_ptr() + _STALE_OFFSET)
 
     def is_current(self, sources: tuple[Tensor | None, ...]) -> bool:
-        if self._stale.value:
-            return False
-        return all(
-            a is b and _state(a) == s
-            for a, b, s in zip(sources, self._sources, self._state, strict=True)
+        return (
+            not self._stale.value
+            and all(map(operator.is_, sources, self._sources))
+            and self._current_state() == self._state
         )
 
+    def _current_state(self) -> list[int]:
+        # In C throughout: every call of the mixer runs this over some twenty tensors.
+        return [*map(_version, self._counted), *map(Tensor.data_ptr, self._present)]
 
-def _state(t: Tensor | None) -> tuple[int, int]:
-    if t is None:
-        return (0, 0)
-    # Inference tensors have no version counter; the fingerprint watches over those.
-    return (0 if t.is_inference() else t._version, t.data_ptr())
+
+_version = operator.attrgetter("_version")

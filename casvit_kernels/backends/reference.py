@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import ops, reference
 from ..reference import MixerWeights
 from .base import Problem
 
@@ -22,6 +22,6 @@ class ReferenceBackend:
     def project_and_mix(
         self, x: Tensor, w: MixerWeights, eps: tuple[float, float], packed: Tensor | None
     ) -> Tensor:
-        return reference.catm(
-            x, w, reference.running_norm(w.q, eps[0]), reference.running_norm(w.k, eps[1])
-        )
+        norms = reference.running_norm(w.q, eps[0]), reference.running_norm(w.k, eps[1])
+        out = reference.catm(x, w, *norms)
+        return out.contiguous(memory_format=ops.output_memory_format(x))
