@@ -1,14 +1,17 @@
 """FusedCATM as a module: the published interface, modes, and the cache of packed weights."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
 from conftest import require_backend
 from mixers import assert_right, filled, plain_copy
 from torch import nn
+from torch.nn.utils import prune
 
 from casvit_kernels import AdditiveTokenMixer, FusedCATM, catm
 from casvit_kernels.backends import cpu
@@ -420,6 +423,44 @@ def test_weights_that_are_computed_from_others(mixer, x):
     assert (second - first).abs().max() > 0.01
     mixer(x).sum().backward()
     assert mixer.dwc.parametrizations.weight.original1.grad is not None
+
+
+def test_pruning_follows_its_parameter(mixer, x):
+    first = mixer(x)
+    prune.l1_unstructured(mixer.dwc, "weight", amount=0.5)
+    second = mixer(x)
+    assert (second - first).abs().max() > 0.01
+    with torch.no_grad():
+        mixer.dwc.weight_orig.mul_(2)  # dwc.weight is renewed from it by a forward pre-hook
+    third = mixer(x)
+    assert (third - second).abs().max() > 0.01
+    mixer.dwc.weight = mixer.dwc.weight.detach()
+    prune.remove(mixer.dwc, "weight")
+    assert torch.allclose(assert_right(mixer, x), third, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qkv", "oper_q.0.block.1", "oper_k.1.block.1", "proj"])
+def test_hooks_of_children_with_weights_run(mixer, x, name):
+    expected = mixer(x)
+    seen = []
+    handle = mixer.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(mixer(x), expected, rtol=1e-4, atol=1e-5)
+    assert seen == [1]
+    handle.remove()
+    assert torch.equal(mixer(x), expected)
+    assert seen == [1]
+
+
+def test_computed_weights_are_not_kept(mixer, x):
+    nn.utils.parametrizations.weight_norm(mixer.dwc)
+    made = []
+    mixer.dwc.parametrizations.weight.register_forward_hook(
+        lambda _, __, weight: made.append(weakref.ref(weight))
+    )
+    mixer(x)
+    gc.collect()
+    assert made
+    assert all(weight() is None for weight in made)
 
 
 def test_weights_of_any_strides(mixer, x):
