@@ -116,9 +116,9 @@ Tensor project_and_mix(const Tensor& x, WEIGHT_PARAMETERS, const Optional& packe
 
   // As ops.output_memory_format: channels last when channels are innermost, else contiguous.
   const bool channels_last = !x.is_contiguous() && strides[1] == 1;
-  Tensor out =
-      torch::stable::empty(x.sizes(), dtype.value_or(x.scalar_type()), std::nullopt, std::nullopt, std::nullopt,
-                           channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor out = torch::stable::empty(
+      x.sizes(), dtype.value_or(x.scalar_type()), std::nullopt, std::nullopt, std::nullopt,
+      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   if (x.numel() == 0) return out;
 
   const casvit::Kernels& kernels = casvit::active_kernels();

@@ -16,7 +16,7 @@ constexpr int TILE = 16;   // pixels or outputs of one tile
 constexpr int DEPTH = 32;  // channels of one tile
 constexpr int64_t TILE_BYTES = 1024;
 constexpr int MOST_UNROLLED = 48;  // channels, see Depth::unrolled
-constexpr int MOST_TILES = 32;  // pixel tiles packed at a time
+constexpr int MOST_TILES = 32;     // pixel tiles packed at a time
 
 // Which part of x (0 high, 1 middle, 2 low) meets which part of the weights, ordered so that
 // neighbours share an operand (it is still in the first-level cache) and the largest comes last.
@@ -195,10 +195,8 @@ CASVIT_INLINE void pack_tile(const T* x, int64_t channel_stride, int64_t C,
   }
   for (int64_t b = 0; b < d.C16 / TILE; ++b)
     gather(x, channel_stride, C, piece, b * TILE, channels + b * TILE, d.C16);
-  if (d.C16 == TILE)
-    pack_unrolled<1>(channels, tiles);
-  else
-    pack_unrolled<3>(channels, tiles);
+  if (d.C16 == TILE) pack_unrolled<1>(channels, tiles);
+  else pack_unrolled<3>(channels, tiles);
 }
 
 static void pack_tile(const Input& x, int64_t C, const Piece<TILE>& piece, const Depth& d,
@@ -281,12 +279,9 @@ CASVIT_INLINE void multiply(int pixel_tiles, int blocks, const unsigned char* pa
                             const float* bias, const Target (&target)[4]) {
   if (pixel_tiles == 2 && blocks == 2)
     multiply<UNROLLED, 2, 2>(panel, weights, depth, begin, bias, target);
-  else if (pixel_tiles == 2)
-    multiply<UNROLLED, 2, 1>(panel, weights, depth, begin, bias, target);
-  else if (blocks == 2)
-    multiply<UNROLLED, 1, 2>(panel, weights, depth, begin, bias, target);
-  else
-    multiply<UNROLLED, 1, 1>(panel, weights, depth, begin, bias, target);
+  else if (pixel_tiles == 2) multiply<UNROLLED, 2, 1>(panel, weights, depth, begin, bias, target);
+  else if (blocks == 2) multiply<UNROLLED, 1, 2>(panel, weights, depth, begin, bias, target);
+  else multiply<UNROLLED, 1, 1>(panel, weights, depth, begin, bias, target);
 }
 
 static void product(const PixelRun& run, const WeightsView& w, Product kind, int64_t block_begin,
@@ -348,8 +343,7 @@ static void product(const PixelRun& run, const WeightsView& w, Product kind, int
             multiply<0>(pixel_tiles, blocks, panel, weights, depth, begin, bias, target);
           else if (depth.C16 == TILE)
             multiply<1>(pixel_tiles, blocks, panel, weights, depth, begin, bias, target);
-          else
-            multiply<3>(pixel_tiles, blocks, panel, weights, depth, begin, bias, target);
+          else multiply<3>(pixel_tiles, blocks, panel, weights, depth, begin, bias, target);
           for (int i = 0; i < pixel_tiles; ++i) {
             const Piece<TILE>& piece = pieces[t + i];
             if (in_row[t + i] && !add_up) continue;
