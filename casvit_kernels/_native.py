@@ -14,8 +14,8 @@ import torch
 
 ISA_ENVIRONMENT = "CASVIT_KERNELS_CPU_ISA"
 REMEDY = (
-    "install a C++17 compiler (g++ or clang) and run "
-    "'pip install --force-reinstall --no-deps casvit-kernels' or, in a checkout, 'make setup'"
+    "install a C++17 compiler (g++ 11 or later, or clang) and, in the source tree, run "
+    "'pip install --no-cache-dir --force-reinstall --no-deps .' or 'make setup'"
 )
 
 

@@ -30,7 +30,7 @@ casvit::DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-casvit::Source source(const Tensor& t, const char* name, int64_t numel) {
+casvit::Source source(const Tensor& t, const char* name, int64_t numel, int64_t dim) {
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
   STD_TORCH_CHECK(t.numel() == numel, name, ": expected ", numel, " elements, got ", t.numel());
   casvit::Source s;
@@ -39,15 +39,16 @@ casvit::Source source(const Tensor& t, const char* name, int64_t numel) {
   s.span = 1;
   const auto sizes = t.sizes();
   const auto strides = t.strides();
-  STD_TORCH_CHECK(sizes.size() <= 4, name, ": expected at most 4 dimensions, got ", sizes.size());
+  STD_TORCH_CHECK(static_cast<int64_t>(sizes.size()) == dim, name, ": expected ", dim,
+                  " dimensions, got ", sizes.size());
   for (size_t i = 0; i < sizes.size(); ++i) {
     s.stride[i] = strides[i];
     s.span += (sizes[i] - 1) * strides[i];
   }
   return s;
 }
-casvit::Source source(const Optional& t, const char* name, int64_t numel) {
-  return t ? source(*t, name, numel) : casvit::Source{};
+casvit::Source source(const Optional& t, const char* name, int64_t numel, int64_t dim) {
+  return t ? source(*t, name, numel, dim) : casvit::Source{};
 }
 
 #define GATE_PARAMETERS(z)                                                                         \
@@ -59,25 +60,25 @@ casvit::Source source(const Optional& t, const char* name, int64_t numel) {
   const Tensor &qkv_weight, const Optional &qkv_bias, GATE_PARAMETERS(q), GATE_PARAMETERS(k), \
       const Tensor &dwc_weight, const Tensor &dwc_bias, const Tensor &proj_weight,            \
       const Tensor &proj_bias, double eps_q, double eps_k
-#define GATE_SOURCES(z, eps)                                    \
-  {source(z##_depthwise_weight, #z "_depthwise_weight", 9 * C), \
-   source(z##_depthwise_bias, #z "_depthwise_bias", C),         \
-   source(z##_norm_weight, #z "_norm_weight", C),               \
-   source(z##_norm_bias, #z "_norm_bias", C),                   \
-   source(z##_norm_mean, #z "_norm_mean", C),                   \
-   source(z##_norm_var, #z "_norm_var", C),                     \
-   source(z##_spatial_weight, #z "_spatial_weight", C),         \
-   source(z##_channel_weight, #z "_channel_weight", C * C),     \
+#define GATE_SOURCES(z, eps)                                       \
+  {source(z##_depthwise_weight, #z "_depthwise_weight", 9 * C, 4), \
+   source(z##_depthwise_bias, #z "_depthwise_bias", C, 1),         \
+   source(z##_norm_weight, #z "_norm_weight", C, 1),               \
+   source(z##_norm_bias, #z "_norm_bias", C, 1),                   \
+   source(z##_norm_mean, #z "_norm_mean", C, 1),                   \
+   source(z##_norm_var, #z "_norm_var", C, 1),                     \
+   source(z##_spatial_weight, #z "_spatial_weight", C, 4),         \
+   source(z##_channel_weight, #z "_channel_weight", C * C, 4),     \
    eps}
 #define WEIGHT_SOURCES                               \
   {C,                                                \
-   source(qkv_weight, "qkv_weight", 3 * C * C),      \
-   source(qkv_bias, "qkv_bias", 3 * C),              \
+   source(qkv_weight, "qkv_weight", 3 * C * C, 4),   \
+   source(qkv_bias, "qkv_bias", 3 * C, 1),           \
    {GATE_SOURCES(q, eps_q), GATE_SOURCES(k, eps_k)}, \
-   source(dwc_weight, "dwc_weight", 9 * C),          \
-   source(dwc_bias, "dwc_bias", C),                  \
-   source(proj_weight, "proj_weight", 9 * C),        \
-   source(proj_bias, "proj_bias", C)}
+   source(dwc_weight, "dwc_weight", 9 * C, 4),       \
+   source(dwc_bias, "dwc_bias", C, 1),               \
+   source(proj_weight, "proj_weight", 9 * C, 4),     \
+   source(proj_bias, "proj_bias", C, 1)}
 
 casvit::Product product_for(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? casvit::Product::BF16 : casvit::Product::F32;

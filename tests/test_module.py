@@ -540,3 +540,64 @@ def test_the_function_equals_the_module(mixer, x):
     out = catm(x, weights, norms=norms(twin), backend=mixer.backend)
     torch.testing.assert_close(out, copy.deepcopy(mixer).train()(x), rtol=1e-5, atol=1e-6)
     assert norms(twin)[0].num_batches_tracked == norms(mixer)[0].num_batches_tracked + 1
+
+
+@pytest.mark.parametrize("dim", [64, 220])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda m: m.dwc.weight.data[:, :, 1, 1].mul_(3),
+        lambda m: m.proj.weight.data.clamp_(-0.1, 0.1),
+        lambda m: m.qkv.weight.data[:, 5].zero_(),
+        lambda m: m.oper_k[0].block[1].weight.data[7].mul_(3),
+        lambda m: m.dwc.weight.detach().numpy()[:, :, 2, 0].fill(0.5),
+    ],
+    ids=["one tap", "clamp", "one input channel", "one norm weight", "numpy"],
+)
+def test_edits_that_autograd_does_not_see_are_noticed(dim, edit):
+    torch.manual_seed(0)
+    mixer, x = FusedCATM(dim).eval(), torch.randn(1, dim, 7, 7)
+    with torch.no_grad():
+        mixer(x)
+        edit(mixer)
+        torch.testing.assert_close(mixer(x), FusedCATM.from_mixer(copy.deepcopy(mixer))(x))
+
+
+def test_any_nan_stays_nan():
+    x = torch.full((1, 64, 7, 7), -1, dtype=torch.int32).view(torch.float32)
+    mixer = FusedCATM(64).eval()
+    with torch.no_grad():
+        assert mixer(x).isnan().all()
+        with torch.autocast("cpu"):
+            assert mixer(x).isnan().all()
+
+
+def test_weights_of_another_rank_are_refused():
+    require_backend("cpu")
+    m = FusedCATM(8).eval()
+
+    def gate(oper):
+        depthwise, norm, _, spatial, _ = oper[0].block
+        return GateWeights(
+            depthwise.weight,
+            depthwise.bias,
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            spatial.weight,
+            oper[1].block[1].weight,
+        )
+
+    w = MixerWeights(
+        m.qkv.weight,
+        None,
+        gate(m.oper_q),
+        gate(m.oper_k),
+        m.dwc.weight.squeeze(1),
+        m.dwc.bias,
+        m.proj.weight,
+        m.proj.bias,
+    )
+    with pytest.raises(RuntimeError, match="dwc_weight: expected 4 dimensions, got 3"):
+        catm(torch.randn(1, 8, 5, 5), w, backend="cpu")

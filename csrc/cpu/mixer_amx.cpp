@@ -68,6 +68,10 @@ CASVIT_INLINE Split split(Vec a) {
   const __m512i even = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);  // round half to even
   Split s;
   s.part[0] = _mm512_castsi512_ps(_mm512_and_si512(_mm512_add_epi32(bits, even), upper));
+  // Adding must not carry a NaN over into a number.
+  const __m512i quiet = _mm512_or_si512(_mm512_and_si512(bits, upper), _mm512_set1_epi32(0x400000));
+  s.part[0] = _mm512_mask_mov_ps(s.part[0], _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q),
+                                 _mm512_castsi512_ps(quiet));
   const Vec rest = sub(a, s.part[0]);
   const __m512i half = _mm512_add_epi32(_mm512_castps_si512(rest), _mm512_set1_epi32(0x8000));
   s.part[1] = _mm512_castsi512_ps(_mm512_and_si512(half, upper));
