@@ -508,7 +508,7 @@ def test_from_mixer_shares_parameters_and_follows_them(backend, x):
     assert_right(fused, x)
 
 
-def test_the_function_equals_the_module(mixer, x):
+def weights_of(mixer):
     def gate(operation):
         conv, norm, _, spatial, _ = operation[0].block
         return GateWeights(
@@ -522,7 +522,7 @@ def test_the_function_equals_the_module(mixer, x):
             operation[1].block[1].weight,
         )
 
-    weights = MixerWeights(
+    return MixerWeights(
         mixer.qkv.weight,
         mixer.qkv.bias,
         gate(mixer.oper_q),
@@ -532,6 +532,10 @@ def test_the_function_equals_the_module(mixer, x):
         mixer.proj.weight,
         mixer.proj.bias,
     )
+
+
+def test_the_function_equals_the_module(mixer, x):
+    weights = weights_of(mixer)
     assert torch.equal(catm(x, weights, backend=mixer.backend), mixer(x))
     norms(mixer)[0].eps, norms(mixer)[1].eps = 0.1, 0.4
     assert torch.equal(catm(x, weights, eps=(0.1, 0.4), backend=mixer.backend), mixer(x))
@@ -574,30 +578,7 @@ def test_any_nan_stays_nan():
 
 def test_weights_of_another_rank_are_refused():
     require_backend("cpu")
-    m = FusedCATM(8).eval()
-
-    def gate(oper):
-        depthwise, norm, _, spatial, _ = oper[0].block
-        return GateWeights(
-            depthwise.weight,
-            depthwise.bias,
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
-            spatial.weight,
-            oper[1].block[1].weight,
-        )
-
-    w = MixerWeights(
-        m.qkv.weight,
-        None,
-        gate(m.oper_q),
-        gate(m.oper_k),
-        m.dwc.weight.squeeze(1),
-        m.dwc.bias,
-        m.proj.weight,
-        m.proj.bias,
-    )
+    w = weights_of(FusedCATM(8).eval())
+    w = w._replace(dwc_weight=w.dwc_weight.squeeze(1))
     with pytest.raises(RuntimeError, match="dwc_weight: expected 4 dimensions, got 3"):
         catm(torch.randn(1, 8, 5, 5), w, backend="cpu")
