@@ -15,76 +15,68 @@ namespace CASVIT_ISA {
 constexpr int TILE = 16;   // pixels or outputs of one tile
 constexpr int DEPTH = 32;  // channels of one tile
 constexpr int64_t TILE_BYTES = 1024;
-constexpr int MOST_UNROLLED = 48;  // channels, see Depth::unrolled
-constexpr int MOST_TILES = 32;     // pixel tiles packed at a time
+constexpr int MOST_TILES = 32;  // pixel tiles packed at a time
 
-// Which part of x (0 high, 1 middle, 2 low) meets which part of the weights, ordered so that
-// neighbours share an operand (it is still in the first-level cache) and the largest comes last.
-struct Pass {
-  int x, w;
-};
-constexpr int PASSES = 6;
-constexpr Pass PASS[PASSES] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
-
-// How a row of C channels, split into parts, is laid out along the depth of the tiles.
+// A depth tile keeps channels i and i + 16 side by side: pairs that need no shuffle to make. For
+// float32 it is three tiles, the high, middle and low parts of 32 channels. Where only 16 channels
+// are left, their parts pair up with one another instead, which halves the passes:
+//   of x: [high high] [middle middle] [low high]; of the weights: [high middle] [high low].
 struct Depth {
-  int64_t C16;    // C rounded up to whole vectors
   int64_t parts;  // 3 for float32, 1 for bf16
-  bool unrolled;  // the six passes one behind the other, where that wastes less depth
-  int64_t tiles;  // depth tiles of one pass
+  int64_t tiles;  // depth tiles
+  bool half;      // the last has 16 channels
   int64_t slice;  // depth tiles worked on at a time: what fits the first-level cache
-  // Unrolled rows of x hold every part once, [low, middle, high, first vector of high]: every pair
-  // of neighbours in the sequence of passes lies somewhere in it, so no pass needs its own copy.
-  int64_t x_row_bytes() const { return unrolled ? (3 * C16 / 16 + 1) * 32 : 64; }
-  int64_t x_bytes() const { return unrolled ? TILE * x_row_bytes() : bytes(); }
-  int64_t stored() const { return unrolled ? tiles : parts * tiles; }
-  int64_t bytes() const { return stored() * TILE_BYTES; }
+  int64_t bytes() const { return parts * tiles * TILE_BYTES; }
   int64_t length(int64_t begin) const { return begin + slice < tiles ? slice : tiles - begin; }
-  // Depth tile t of a part: slice by slice, so that a slice is one stretch of memory and does not
-  // crowd a few sets of the cache.
-  int64_t at(int64_t part, int64_t t) const {
-    const int64_t begin = t / slice * slice;
-    return begin * stored() / tiles + part * length(begin) + t - begin;
-  }
 };
 static Depth depth_of(int64_t C, Product kind) {
   Depth d{};
-  d.C16 = (C + 15) / 16 * 16;
   d.parts = kind == Product::F32 ? 3 : 1;
-  d.unrolled = d.parts == 3 && d.C16 % DEPTH != 0 && C <= MOST_UNROLLED;
-  d.tiles = d.unrolled ? PASSES * d.C16 / DEPTH : (d.C16 + DEPTH - 1) / DEPTH;
-  d.slice = d.unrolled ? d.tiles : d.parts == 3 ? 4 : 8;
+  d.tiles = (C + DEPTH - 1) / DEPTH;
+  d.half = d.parts == 3 && (C + TILE - 1) / TILE % 2 == 1;
+  d.slice = d.parts == 3 ? 4 : 8;
   return d;
 }
 
-// x as a sum of three floats of 8 significant bits each, exactly: their upper halves are bf16.
+CASVIT_INLINE Vec upper_half(Vec a) {
+  const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), mask));
+}
+// The upper halves of two vectors as pairs: lane i of `low` below, lane i of `high` above.
+CASVIT_INLINE __m512i pairs(Vec low, Vec high) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_castps_si512(low), 16),
+                                 _mm512_castps_si512(high));
+}
+
+// A number as a sum of three floats of 8 significant bits each, exactly: the upper halves are bf16.
 struct Split {
   Vec part[3];
 };
-CASVIT_INLINE Split split(Vec a) {
-  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+// Weights are rounded, so that what the passes leave out has no preferred sign.
+CASVIT_INLINE Split split_rounded(Vec a) {
   const __m512i bits = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i even = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);  // round half to even
   Split s;
-  s.part[0] = _mm512_castsi512_ps(_mm512_and_si512(_mm512_add_epi32(bits, even), upper));
+  s.part[0] = upper_half(_mm512_castsi512_ps(_mm512_add_epi32(bits, even)));
   // Adding must not carry a NaN over into a number.
-  const __m512i quiet = _mm512_or_si512(_mm512_and_si512(bits, upper), _mm512_set1_epi32(0x400000));
+  const __m512i quiet =
+      _mm512_or_si512(_mm512_castps_si512(upper_half(a)), _mm512_set1_epi32(0x400000));
   s.part[0] = _mm512_mask_mov_ps(s.part[0], _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q),
                                  _mm512_castsi512_ps(quiet));
   const Vec rest = sub(a, s.part[0]);
   const __m512i half = _mm512_add_epi32(_mm512_castps_si512(rest), _mm512_set1_epi32(0x8000));
-  s.part[1] = _mm512_castsi512_ps(_mm512_and_si512(half, upper));
+  s.part[1] = upper_half(_mm512_castsi512_ps(half));
   s.part[2] = sub(rest, s.part[1]);
   return s;
 }
-// The bf16 halves of 32 channels.
-CASVIT_INLINE __m512i upper_halves(Vec first, Vec second) {
-  alignas(64) static constexpr uint16_t ODD[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
-                                                   23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
-                                                   45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-  return _mm512_permutex2var_epi16(_mm512_castps_si512(first), _mm512_load_si512(ODD),
-                                   _mm512_castps_si512(second));
+// x is cut off instead, at half the price. The parts may have lower halves: pairs() drops them.
+CASVIT_INLINE Split split_cut(Vec a) {
+  Split s;
+  s.part[0] = a;
+  s.part[1] = sub(a, upper_half(a));
+  s.part[2] = sub(s.part[1], upper_half(s.part[1]));
+  return s;
 }
 
 // Weights: [block][depth tile][16 channel pairs][16 outputs][2].
@@ -101,49 +93,51 @@ static void product_pack_weights(const float* matrix, int64_t C, int64_t blocks,
     for (int64_t c = 0; c < C; ++c) {
       alignas(64) float column[TILE];
       for (int64_t o = 0; o < TILE; ++o) column[o] = matrix[(block * TILE + o) * C + c];
-      const Split s = split(load(column));
-      auto put = [&](int part, int64_t position) {
+      const Split s = split_rounded(load(column));
+      auto put = [&](int part, int64_t tile, int64_t half) {
         alignas(64) uint32_t bits[TILE];
         store(reinterpret_cast<float*>(bits), s.part[part]);
-        uint16_t* tile = out + position / DEPTH * (TILE_BYTES / 2);
+        uint16_t* pair = out + (c / DEPTH * d.parts + tile) * (TILE_BYTES / 2) + c % TILE * DEPTH;
         for (int64_t o = 0; o < TILE; ++o)
-          tile[position % DEPTH / 2 * DEPTH + o * 2 + position % 2] =
-              static_cast<uint16_t>(bits[o] >> 16);
+          pair[2 * o + half] = static_cast<uint16_t>(bits[o] >> 16);
       };
-      if (d.unrolled)
-        for (int pass = 0; pass < PASSES; ++pass) put(PASS[pass].w, pass * d.C16 + c);
-      else
-        for (int part = 0; part < static_cast<int>(d.parts); ++part)
-          put(part, d.at(part, c / DEPTH) * DEPTH + c % DEPTH);
+      if (d.half && c / DEPTH == d.tiles - 1) {
+        put(0, 0, 0), put(1, 0, 1);
+        put(0, 1, 0), put(2, 1, 1);
+      } else {
+        for (int part = 0; part < static_cast<int>(d.parts); ++part) put(part, part, c / TILE % 2);
+      }
     }
   }
 }
 
 // Panels: [pixel tile][depth tile][16 pixels][32 channels].
 static int64_t tiles_per_chunk(const Depth& d) {
-  int64_t n = (192 << 10) / d.x_bytes() / 2 * 2;
+  int64_t n = (192 << 10) / d.bytes() / 2 * 2;
   return n < 14 ? 14 : n > MOST_TILES ? MOST_TILES : n;
 }
 static int64_t product_temp_bytes(int64_t C, Product kind, int64_t) {
   const Depth d = depth_of(C, kind);
-  return tiles_per_chunk(d) * d.x_bytes() + 6 * TILE_BYTES;
+  return tiles_per_chunk(d) * d.bytes() + 6 * TILE_BYTES;
 }
 
 // 16 channels from c on of 16 pixels, as floats: to[i * stride] are those of pixel i.
 template <class T>
 CASVIT_INLINE void gather(const T* x, int64_t channel_stride, int64_t C, const Piece<TILE>& piece,
                           int64_t c, float* to, int64_t stride) {
-  if (c + TILE <= C && channel_stride == 1) {
-    for (int i = 0; i < TILE; ++i) store(to + i * stride, load_as_float(x + piece.from[i] + c));
-  } else if (c + TILE <= C && piece.consecutive) {
+  const int64_t count = C - c < TILE ? C - c : TILE;
+  if (count <= 0) {
+    for (int i = 0; i < TILE; ++i) store(to + i * stride, zero());
+  } else if (channel_stride == 1) {
+    for (int i = 0; i < TILE; ++i)
+      store(to + i * stride, load_first_as_float(x + piece.from[i] + c, static_cast<int>(count)));
+  } else if (piece.consecutive) {
     const T* p = x + piece.from[0] + c * channel_stride;
     Vec r[TILE];
-    for (int i = 0; i < TILE; ++i) {
-      r[i] = load_as_float(p + i * channel_stride);
-      // Too many streams for the hardware prefetcher: one for each channel.
+    // Too many streams for the hardware prefetcher: one for each channel.
+    for (int i = 0; i < count; ++i)
       _mm_prefetch(reinterpret_cast<const char*>(p + i * channel_stride + 4 * TILE), _MM_HINT_T0);
-    }
-    transpose(r);
+    load_transposed(p, channel_stride, static_cast<int>(count), r);
     for (int i = 0; i < TILE; ++i) store(to + i * stride, r[i]);
   } else {
     for (int i = 0; i < TILE; ++i)
@@ -153,56 +147,34 @@ CASVIT_INLINE void gather(const T* x, int64_t channel_stride, int64_t C, const P
   }
 }
 
-// Where depth tile t of the unrolled passes begins in a row of x, in vectors.
-template <int BLOCKS>
-constexpr int unrolled_at(int t) {
-  const int pass = 2 * t / BLOCKS, block = 2 * t % BLOCKS;
-  return (2 - PASS[pass].x) * BLOCKS + block;
-}
-
-// 16 pixels of BLOCKS (odd) vectors as unrolled rows.
-template <int BLOCKS>
-CASVIT_INLINE void pack_unrolled(const float* channels, unsigned char* tiles) {
-  constexpr int LINES = (3 * BLOCKS + 1) / 2;
-  for (int i = 0; i < TILE; ++i) {
-    Split s[BLOCKS];
-#pragma GCC unroll 3
-    for (int b = 0; b < BLOCKS; ++b) s[b] = split(load(channels + (i * BLOCKS + b) * TILE));
-    auto vector = [&](int v) __attribute__((always_inline)) {
-      return v < 3 * BLOCKS ? s[v % BLOCKS].part[2 - v / BLOCKS] : s[0].part[0];
-    };
-#pragma GCC unroll 5
-    for (int line = 0; line < LINES; ++line)
-      _mm512_storeu_si512(tiles + (i * LINES + line) * 64,
-                          upper_halves(vector(2 * line), vector(2 * line + 1)));
-  }
-}
-
 // One pixel tile: every row of a depth tile is written as one line of 32 channels.
 template <class T>
 CASVIT_INLINE void pack_tile(const T* x, int64_t channel_stride, int64_t C,
-                             const Piece<TILE>& piece, const Depth& d, unsigned char* tiles) {
-  alignas(64) float channels[TILE * (MOST_UNROLLED > DEPTH ? MOST_UNROLLED : DEPTH)];
-  if (!d.unrolled) {
-    for (int64_t t = 0; t < d.tiles; ++t) {
-      for (int64_t half = 0; half < DEPTH; half += TILE)
-        gather(x, channel_stride, C, piece, t * DEPTH + half, channels + half, DEPTH);
-      for (int i = 0; i < TILE; ++i) {
-        const Split first = split(load(channels + i * DEPTH));
-        const Split second = split(load(channels + i * DEPTH + TILE));
-        for (int64_t part = 0; part < d.parts; ++part)
-          _mm512_storeu_si512(tiles + d.at(part, t) * TILE_BYTES + i * 64,
-                              upper_halves(first.part[part], second.part[part]));
+                             const Piece<TILE>& piece, const Depth& d, unsigned char* to) {
+  alignas(64) float channels[TILE * DEPTH];
+  auto put = [&](int row, int64_t tile, __m512i line) __attribute__((always_inline)) {
+    _mm512_store_si512(to + tile * TILE_BYTES + row * 64, line);
+  };
+  for (int64_t t = 0; t < d.tiles; ++t, to += d.parts * TILE_BYTES) {
+    const bool half = d.half && t == d.tiles - 1;
+    gather(x, channel_stride, C, piece, t * DEPTH, channels, DEPTH);
+    if (!half) gather(x, channel_stride, C, piece, t * DEPTH + TILE, channels + TILE, DEPTH);
+    for (int i = 0; i < TILE; ++i) {
+      const Vec first = load(channels + i * DEPTH), second = load(channels + i * DEPTH + TILE);
+      if (d.parts == 1) {
+        put(i, 0, pairs(split_rounded(first).part[0], split_rounded(second).part[0]));
+      } else if (half) {
+        const Split a = split_cut(first);
+        put(i, 0, pairs(a.part[0], a.part[0]));
+        put(i, 1, pairs(a.part[1], a.part[1]));
+        put(i, 2, pairs(a.part[2], a.part[0]));
+      } else {
+        const Split a = split_cut(first), b = split_cut(second);
+        for (int part = 0; part < 3; ++part) put(i, part, pairs(a.part[part], b.part[part]));
       }
     }
-    return;
   }
-  for (int64_t b = 0; b < d.C16 / TILE; ++b)
-    gather(x, channel_stride, C, piece, b * TILE, channels + b * TILE, d.C16);
-  if (d.C16 == TILE) pack_unrolled<1>(channels, tiles);
-  else pack_unrolled<3>(channels, tiles);
 }
-
 static void pack_tile(const Input& x, int64_t C, const Piece<TILE>& piece, const Depth& d,
                       unsigned char* tiles) {
   switch (x.dtype) {
@@ -227,48 +199,100 @@ struct Target {
   int64_t stride;
 };
 
-// One step: x is where this depth tile of the first pixel tile lies, w that of the first block.
+// Up to 2 pixel tiles times 2 blocks: accumulators in tiles 0 to 3 (pixel tile * 2 + block), x in 4
+// and 5, weights in 6 and 7. A tile can be loaded anew only when the products that read it have
+// begun, so a step orders its products by what the next step replaces.
 template <int PIXEL_TILES, int BLOCKS>
-CASVIT_INLINE void step(const unsigned char* x, int64_t x_row, int64_t x_next,
-                        const unsigned char* w, int64_t w_next) {
-  _tile_loadd(4, x, x_row);
-  _tile_loadd(6, w, 64);
-  _tile_dpbf16ps(0, 4, 6);
-  if (BLOCKS > 1) {
-    _tile_loadd(7, w + w_next, 64);
-    _tile_dpbf16ps(1, 4, 7);
+struct Operands {
+  int64_t x_next, w_next;  // from the first pixel tile or block to the second, in bytes
+
+  inline __attribute__((always_inline)) void load_x(const unsigned char* x) const {
+    _tile_loadd(4, x, 64);
+    if (PIXEL_TILES > 1) _tile_loadd(5, x + x_next, 64);
   }
-  if (PIXEL_TILES > 1) {
-    _tile_loadd(5, x + x_next, x_row);
+  inline __attribute__((always_inline)) void load_w(const unsigned char* w) const {
+    _tile_loadd(6, w, 64);
+    if (BLOCKS > 1) _tile_loadd(7, w + w_next, 64);
+  }
+  inline __attribute__((always_inline)) void then_x(const unsigned char* x) const {
+    _tile_dpbf16ps(0, 4, 6);
+    if (BLOCKS > 1) _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(4, x, 64);
+    if (PIXEL_TILES == 1) return;
     _tile_dpbf16ps(2, 5, 6);
     if (BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(5, x + x_next, 64);
   }
-}
+  inline __attribute__((always_inline)) void then_w(const unsigned char* w) const {
+    _tile_dpbf16ps(0, 4, 6);
+    if (PIXEL_TILES > 1) _tile_dpbf16ps(2, 5, 6);
+    _tile_loadd(6, w, 64);
+    if (BLOCKS == 1) return;
+    _tile_dpbf16ps(1, 4, 7);
+    if (PIXEL_TILES > 1) _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(7, w + w_next, 64);
+  }
+  inline __attribute__((always_inline)) void then_both(const unsigned char* x,
+                                                       const unsigned char* w) const {
+    _tile_dpbf16ps(0, 4, 6);
+    if (BLOCKS > 1) _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(4, x, 64);
+    if (PIXEL_TILES > 1 && BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
+    if (BLOCKS > 1) _tile_loadd(7, w + w_next, 64);
+    if (PIXEL_TILES > 1) _tile_dpbf16ps(2, 5, 6);
+    _tile_loadd(6, w, 64);
+    if (PIXEL_TILES > 1) _tile_loadd(5, x + x_next, 64);
+  }
+};
 
-// Up to 2 pixel tiles times 2 blocks over the slice of the depth that starts at `begin`:
-// accumulators in tiles 0 to 3 (pixel tile * 2 + block), x in 4 and 5, weights in 6 and 7.
-// Accumulators start from the bias, 16 equal rows for each block. UNROLLED: vectors of C, or 0.
-template <int UNROLLED, int PIXEL_TILES, int BLOCKS>
-CASVIT_INLINE void multiply(const unsigned char* panel, const unsigned char* weights,
-                            const Depth& depth, int64_t begin, const float* bias,
-                            const Target (&target)[4]) {
-  const int64_t x_next = depth.x_bytes(), w_next = depth.bytes();
-  _tile_loadd(0, bias, 64);
-  if (BLOCKS > 1) _tile_loadd(1, bias + 256, 64);
-  if (PIXEL_TILES > 1) _tile_loadd(2, bias, 64);
-  if (PIXEL_TILES > 1 && BLOCKS > 1) _tile_loadd(3, bias + 256, 64);
-  if constexpr (UNROLLED > 0) {
-#pragma GCC unroll 9
-    for (int t = 0; t < PASSES * UNROLLED / 2; ++t)
-      step<PIXEL_TILES, BLOCKS>(panel + unrolled_at<UNROLLED>(t) * 32, (3 * UNROLLED + 1) * 32,
-                                x_next, weights + t * TILE_BYTES, w_next);
+// The depth tiles [begin, begin + length) of one pair of pixel tiles and blocks.
+template <int PIXEL_TILES, int BLOCKS>
+static void multiply(const unsigned char* x, const unsigned char* w, const Depth& depth,
+                     int64_t begin, const float* bias, const Target (&target)[4]) {
+  const Operands<PIXEL_TILES, BLOCKS> o{depth.bytes(), depth.bytes()};
+  const int64_t each = depth.parts * TILE_BYTES, length = depth.length(begin);
+  const bool half = depth.half && begin + length == depth.tiles;
+  const int64_t whole = half ? length - 1 : length;
+  constexpr int64_t HIGH = 0, MIDDLE = TILE_BYTES, LOW = 2 * TILE_BYTES;
+  x += begin * each;
+  w += begin * each;
+  if (bias) {
+    _tile_loadd(0, bias, 64);
+    if (BLOCKS > 1) _tile_loadd(1, bias + 256, 64);
+    if (PIXEL_TILES > 1) _tile_loadd(2, bias, 64);
+    if (PIXEL_TILES > 1 && BLOCKS > 1) _tile_loadd(3, bias + 256, 64);
   } else {
-    const int64_t length = depth.length(begin);
-    for (int pass = depth.parts == 1 ? PASSES - 1 : 0; pass < PASSES; ++pass) {
-      const unsigned char* x = panel + depth.at(PASS[pass].x, begin) * TILE_BYTES;
-      const unsigned char* w = weights + depth.at(PASS[pass].w, begin) * TILE_BYTES;
-      for (int64_t t = 0; t < length; ++t)
-        step<PIXEL_TILES, BLOCKS>(x + t * TILE_BYTES, 64, x_next, w + t * TILE_BYTES, w_next);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  if (depth.parts == 1) {
+    o.load_x(x);
+    o.load_w(w);
+    for (int64_t t = 0; t < length; ++t) {
+      x += t + 1 < length ? each : 0;  // the last load is idle
+      w += t + 1 < length ? each : 0;
+      o.then_both(x, w);
+    }
+  } else {
+    o.load_x(x + LOW);
+    o.load_w(whole ? w + HIGH : w + TILE_BYTES);
+    for (int64_t t = 0; t < whole; ++t) {
+      o.then_x(x + MIDDLE);
+      o.then_w(w + MIDDLE);
+      o.then_x(x + HIGH);
+      o.then_w(w + LOW);
+      o.then_w(w + HIGH);
+      const bool last = t + 1 == whole;
+      x += last && !half ? 0 : each;
+      w += last && !half ? 0 : each;
+      o.then_both(x + LOW, last && half ? w + TILE_BYTES : w);
+    }
+    if (half) {
+      o.then_both(x + TILE_BYTES, w);
+      o.then_x(x);
+      o.then_x(x);
     }
   }
   _tile_stored(0, target[0].to, target[0].stride);
@@ -277,15 +301,15 @@ CASVIT_INLINE void multiply(const unsigned char* panel, const unsigned char* wei
   if (PIXEL_TILES > 1 && BLOCKS > 1) _tile_stored(3, target[3].to, target[3].stride);
 }
 
-template <int UNROLLED>
-CASVIT_INLINE void multiply(int pixel_tiles, int blocks, const unsigned char* panel,
-                            const unsigned char* weights, const Depth& depth, int64_t begin,
-                            const float* bias, const Target (&target)[4]) {
-  if (pixel_tiles == 2 && blocks == 2)
-    multiply<UNROLLED, 2, 2>(panel, weights, depth, begin, bias, target);
-  else if (pixel_tiles == 2) multiply<UNROLLED, 2, 1>(panel, weights, depth, begin, bias, target);
-  else if (blocks == 2) multiply<UNROLLED, 1, 2>(panel, weights, depth, begin, bias, target);
-  else multiply<UNROLLED, 1, 1>(panel, weights, depth, begin, bias, target);
+// What accumulators start from: the bias of one or two blocks, 16 equal rows for each; nullptr:
+// zero.
+static const float* spread_bias(const float* from, int blocks, float* to) {
+  bool any = false;
+  for (int64_t i = 0; i < blocks * VL; ++i) any = any || from[i] != 0.0f;
+  if (!any) return nullptr;
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t i = 0; i < TILE; ++i) store(to + b * 256 + i * VL, load(from + b * VL));
+  return to;
 }
 
 static void product(const PixelRun& run, const WeightsView& w, Product kind, int64_t block_begin,
@@ -308,7 +332,7 @@ static void product(const PixelRun& run, const WeightsView& w, Product kind, int
       Piece<TILE>& piece = pieces[tiles];
       piece.locate(run, p, image_floats);
       in_row[tiles] = piece.count == TILE && piece.to[TILE - 1] - piece.to[0] == (TILE - 1) * VL;
-      pack_tile(*run.x, g.C, piece, depth, panels + tiles * depth.x_bytes());
+      pack_tile(*run.x, g.C, piece, depth, panels + tiles * depth.bytes());
     }
     for (int64_t block = block_begin; block < block_end; block += 2) {
       const int blocks = block + 1 < block_end ? 2 : 1;
@@ -318,36 +342,32 @@ static void product(const PixelRun& run, const WeightsView& w, Product kind, int
       for (int64_t begin = 0; begin < depth.tiles; begin += depth.slice) {
         const int64_t stop = begin + depth.length(begin);
         const bool add_up = begin > 0;
-        for (int b = 0; b < blocks; ++b)
-          for (int i = 0; i < TILE; ++i)
-            store(bias + b * 256 + i * VL, add_up ? zero() : load(w.qkv_bias + (block + b) * VL));
+        const float* start = add_up ? nullptr : spread_bias(w.qkv_bias + block * VL, blocks, bias);
         const int64_t next_begin = stop < depth.tiles ? stop : 0;
         const int64_t next_block = stop < depth.tiles ? block : block + 2;
         for (int64_t t = 0; t < tiles; t += 2) {
           if (next_block < block_end) {
             // The weights of large C come from the third-level cache: ask for the next slice now.
-            const int64_t bytes =
-                (depth.unrolled ? 1 : depth.parts) * depth.length(next_begin) * TILE_BYTES;
+            const int64_t bytes = depth.parts * depth.length(next_begin) * TILE_BYTES;
             const unsigned char* ahead =
-                w.product + next_block * depth.bytes() + depth.at(0, next_begin) * TILE_BYTES;
+                w.product + next_block * depth.bytes() + next_begin * depth.parts * TILE_BYTES;
             for (int64_t i = bytes * t / tiles / 64; i < bytes * (t + 2) / tiles / 64; ++i) {
               _mm_prefetch(ahead + i * 64, _MM_HINT_T1);
               _mm_prefetch(ahead + depth.bytes() + i * 64, _MM_HINT_T1);
             }
           }
           const int pixel_tiles = t + 1 < tiles ? 2 : 1;
-          const unsigned char* panel = panels + t * depth.x_bytes();
+          const unsigned char* panel = panels + t * depth.bytes();
           Target target[4];
           for (int i = 0; i < 4; ++i) target[i] = {result + i * 256, 64};
           for (int i = 0; i < pixel_tiles; ++i)
             if (in_row[t + i] && !add_up)
               for (int b = 0; b < blocks; ++b)
                 target[2 * i + b].to = planes + (block + b) * g.plane + pieces[t + i].to[0];
-          if (!depth.unrolled)
-            multiply<0>(pixel_tiles, blocks, panel, weights, depth, begin, bias, target);
-          else if (depth.C16 == TILE)
-            multiply<1>(pixel_tiles, blocks, panel, weights, depth, begin, bias, target);
-          else multiply<3>(pixel_tiles, blocks, panel, weights, depth, begin, bias, target);
+          auto* f = pixel_tiles == 2 ? blocks == 2 ? multiply<2, 2> : multiply<2, 1>
+                    : blocks == 2    ? multiply<1, 2>
+                                     : multiply<1, 1>;
+          f(panel, weights, depth, begin, start, target);
           for (int i = 0; i < pixel_tiles; ++i) {
             const Piece<TILE>& piece = pieces[t + i];
             if (in_row[t + i] && !add_up) continue;

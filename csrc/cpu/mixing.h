@@ -145,9 +145,7 @@ CASVIT_INLINE void write_out(const Geometry& g, const Output& out, int64_t image
   for (int64_t i = 0; i < count; i += VL) {
     const int n = static_cast<int>(count - i < VL ? count - i : VL);
     Vec r[VL];
-    for (int j = 0; j < VL; ++j)
-      r[j] = load(from + (i + j) * VL);  // the buffer has VL spare pixels
-    transpose(r);
+    load_transposed(from + i * VL, VL, r);  // the buffer has VL spare pixels
     for (int j = 0; j < channels; ++j) store_first(to + j * g.pixels() + i, r[j], n);
   }
 }

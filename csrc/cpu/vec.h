@@ -55,6 +55,17 @@ CASVIT_INLINE Vec load_as_float(const Bf16* p) {
 CASVIT_INLINE Vec load_as_float(const F16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+// The first n elements, zeros behind them.
+CASVIT_INLINE Vec load_first_as_float(const float* p, int n) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
+}
+CASVIT_INLINE Vec load_first_as_float(const Bf16* p, int n) {
+  const __m256i half = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+CASVIT_INLINE Vec load_first_as_float(const F16* p, int n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p));
+}
 CASVIT_INLINE __m256i to_bf16(Vec a) {
   __m512i bits = _mm512_castps_si512(a);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -97,6 +108,29 @@ CASVIT_INLINE void transpose(Vec (&r)[VL]) {
     r[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
     r[4 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0x88);
     r[12 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+
+// r[j] lane i = from[i * stride + j]. Gathers quarters of rows first: an insertion from memory
+// needs no shuffle, of which the CPU does but one a cycle.
+CASVIT_INLINE void load_transposed(const float* from, int64_t stride, Vec (&r)[VL]) {
+  for (int j = 0; j < 16; j += 4) {
+    __m512 q[4];
+    for (int i = 0; i < 4; ++i) {
+      const float* p = from + i * stride + j;
+      q[i] = _mm512_castps128_ps512(_mm_loadu_ps(p));
+      q[i] = _mm512_insertf32x4(q[i], _mm_loadu_ps(p + 4 * stride), 1);
+      q[i] = _mm512_insertf32x4(q[i], _mm_loadu_ps(p + 8 * stride), 2);
+      q[i] = _mm512_insertf32x4(q[i], _mm_loadu_ps(p + 12 * stride), 3);
+    }
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(q[0], q[1]));
+    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(q[0], q[1]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(q[2], q[3]));
+    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(q[2], q[3]));
+    r[j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    r[j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    r[j + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    r[j + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
   }
 }
 
@@ -317,6 +351,34 @@ CASVIT_INLINE Vec sum_each(const float* p) {
 #undef CASVIT_LANES
 
 #endif
+
+#if !defined(__AVX512F__)
+// The first n elements, zeros behind them.
+template <class T>
+CASVIT_INLINE Vec load_first_as_float(const T* p, int n) {
+  if (n == VL) return load_as_float(p);
+  T lanes[VL] = {};
+  std::memcpy(lanes, p, sizeof(T) * static_cast<size_t>(n));
+  return load_as_float(lanes);
+}
+// r[j] lane i = from[i * stride + j].
+CASVIT_INLINE void load_transposed(const float* from, int64_t stride, Vec (&r)[VL]) {
+  for (int i = 0; i < VL; ++i) r[i] = load(from + i * stride);
+  transpose(r);
+}
+#endif
+template <class T>
+CASVIT_INLINE void load_transposed(const T* from, int64_t stride, Vec (&r)[VL]) {
+  for (int i = 0; i < VL; ++i) r[i] = load_as_float(from + i * stride);
+  transpose(r);
+}
+// The same of n rows, zeros in the other lanes.
+template <class T>
+CASVIT_INLINE void load_transposed(const T* from, int64_t stride, int n, Vec (&r)[VL]) {
+  if (n == VL) return load_transposed(from, stride, r);
+  for (int i = 0; i < VL; ++i) r[i] = i < n ? load_as_float(from + i * stride) : zero();
+  transpose(r);
+}
 
 // One element as a float; the slow path of strided input.
 CASVIT_INLINE float widen_one(const float* p) { return *p; }
