@@ -2,7 +2,8 @@
 
 The library uses torch's stable ABI only and links libtorch_cpu only, so a wheel built with one
 torch runs with any other from 2.11 on, CPU or CUDA build alike, and with any Python 3.
-Without a C++ compiler the install succeeds without it; the package then says so when used.
+Without a C++ compiler the install succeeds without it; the package then says so when used. An
+instruction set that the compiler is too old for is left out; `casvit-kernels info` says so.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,18 +25,27 @@ ROOT = Path(__file__).parent.resolve()
 STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest supported
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-SOURCES = {
-    "csrc/register.cpp": [],
-    "csrc/cpu/isa.cpp": [],
-    "csrc/cpu/pack.cpp": [],
-    "csrc/cpu/forward.cpp": [],
-    "csrc/cpu/mixer_portable.cpp": [],
+SOURCES = [
+    "csrc/register.cpp",
+    "csrc/cpu/pack.cpp",
+    "csrc/cpu/forward.cpp",
+    "csrc/cpu/mixer_portable.cpp",
+]
+CHOICE = "csrc/cpu/isa.cpp"  # compiled last: it is told which instruction sets there are
+# csrc/cpu/mixer_<set>.cpp, each built upon those before it.
+X86_SETS = {
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
-X86_SOURCES = {
-    "csrc/cpu/mixer_avx2.cpp": AVX2,
-    "csrc/cpu/mixer_avx512.cpp": AVX512,
-    "csrc/cpu/mixer_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
-}
+
+
+def native_is_required() -> bool:
+    return os.environ.get("CASVIT_KERNELS_REQUIRE_NATIVE") == "1"
+
+
+def say(text: str) -> None:
+    print(f"casvit_kernels: {text}", file=sys.stderr)
 
 
 class BuildNative(build_ext):
@@ -46,13 +57,13 @@ class BuildNative(build_ext):
         reason = self._compile(target)
         if reason is None:
             return
-        if os.environ.get("CASVIT_KERNELS_REQUIRE_NATIVE") == "1":
+        if native_is_required():
             raise RuntimeError(reason)
         target.unlink(missing_ok=True)
-        print(
-            f"\ncasvit_kernels: {reason}\ncasvit_kernels: installing without the native library; "
-            "the mixer will run on its plain PyTorch reference path.\n",
-            file=sys.stderr,
+        say(reason)
+        say(
+            "installing without the native library; the mixer will run on its plain PyTorch "
+            "reference path."
         )
 
     def get_outputs(self) -> list[str]:
@@ -71,15 +82,12 @@ class BuildNative(build_ext):
         except ImportError as error:
             return f"the native library needs torch at build time: {error}"
         compiler = os.environ.get("CXX", "c++").split()
-        sources = dict(SOURCES)
         flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         # GCC 12's own AVX-512 headers trip these two.
         flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
         flags += [f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
         flags += os.environ.get("CXXFLAGS", "").split()
-        if platform.machine().lower() in ("x86_64", "amd64"):
-            sources |= X86_SOURCES
-            flags.append("-DCASVIT_HAVE_X86")
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
         for path in include_paths():
             flags += ["-isystem", path]
         temporary = Path(self.build_temp)
@@ -89,15 +97,38 @@ class BuildNative(build_ext):
         def run(command: list[str]) -> None:
             subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
 
-        def compile_one(item: tuple[str, list[str]]) -> str:
-            source, extra = item
+        def compile_one(source: str, extra: Iterable[str] = ()) -> str:
             out = str((temporary / (Path(source).stem + ".o")).resolve())
             run([*compiler, *flags, *extra, "-c", source, "-o", out])
             return out
 
+        def knows(extra: list[str]) -> bool:
+            try:
+                run([*compiler, *extra, "-x", "c++", "-E", os.devnull])
+            except subprocess.CalledProcessError:
+                return False
+            return True
+
         try:
             with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:
-                objects = list(pool.map(compile_one, sources.items()))
+                sets = {
+                    name: pool.submit(compile_one, f"csrc/cpu/mixer_{name}.cpp", extra)
+                    for name, extra in (X86_SETS.items() if x86 else ())
+                }
+                objects = list(pool.map(compile_one, SOURCES))
+            built: list[str] = []
+            for name, result in sets.items():
+                try:
+                    objects.append(result.result())
+                except subprocess.CalledProcessError as error:
+                    if native_is_required() and knows(X86_SETS[name]):
+                        raise  # a fault of the source, not of the compiler's age
+                    missing = ", ".join(n for n in sets if n not in built)
+                    why = next((x for x in error.stderr.splitlines() if "error" in x), error.stderr)
+                    say(f"building without {missing}, which this compiler cannot: {why}")
+                    break
+                built.append(name)
+            objects.append(compile_one(CHOICE, [f"-DCASVIT_HAVE_{n.upper()}" for n in built]))
             link = ["-shared", "-pthread", *(f"-L{path}" for path in library_paths())]
             if sys.platform == "darwin":
                 link += ["-undefined", "dynamic_lookup"]
@@ -114,7 +145,7 @@ class BuildNative(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """A wheel for any Python 3 on this platform; for any platform when nothing was compiled."""
+    """A wheel for any Python 3 on this platform, also when the library in it is missing."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -126,6 +157,6 @@ class PlatformWheel(bdist_wheel):
 
 setup(
     # Optional: an install without the library is complete.
-    ext_modules=[Extension("casvit_kernels._C", sorted(SOURCES | X86_SOURCES), optional=True)],
+    ext_modules=[Extension("casvit_kernels._C", [*SOURCES, CHOICE], optional=True)],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # Another torch than the one the tests run with; on Linux wheels this small exist for the CPU only.
@@ -60,20 +63,35 @@ def build_wheel(tmp_path: Path, **env: str) -> Path:
     return wheel
 
 
+def build(out: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", out, "-t", out],
+        cwd=ROOT,
+        env={**os.environ, "CASVIT_KERNELS_REQUIRE_NATIVE": "1", **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.mark.slow
 def test_a_wheel_built_with_one_torch_passes_parity_under_another(tmp_path: Path) -> None:
+    version = OTHER_TORCH.partition("==")[2]
+    if torch.__version__.startswith(version):
+        pytest.skip(f"torch {version} is the one that runs: set CASVIT_KERNELS_OTHER_TORCH")
     wheel = build_wheel(tmp_path, CASVIT_KERNELS_REQUIRE_NATIVE="1")
     assert "-py3-none-" in wheel.name
     other = tmp_path / "venv"
     venv.create(other, with_pip=True)
     python = other / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", OTHER_TORCH, wheel, cwd=tmp_path)
-    versions = run(python, "-c", "import torch; print(torch.__version__)", cwd=tmp_path)
-    assert versions.startswith(OTHER_TORCH.partition("==")[2])
-    report = run(
-        python, "-m", "casvit_kernels", "parity", "--backend", "cpu", "--json", cwd=tmp_path
-    )
-    assert '"passed"' in report
+    parity = "-m", "casvit_kernels", "parity", "--backend", "cpu", "--json"
+    report = json.loads(run(python, *parity, cwd=tmp_path))
+    # Said by the very process that ran it.
+    assert report["environment"]["torch"].startswith(version)
+    assert report["backend"] == "cpu"
+    assert report["passed"]
+    assert len(report["rows"]) > 100
 
 
 def test_without_a_compiler_the_package_installs_and_says_what_is_missing(tmp_path: Path) -> None:
@@ -95,15 +113,80 @@ def test_without_a_compiler_the_package_installs_and_says_what_is_missing(tmp_pa
     assert "was not built" in refused.removeprefix("refused:")
 
 
-def test_a_compiler_error_stops_a_build_that_requires_the_native_library(tmp_path: Path) -> None:
-    env = {**os.environ, "CXX": "/no/such/compiler", "CASVIT_KERNELS_REQUIRE_NATIVE": "1"}
-    done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, "-t", tmp_path],
-        cwd=ROOT,
-        env=env,
+def old_compiler(folder: Path, unknown: str) -> Path:
+    """The compiler, but it does not know one of its options: as a version from before that."""
+    path = folder / "old-compiler"
+    path.write_text(
+        f"#!/bin/sh\n"
+        f'case " $* " in *" {unknown} "*)\n'
+        f"  echo 'c++: error: unrecognized command-line option {unknown}' >&2; exit 1;;\n"
+        f"esac\n"
+        f'exec {os.environ.get("CXX", "c++")} "$@"\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other CPUs have one instruction set")
+@pytest.mark.parametrize(
+    ("unknown", "missing"), [("-mamx-tile", {"amx"}), ("-mavx512f", {"amx", "avx512"})]
+)
+def test_an_old_compiler_builds_the_instruction_sets_it_knows(
+    tmp_path: Path, unknown: str, missing: set[str]
+) -> None:
+    wheel = build_wheel(
+        tmp_path,
+        CXX=str(old_compiler(tmp_path, unknown)),
+        CXXFLAGS="-O0",
+        CASVIT_KERNELS_REQUIRE_NATIVE="1",
+    )
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    site = {"PYTHONPATH": str(tmp_path / "site"), "CASVIT_KERNELS_CPU_ISA": ""}
+    said = run(sys.executable, "-m", "casvit_kernels", "info", "--json", env=site, cwd=tmp_path)
+    sets = json.loads(said)["instruction_sets"]
+    assert set(sets) == {"amx", "avx512", "avx2", "portable"}
+    assert {n for n, reason in sets.items() if "not in this build" in (reason or "")} == missing
+    # The reason is of the build, and refuses what is asked for; the best of the others computes.
+    compute = (
+        "import torch, casvit_kernels as c\n"
+        "from casvit_kernels.backends import cpu\n"
+        "c.FusedCATM(8, backend='cpu').eval()(torch.randn(1, 8, 5, 5))\n"
+        "print(cpu.active_instruction_set())\n"
+    )
+    best = next(n for n, reason in sets.items() if reason is None)
+    assert run(sys.executable, "-c", compute, env=site, cwd=tmp_path).strip() == best
+    forced = subprocess.run(
+        [sys.executable, "-c", compute],
+        cwd=tmp_path,
+        env={**os.environ, **site, "CASVIT_KERNELS_CPU_ISA": "amx"},
         capture_output=True,
         text=True,
         check=False,
     )
+    assert forced.returncode != 0
+    assert "not in this build: the compiler was too old" in forced.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other CPUs have one instruction set")
+def test_a_fault_in_one_instruction_set_is_not_taken_for_an_old_compiler(tmp_path: Path) -> None:
+    """The compiler knows the options of AVX-512 here, and yet its file does not compile."""
+    broken = tmp_path / "compiler"
+    broken.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *mixer_avx512.cpp*) echo "error: a fault" >&2; exit 1;; *" -E "*) exit 0;; esac\n'
+        'while [ "$1" != -o ]; do shift; done\n'
+        ': > "$2"\n'
+    )
+    broken.chmod(0o755)
+    done = build(tmp_path, CXX=str(broken))
+    assert done.returncode != 0
+    assert "a fault" in done.stderr
+    assert "mixer_avx512.cpp" in done.stderr
+
+
+def test_a_compiler_error_stops_a_build_that_requires_the_native_library(tmp_path: Path) -> None:
+    done = build(tmp_path, CXX="/no/such/compiler")
     assert done.returncode != 0
     assert "no C++ compiler found ('/no/such/compiler'" in done.stderr

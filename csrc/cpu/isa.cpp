@@ -5,7 +5,7 @@
 #include <cstring>
 #include <string>
 
-#if defined(CASVIT_HAVE_X86)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -18,13 +18,13 @@ namespace {
 
 struct Isa {
   const char* name;
-  const Kernels& (*kernels)();
-  std::string (*why_not)();  // empty: usable
+  const Kernels& (*kernels)();  // null: not in this build
+  std::string (*why_not)();     // empty: usable
 };
 
 std::string always() { return ""; }
 
-#if defined(CASVIT_HAVE_X86)
+#if defined(__x86_64__)
 std::string without(const char* feature) {
   return std::string("this CPU does not have ") + feature;
 }
@@ -62,11 +62,24 @@ std::string why_not_amx() {
 }
 #endif
 
+// setup.py defines CASVIT_HAVE_<SET> for each one that the compiler could build.
 const Isa ISAS[] = {
-#if defined(CASVIT_HAVE_X86)
+#if defined(__x86_64__)
+#if defined(CASVIT_HAVE_AMX)
     {"amx", amx_kernels, why_not_amx},
+#else
+    {"amx", nullptr, why_not_amx},
+#endif
+#if defined(CASVIT_HAVE_AVX512)
     {"avx512", avx512_kernels, why_not_avx512},
+#else
+    {"avx512", nullptr, why_not_avx512},
+#endif
+#if defined(CASVIT_HAVE_AVX2)
     {"avx2", avx2_kernels, why_not_avx2},
+#else
+    {"avx2", nullptr, why_not_avx2},
+#endif
 #endif
     {"portable", portable_kernels, always},
 };
@@ -77,18 +90,25 @@ const Isa* find(const char* name) {
   return nullptr;
 }
 
+std::string names(const char* separator) {
+  std::string all;
+  for (const Isa& isa : ISAS) all += std::string(all.empty() ? "" : separator) + isa.name;
+  return all;
+}
+
+std::string why_not(const Isa& isa) {
+  return isa.kernels ? isa.why_not() : "not in this build: the compiler was too old for it";
+}
 std::string why_not(const char* name) {
-  if (const Isa* isa = find(name)) return isa->why_not();
-  std::string known;
-  for (const Isa& isa : ISAS) known += std::string(known.empty() ? "" : ", ") + isa.name;
-  return "this build knows " + known;
+  const Isa* isa = find(name);
+  return isa ? why_not(*isa) : "this version knows " + names(", ");
 }
 
 std::atomic<const Kernels*> active{nullptr};
 
 const Kernels& best() {
   for (const Isa& isa : ISAS)
-    if (isa.why_not().empty()) return isa.kernels();
+    if (why_not(isa).empty()) return isa.kernels();
   return portable_kernels();
 }
 
@@ -108,14 +128,10 @@ extern "C" {
 
 CASVIT_EXPORT const char* casvit_cpu_isa_active() { return casvit::active_kernels().name; }
 
-// Comma-separated, best first.
+// Comma-separated, best first; also those that could not be built.
 CASVIT_EXPORT const char* casvit_cpu_isa_known() {
-  static const std::string names = [] {
-    std::string all;
-    for (const auto& isa : casvit::ISAS) all += std::string(all.empty() ? "" : ",") + isa.name;
-    return all;
-  }();
-  return names.c_str();
+  static const std::string known = casvit::names(",");
+  return known.c_str();
 }
 
 // Why this instruction set cannot be used here; empty when it can.
@@ -132,20 +148,14 @@ CASVIT_EXPORT const char* casvit_cpu_isa_select(const char* name) {
   return reason;
 }
 
+// The compiler that made this library.
 CASVIT_EXPORT const char* casvit_build_info() {
-  return
 #if defined(__clang__)
-      "clang " __clang_version__
+  return "clang " __clang_version__;
 #elif defined(__GNUC__)
-      "gcc " __VERSION__
+  return "gcc " __VERSION__;
 #else
-      "unknown compiler"
+  return "unknown compiler";
 #endif
-#if defined(CASVIT_HAVE_X86)
-      ", x86-64 kernels: amx, avx512, avx2, portable"
-#else
-      ", kernels: portable"
-#endif
-      ;
 }
 }

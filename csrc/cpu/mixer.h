@@ -127,10 +127,8 @@ inline int64_t combine_temp_floats(const Geometry& g) {
 }
 
 const Kernels& portable_kernels();
-#if defined(CASVIT_HAVE_X86)
-const Kernels& avx2_kernels();
+const Kernels& avx2_kernels();  // the following: in builds that have them, see isa.cpp
 const Kernels& avx512_kernels();
 const Kernels& amx_kernels();
-#endif
 
 }  // namespace casvit
