@@ -11,12 +11,16 @@ from torch import Tensor
 from . import ops
 from .backends.base import Backend
 from .reference import MixerWeights
+from .weights import check_alike
 
+_Key = tuple[str, tuple[float, float], torch.dtype]  # backend, eps, dtype computed in
+
+_MOST = 3  # kept at a time: float32, and what autocast makes of it, bfloat16 and float16
 _STALE_OFFSET = 40  # bytes; the kernel sets this int64 of the packed header, see csrc/cpu/pack.h
 
 
 class PackedWeights:
-    """One mixer's packed weights, made anew when their sources changed.
+    """One mixer's packed weights for each dtype it computes in, made anew when their sources changed.
 
     A write through autograd's eyes shows in the version counter, a move or replacement in the object
     or its address. A write through `.data` shows in neither: the kernel then finds that a fingerprint
@@ -24,32 +28,46 @@ class PackedWeights:
     """
 
     def __init__(self) -> None:
-        self._entry: _Entry | None = None
+        self._entries: dict[_Key, _Entry] = {}
 
     def get(
         self, backend: Backend, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype
     ) -> Tensor | None:
-        """The packed weights for one call, or None where the backend shall work without."""
+        """The packed weights for one call, or None where the backend shall work without.
+
+        Raises:
+            TypeError, ValueError: the weights differ in dtype or device, see `weights.check_alike`.
+        """
         if torch.compiler.is_compiling() or backend.name == "reference":
+            check_alike(w, _autocast(w))
             return None
         sources = ops.flatten(w)
-        entry = self._entry
         key = (backend.name, eps, dtype)
-        if entry is not None and entry.key == key and entry.is_current(sources):
+        entry = self._entries.get(key)
+        if entry is not None and entry.is_current(sources) and (entry.alike or _autocast(w)):
             return entry.packed
+        alike = check_alike(w, _autocast(w))
         if any(t is not None and t.grad_fn is not None for t in sources):
             return None  # computed for this call: to keep them would keep their graph
         with torch.no_grad():
             packed = backend.pack(w, eps, dtype)
         if packed is not None:
-            self._entry = _Entry(key, sources, packed)  # one assignment: safe between threads
+            others = {k: e for k, e in self._entries.items() if k != key and e.is_current(sources)}
+            kept = list(others.items())[1 - _MOST :]
+            # One assignment: safe between threads.
+            self._entries = {**dict(kept), key: _Entry(sources, packed, alike)}
         return packed
 
 
+def _autocast(w: MixerWeights) -> bool:
+    device = w.qkv_weight.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 class _Entry:
-    def __init__(self, key: object, sources: tuple[Tensor | None, ...], packed: Tensor) -> None:
-        self.key = key
+    def __init__(self, sources: tuple[Tensor | None, ...], packed: Tensor, alike: bool) -> None:
         self.packed = packed
+        self.alike = alike  # False: such weights are fine under autocast only
         self._sources = sources
         self._present = [t for t in sources if t is not None]
         # Inference tensors have no version counter; the fingerprint watches over those.

@@ -111,6 +111,82 @@ def test_no_tensor(mixer, x):
     refused(TypeError, message, mixer, x)
 
 
+# Weights that differ among themselves
+
+ARGUMENT = {  # by the part that holds it
+    "dwc": "dwc_weight",
+    "proj": "proj_weight",
+    "oper_q.0.block.0": r"q\.depthwise_weight",
+    "oper_q.0.block.1": r"q\.norm_weight",
+    "oper_k.0.block.3": r"k\.spatial_weight",
+    "oper_k.1.block.1": r"k\.channel_weight",
+}
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("part", ARGUMENT)
+def test_one_weight_of_another_dtype(backend, part, dtype, used):
+    mixer = filled(FusedCATM(4, backend=backend)).eval()
+    x = torch.randn(2, 4, 5, 5)
+    if used:  # its packed weights are out of date then
+        mixer(x)
+    mixer.get_submodule(part).to(dtype)
+    before = bits(mixer)
+    message = (
+        rf"weights\.{ARGUMENT[part]}: expected the dtype of weights\.qkv_weight, torch\.float32, "
+        rf"got {dtype} .*autocast"
+    )
+    with pytest.raises(TypeError, match=message):
+        mixer(x)
+    assert all(torch.equal(v, before[k]) for k, v in mixer.state_dict().items())
+    mixer.float()
+    assert mixer(x).isfinite().all()
+
+
+@pytest.mark.parametrize("part", ARGUMENT)
+def test_one_weight_of_another_dtype_under_autocast(backend, part):
+    mixer = filled(FusedCATM(4, backend=backend)).eval()
+    x = torch.randn(2, 4, 5, 5)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    with autocast:
+        expected = mixer(x)
+    mixer.get_submodule(part).to(torch.bfloat16)
+    for _ in range(2):
+        with autocast:
+            torch.testing.assert_close(mixer(x), expected, rtol=0.1, atol=0.1)
+        # Packed for autocast, but not for this.
+        with pytest.raises(TypeError, match=rf"weights\.{ARGUMENT[part]}: expected the dtype"):
+            mixer(x)
+        with pytest.raises(TypeError, match="x: expected the dtype"):
+            mixer(x.bfloat16())
+    mixer.get_submodule(part).to(torch.float64)
+    with autocast, pytest.raises(TypeError, match=rf"{ARGUMENT[part]}: .*float64 .*autocast casts"):
+        mixer(x)
+
+
+def test_weights_packed_under_autocast_do_not_serve_the_same_dtype_without(backend):
+    mixer = filled(FusedCATM(4, backend=backend)).eval().bfloat16()
+    mixer.proj.float()
+    x = torch.randn(2, 4, 5, 5).bfloat16()
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert mixer(x).isfinite().all()
+        with pytest.raises(
+            TypeError, match=r"weights\.proj_weight: .*bfloat16, got torch\.float32"
+        ):
+            mixer(x)
+
+
+@pytest.mark.parametrize("part", ARGUMENT)
+def test_one_weight_on_another_device(backend, part):
+    mixer = filled(FusedCATM(4, backend=backend)).eval()
+    mixer.get_submodule(part).to("meta")
+    message = rf"{ARGUMENT[part]}: expected the device of weights\.qkv_weight, cpu, got meta"
+    with pytest.raises(ValueError, match=message):
+        mixer(torch.randn(2, 4, 5, 5))
+
+
 # The constructor
 
 
@@ -209,11 +285,17 @@ WRONG_WEIGHTS = {
 }
 
 
+# PyTorch's own words, which the reference backend leaves as they are: the sizes, but not the name.
+PYTORCH = r"(to be .* with|should contain) \d+ elements|to have \d+ channels|must match"
+
+
 @pytest.mark.parametrize("name", WRONG_WEIGHTS)
 def test_weights_of_the_wrong_shape(backend, name):
     x = torch.randn(2, 4, 5, 5)
     catm(x, weights(), backend=backend)
-    with pytest.raises((ValueError, RuntimeError), match=name if backend == "cpu" else ""):
+    ours = backend == "cpu" or name == "qkv_weight"
+    message = f"{name}: expected" if ours else PYTORCH
+    with pytest.raises((ValueError, RuntimeError), match=message):
         catm(x, weights(**{name: WRONG_WEIGHTS[name]}), backend=backend)
 
 

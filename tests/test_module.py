@@ -369,6 +369,48 @@ def test_weights_are_packed_once_for_each_change(x, monkeypatch):
     assert len(packed) == 4
 
 
+def test_each_dtype_is_packed_once_when_calls_alternate(x, monkeypatch):
+    require_backend("cpu")
+    packed = []
+    real = cpu.CpuBackend.pack
+    monkeypatch.setattr(
+        cpu.CpuBackend, "pack", lambda *args: packed.append(args[-1]) or real(*args)
+    )
+    mixer = filled(FusedCATM(19, backend="cpu")).eval()
+
+    def alternate(half):
+        expected = mixer(x)
+        for _ in range(3):
+            with torch.autocast("cpu", half):
+                low = mixer(x)
+            assert low.dtype is half
+            assert torch.equal(mixer(x), expected)
+        return low
+
+    alternate(torch.bfloat16)
+    assert packed == [torch.float32, torch.bfloat16]
+    alternate(torch.float16)
+    alternate(torch.bfloat16)
+    assert packed == [torch.float32, torch.bfloat16, torch.float16]
+    before = alternate(torch.bfloat16)
+    _in_place(mixer)
+    after = alternate(torch.bfloat16)
+    assert packed[3:] == [torch.float32, torch.bfloat16]
+    assert not torch.equal(before, after)
+
+
+def test_few_sets_of_packed_weights_are_kept(x):
+    require_backend("cpu")
+    mixer = filled(FusedCATM(19, backend="cpu")).eval()
+    for i in range(10):
+        mixer.oper_q[0].block[1].eps = 1e-3 * (i + 1)
+        assert_right(mixer, x)
+    assert len(mixer._packed._entries) == 3
+    _in_place(mixer)  # what the others were packed from is no more
+    assert_right(mixer, x)
+    assert len(mixer._packed._entries) == 1
+
+
 def test_the_cache_is_no_part_of_the_state(mixer, x):
     mixer(x)
     assert set(mixer.state_dict()) == set(KEYS)
@@ -483,6 +525,18 @@ def test_dtypes_may_alternate(mixer, x):
             assert mixer(x).dtype is torch.bfloat16
         assert torch.equal(mixer(x), expected)
     assert half(x.to(torch.bfloat16)).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_a_norm_may_stay_float32_in_a_mixer_of_half_precision(mixer, x, half):
+    mixer.to(half)
+    for norm in norms(mixer):
+        norm.float()
+    out = mixer(x.to(half))
+    assert out.dtype is half
+    expected = plain_copy(mixer)(x.to(half).double())
+    eps = torch.finfo(half).eps
+    assert (out.double() - expected).abs().max() < 8 * eps * expected.abs().max()
 
 
 def test_mixers_do_not_mix_up_their_weights(backend, x):
