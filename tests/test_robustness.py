@@ -1,5 +1,6 @@
 """Several threads, other numbers of threads, fork, and hundreds of calls."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from conftest import require_backend, require_native
 from mixers import assert_right, filled
 
 from casvit_kernels import FusedCATM
+from casvit_kernels.backends import cpu
 
 SHAPES = [(1, 24, 9, 7), (3, 24, 14, 14), (2, 24, 1, 5), (5, 24, 28, 28)]
 
@@ -125,6 +127,36 @@ def test_right_with_any_number_of_threads(backend, threads):
     mixer = filled(FusedCATM(24, backend=backend)).eval()
     for x in inputs():
         assert_right(mixer, x)
+
+
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "amx"])
+def test_every_instruction_set_with_two_threads(name):
+    """The images that are left when each thread has as many as the others are computed in phases."""
+    require_native()
+    reason = cpu.instruction_sets().get(name, "not in this version for this CPU")
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    # The library reads the variable when it loads, so each needs a process of its own.
+    script = (
+        "import json, torch\n"
+        "from casvit_kernels import parity\n"
+        "from casvit_kernels.backends import cpu\n"
+        "torch.set_num_threads(2)\n"
+        "cases = [parity.Case('cpu', dtype, layout, 'eval', shape)\n"
+        "         for dtype in (torch.float32, torch.bfloat16)\n"
+        "         for layout in ('contiguous', 'channels_last')\n"
+        "         for shape in ((1, 48, 28, 28), (3, 33, 13, 9), (1, 220, 7, 7), (5, 65, 9, 9))]\n"
+        "failures = [row.failures for row in map(parity.check, cases) if not row.passed]\n"
+        "print(json.dumps([cpu.active_instruction_set(), torch.get_num_threads(), failures]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        env={**os.environ, "CASVIT_KERNELS_CPU_ISA": name},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [name, 2, []]
 
 
 def _fixed_inputs(dtype):

@@ -9,7 +9,6 @@ from html import escape
 from torch import Tensor
 
 from . import plots, words
-from .check import Deviation
 from .gates import StageGates
 from .results import Results
 from .speed import Latency, Speed, is_fused
@@ -82,8 +81,11 @@ def _figures(results: Results) -> str:
 
 def _parity(results: Results) -> str:
     parity = results.parity
-    head = ("layer", "output", "largest value", "PyTorch's error", "fused error", "ratio", "")
-    rows = [_deviation(d) for d in (*parity.layers, parity.logits)]
+    head = ("layer", "output", "largest value", *words.ERRORS_HEAD)
+    rows = [
+        [d.name, words.shape(d.shape), f"{d.largest_output:.3g}", *words.errors(d)]
+        for d in (*parity.layers, parity.logits)
+    ]
     return _section(
         "parity",
         "Parity",
@@ -93,18 +95,6 @@ photographs cause in the network. The ratio of the two may be at most {words.MOS
 PyTorch's error counts as at least one rounding unit of the largest value.</p>
 {_table(head, rows)}""",
     )
-
-
-def _deviation(d: Deviation) -> list[str]:
-    return [
-        d.name,
-        words.shape(d.shape),
-        f"{d.largest_output:.3g}",
-        words.error(d.reference_error),
-        words.error(d.fused_error),
-        f"{d.ratio:.2f}",
-        "passed" if d.passed else "FAILED",
-    ]
 
 
 def _speed(speed: Speed) -> str:
@@ -162,22 +152,12 @@ def _latencies(latencies: Iterable[Latency]) -> str:
 
 
 def _training(training: Training) -> str:
-    head = ("network", "last loss", "test accuracy", "time per step")
-    rows = [
-        [
-            name,
-            f"{run.losses[-1]:.4f}",
-            words.percent(run.accuracy),
-            words.milliseconds(run.step_seconds),
-        ]
-        for name, run in (("reference", training.reference), ("fused", training.fused))
-    ]
     return _section(
         "training",
         "Training",
         f"""<p>{escape(words.training_sentence(training))}</p>
 <figure>{plots.curves(training.reference.losses, training.fused.losses)}</figure>
-{_table(head, rows)}""",
+{_table(("network", *words.TRAINING_HEAD), words.training_rows(training))}""",
     )
 
 

@@ -121,17 +121,9 @@ def _pairs(rows: Iterable[Sequence[str]]) -> str:
 
 def _deviations(parity: Parity) -> str:
     rows = [
-        [
-            d.name,
-            words.shape(d.shape),
-            words.error(d.reference_error),
-            words.error(d.fused_error),
-            f"{d.ratio:.2f}",
-            "passed" if d.passed else "FAILED",
-        ]
-        for d in (*parity.layers, parity.logits)
+        [d.name, words.shape(d.shape), *words.errors(d)] for d in (*parity.layers, parity.logits)
     ]
-    head = ("Parity with float64", "output", "PyTorch's error", "fused error", "ratio", "")
+    head = ("Parity with float64", "output", *words.ERRORS_HEAD)
     return f"{table(head, rows)}\n{words.parity_sentence(parity)}"
 
 
@@ -158,17 +150,8 @@ def _speed(speed: Speed) -> str:
 
 
 def _training(training: Training) -> str:
-    rows = [
-        [
-            name,
-            f"{run.losses[-1]:.4f}",
-            words.percent(run.accuracy),
-            words.milliseconds(run.step_seconds),
-        ]
-        for name, run in (("reference", training.reference), ("fused", training.fused))
-    ]
-    head = ("Training", "last loss", "test accuracy", "time per step")
-    return f"{table(head, rows)}\n{_paragraph(words.training_sentence(training))}"
+    rows = table(("Training", *words.TRAINING_HEAD), words.training_rows(training))
+    return f"{rows}\n{_paragraph(words.training_sentence(training))}"
 
 
 def _paragraph(text: str) -> str:

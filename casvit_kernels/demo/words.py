@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..parity import FACTOR
-from .check import Parity
+from .check import Deviation, Parity
 from .results import Results
 from .speed import Latency, Speed, best
 from .training import Training
@@ -33,6 +33,19 @@ def error(value: float) -> str:
 
 def percent(part: float) -> str:
     return f"{100 * part:.1f} %"
+
+
+ERRORS_HEAD = ("PyTorch's error", "fused error", "ratio", "")
+
+
+def errors(d: Deviation) -> list[str]:
+    """The columns of `ERRORS_HEAD`."""
+    return [
+        error(d.reference_error),
+        error(d.fused_error),
+        f"{d.ratio:.2f}",
+        "passed" if d.passed else "FAILED",
+    ]
 
 
 def summary(results: Results) -> str:
@@ -143,6 +156,22 @@ def training_sentence(training: Training) -> str:
         f"digits with fused inference; both networks give {training.same_predictions} of them the "
         "same class."
     )
+
+
+TRAINING_HEAD = ("last loss", "test accuracy", "time per step")
+
+
+def training_rows(training: Training) -> list[list[str]]:
+    """For each network its name, then the columns of `TRAINING_HEAD`."""
+    return [
+        [
+            name,
+            f"{run.losses[-1]:.4f}",
+            percent(run.accuracy),
+            milliseconds(run.step_seconds),
+        ]
+        for name, run in (("reference", training.reference), ("fused", training.fused))
+    ]
 
 
 def gates_sentence(results: Results) -> str:
