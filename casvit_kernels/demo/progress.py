@@ -44,7 +44,7 @@ def phase(title: str, total: int | None = None) -> Iterator[Phase]:
         file=sys.stderr,
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 10,  # seconds; a log wants few lines
-        bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed} {postfix}",
+        bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}{postfix}",  # tqdm begins it with a comma
     )
     try:
         yield Phase(bar)
