@@ -15,15 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from casvit_kernels import timing
-from casvit_kernels.parity import FACTOR
+from casvit_kernels.parity import FACTOR, GRADIENT_FACTOR
 from casvit_kernels.timing import Timing
+
+VANISHING = 1e-9
 
 
 @dataclass(frozen=True)
 class Case:
     """What is computed; its fields are the description in the JSON."""
 
-    level: str  # "mixer" or "model"
+    level: str  # "mixer", "model", "training" (forward and backward) or "training-forward"
     model: str  # "xs", "s", "m", "t"
     stage: int | None  # 1 to 4, None for a whole model
     channels: int  # of x
@@ -34,7 +36,8 @@ class Case:
     @property
     def id(self) -> str:
         stage = "" if self.stage is None else f"-stage{self.stage}"
-        return f"{self.model}{stage}-{self.size}px-b{self.batch}-{self.dtype}"
+        name = f"{self.model}{stage}-{self.size}px-b{self.batch}-{self.dtype}"
+        return name + "-forward" if self.level == "training-forward" else name
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Measured:
 
     case: Case
     timings: dict[str, Timing] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)  # largest absolute, against float64
+    errors: dict[str, float] = field(default_factory=dict)  # see _largest_error; against float64
     absent: dict[str, str] = field(default_factory=dict)
     refused: str | None = None
 
@@ -90,11 +93,11 @@ def measure(
         candidates: as `casvit_kernels.timing` makes them; ``eager`` is among them.
     """
     measured = Measured(case)
-    if case.dtype == "bfloat16" and case.level == "mixer":
+    if case.dtype == "bfloat16" and case.level != "model":
         x = x.to(torch.bfloat16)  # what the candidates get
     eager = "eager bf16" if case.dtype == "bfloat16" else "eager"
+    truth = _truth(case, module, x)
     with torch.inference_mode():
-        truth = copy.deepcopy(module).eval().double()(x.double())
 
         def compare(name: str) -> None:
             try:
@@ -102,8 +105,7 @@ def measure(
             except timing.Unavailable as error:
                 measured.absent[name] = str(error)
                 return
-            got = out if isinstance(out, Tensor) else torch.from_numpy(out)
-            measured.errors[name] = _largest_error(got, truth)
+            measured.errors[name] = _largest_error(out, truth)
 
         judged = [eager, *(name for name in candidates if name.startswith("fused"))]
         for name in judged:
@@ -121,15 +123,37 @@ def measure(
     return measured
 
 
-def _refusal(case: Case, errors: dict[str, float], eager: str, truth: Tensor) -> str | None:
-    """Where a fused candidate is further from `truth` than `FACTOR` times eager is."""
+def _truth(case: Case, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """The output in float64; for a training step the gradients too."""
+    module, x = copy.deepcopy(module).double(), x.double()
+    if not case.level.startswith("training"):
+        with torch.no_grad():
+            return (module.eval()(x),)
+    x.requires_grad_()
+    out = module.train()(x)
+    if case.level == "training-forward":
+        return (out.detach(),)
+    grad = timing.output_gradient(x.to(getattr(torch, case.dtype)).detach()).double()
+    out, *grads = timing.training_step(module, x, out, grad)
+    return (out.detach(), *grads)
+
+
+def _refusal(
+    case: Case, errors: dict[str, float], eager: str, truth: tuple[Tensor, ...]
+) -> str | None:
+    """Where a fused candidate is further from `truth` than `FACTOR` times eager is.
+
+    For gradients it is `GRADIENT_FACTOR` times, as in the parity suite.
+    """
+    factor = FACTOR if len(truth) == 1 else GRADIENT_FACTOR
     # Not less than one ulp: PyTorch may have been exact by luck.
-    ulp = torch.finfo(getattr(torch, case.dtype)).eps * truth.abs().max().item()
+    scale = truth[0].abs().max().item() if len(truth) == 1 else 1.0
+    ulp = torch.finfo(getattr(torch, case.dtype)).eps * scale
     own = max(errors[eager], ulp)
     failed = [
         f"{name}: max error {error:.3g}, PyTorch's own {own:.3g}"
         for name, error in errors.items()
-        if name.startswith("fused") and not error <= FACTOR * own  # NaN fails
+        if name.startswith("fused") and not error <= factor * own  # NaN fails
     ]
     return f"parity failed, nothing was timed: {'; '.join(failed)}" if failed else None
 
@@ -190,10 +214,21 @@ def write(folder: Path, measured: list[Measured], settings: Settings) -> list[Pa
     return [folder / name for name in files]
 
 
-def _largest_error(got: Tensor, truth: Tensor) -> float:
-    if got.shape != truth.shape:
-        return math.inf
-    return (got.double() - truth).abs().max().item()
+def _largest_error(got: Any, truth: tuple[Tensor, ...]) -> float:
+    """The largest error of one output; of several, each as a part of its tensor's largest value."""
+    if not isinstance(got, tuple):
+        got = (got if isinstance(got, Tensor) else torch.from_numpy(got),)
+    errors = []
+    for g, t in zip(got, truth, strict=True):
+        if g.shape != t.shape:
+            return math.inf
+        error, size = (g.double() - t).abs().max().item(), t.abs().max().item()
+        if len(truth) == 1:
+            return error
+        # A gradient that vanishes identically (of a bias before batch statistics) has no digits.
+        if size > VANISHING * truth[0].abs().max().item() or math.isnan(error):
+            errors.append(error / size)
+    return max(errors)
 
 
 def _short(value: float) -> float:

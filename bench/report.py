@@ -83,8 +83,8 @@ def readme_table(documents: list[Document]) -> str:
     """The text between the markers of README.md."""
     lines = [
         "| 224x224 input, fp32, batch 8 | fused, ms | best baseline, ms | speed-up | over eager | "
-        "speed-up at batch 1 |",
-        "|---|---:|---:|---:|---:|---:|",
+        "speed-up at batch 1 | training step |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for model in MODELS:
         for stage in (1, 2, 3, 4):
@@ -93,11 +93,12 @@ def readme_table(documents: list[Document]) -> str:
             if eight is not None:
                 title += f" ({eight['channels']}, {eight['size']}x{eight['size']})"
             one = _find(documents, "mixer", model, stage, 1)
-            lines.append(_readme_row(title, eight, one))
+            step = _find(documents, "training", model, stage, 8)
+            lines.append(_readme_row(title, eight, one, step))
     for model in MODELS:
         pair = (_find(documents, "model", model, None, batch) for batch in (8, 1))
-        lines.append(_readme_row(f"whole rcvit_{model}", *pair))
-    lines.append("| any GPU | " + " | ".join([NOT_MEASURED] * 5) + " |")
+        lines.append(_readme_row(f"whole rcvit_{model}", *pair, None))
+    lines.append("| any GPU | " + " | ".join([NOT_MEASURED] * 6) + " |")
     lines += ["", *_caption(documents), "", "![Speed-up by stage](docs/bench.svg)"]
     return "\n".join(lines)
 
@@ -249,8 +250,8 @@ def _find(
     return None
 
 
-def _readme_row(title: str, eight: Case | None, one: Case | None) -> str:
-    at_eight, at_one = judge(eight), judge(one)
+def _readme_row(title: str, eight: Case | None, one: Case | None, step: Case | None) -> str:
+    at_eight = judge(eight)
     if isinstance(at_eight, Verdict):
         cells = [
             f"{at_eight.fused:.3g}",
@@ -260,7 +261,8 @@ def _readme_row(title: str, eight: Case | None, one: Case | None) -> str:
         ]
     else:
         cells = [at_eight] * 4
-    cells.append(f"{at_one.ratio:.2f}x" if isinstance(at_one, Verdict) else at_one)
+    for verdict in (judge(one), judge(step)):
+        cells.append(f"{verdict.ratio:.2f}x" if isinstance(verdict, Verdict) else verdict)
     return f"| {title} | {' | '.join(cells)} |"
 
 
@@ -269,7 +271,8 @@ def _caption(documents: list[Document]) -> list[str]:
         "Medians over rounds that call every candidate in turn, in one process; best baseline of "
     ]
     lines[0] += (
-        "eager, torch.compile (both with contiguous and channels-last memory) and ONNX Runtime."
+        "eager, torch.compile (both with contiguous and channels-last memory) and ONNX Runtime. "
+        "Training step: forward and backward with batch statistics at batch 8, without ONNX Runtime."
     )
     lines += [f"{facts}." for facts in _environments(documents)]
     shown = [c for d in documents for c in d["cases"] if c["model"] in MODELS]

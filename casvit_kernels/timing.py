@@ -32,11 +32,14 @@ from .module import FusedCATM
 from .swap import fuse
 
 Call = Callable[[], object]
+Forward = Callable[[Tensor], Any]
+Context = Callable[[], AbstractContextManager[object]]
 
 BF16 = " bf16"  # suffix of the names of what runs under bfloat16 autocast
 BASELINES = ("eager", "eager channels_last", "compile", "compile channels_last", "onnxruntime")
 MIXER_NAMES = (*BASELINES, "fused", "fused channels_last")
 MODEL_NAMES = (*MIXER_NAMES, "fused compile")
+TRAINING_NAMES = tuple(name for name in MIXER_NAMES if name != "onnxruntime")
 
 
 class Unavailable(RuntimeError):
@@ -219,6 +222,55 @@ def model_candidates(
     return _candidates("model", model, fused, x, x, include, MODEL_NAMES)
 
 
+def training_candidates(
+    mixer: nn.Module,
+    x: Tensor,
+    *,
+    backward: bool = True,
+    include: Iterable[str] = TRAINING_NAMES,
+    backend: str | None = None,
+) -> dict[str, Call]:
+    """Ways to train one mixer, for `interleave`; as `mixer_candidates`, but for:
+
+    Args:
+        mixer: its copies are put in training mode: every call uses and updates batch statistics.
+        backward: whether a call computes all gradients too. It then returns what `training_step`
+            does, else the output alone.
+        include: names out of `TRAINING_NAMES`.
+    """
+
+    def fused(plain: nn.Module) -> nn.Module:
+        return FusedCATM.from_mixer(plain, backend=backend)
+
+    def call(own: nn.Module, run: Forward, own_x: Tensor, autocast: Context) -> Call:
+        own.train()
+        own_x = own_x.detach().requires_grad_()
+        grad = output_gradient(own_x)
+
+        def step() -> object:
+            with torch.inference_mode(False), torch.enable_grad():
+                with autocast():
+                    out = run(own_x)
+                return training_step(own, own_x, out, grad) if backward else out
+
+        return step
+
+    return _candidates(
+        "mixer", mixer, fused, x, x.to(torch.bfloat16), include, TRAINING_NAMES, call
+    )
+
+
+def output_gradient(x: Tensor) -> Tensor:
+    """The gradient that every training candidate gets for an output like `x`."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator))
+
+
+def training_step(module: nn.Module, x: Tensor, out: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    """The output, then the gradients of `x` and of the module's parameters, in order."""
+    return (out, *torch.autograd.grad(out, [x, *module.parameters()], grad))
+
+
 def environment() -> dict[str, Any]:
     """What a measurement depends on, with the date; nothing that identifies the machine's owner."""
     library, _ = _native.load()
@@ -260,6 +312,7 @@ def _candidates(
     x_bf16: Tensor,
     include: Iterable[str],
     known: tuple[str, ...],
+    training: Callable[[nn.Module, Forward, Tensor, Context], Call] | None = None,
 ) -> dict[str, Call]:
     known += tuple(name + BF16 for name in known if name != "onnxruntime")
     names = list(include)
@@ -274,7 +327,7 @@ def _candidates(
     def build(name: str) -> Call:
         words = name.split()
         layout = torch.channels_last if "channels_last" in words else torch.contiguous_format
-        own = copy.deepcopy(module).eval()
+        own = copy.deepcopy(module).train(training is not None)
         if words[0] == "fused":
             own = fused(own)
         own = own.to(memory_format=layout)
@@ -287,6 +340,8 @@ def _candidates(
 
         with autocast():
             run = _compiled(own, own_x) if "compile" in words else own
+        if training is not None:
+            return training(own, run, own_x, autocast)
         if not is_bf16(name):
             return lambda: run(own_x)
 
@@ -296,7 +351,12 @@ def _candidates(
 
         return call
 
-    return {name: _Lazy(partial(build, name)) for name in names}
+    def build_outside(name: str) -> Call:
+        with torch.inference_mode(False), torch.enable_grad():  # inference tensors cannot train
+            return build(name)
+
+    chosen = build if training is None else build_outside
+    return {name: _Lazy(partial(chosen, name)) for name in names}
 
 
 def _compiled(module: nn.Module, x: Tensor) -> Callable[[Tensor], object]:

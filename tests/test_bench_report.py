@@ -134,13 +134,58 @@ def test_bf16_is_judged_against_autocast(tmp_path):
     assert "fused bf16" in measure.measure(case, mixer, x, calls, SETTINGS).refused
 
 
+TRAINING = dataclasses.replace(CASE, level="training")
+
+
+@pytest.mark.parametrize("level", ["training", "training-forward"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_is_compared_with_float64_before_it_is_timed(level, dtype):
+    mixer, x = AdditiveTokenMixer(5), torch.randn(8, 5, 6, 6)
+    suffix = timing.BF16 if dtype == "bfloat16" else ""
+    calls = timing.training_candidates(
+        mixer,
+        x,
+        backward=level == "training",
+        include=[name + suffix for name in FAST],
+        backend="reference",
+    )
+    case = dataclasses.replace(CASE, level=level, dtype=dtype)
+    measured = measure.measure(case, mixer, x, calls, SETTINGS)
+    assert measured.refused is None
+    assert list(measured.timings) == [name + suffix for name in FAST]
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, -1], ids=["out", "x", "first", "last"])
+def test_one_wrong_gradient_is_enough_to_refuse(which):
+    mixer, x = AdditiveTokenMixer(5), torch.randn(8, 5, 6, 6)
+    calls = timing.training_candidates(mixer, x, include=FAST, backend="reference")
+    right = calls["fused"]
+
+    def wrong():
+        tensors = list(right())
+        tensors[which] = tensors[which] * 1.001
+        return tuple(tensors)
+
+    measured = measure.measure(TRAINING, mixer, x, {**calls, "fused": wrong}, SETTINGS)
+    assert "parity failed" in measured.refused
+
+
+def test_the_training_column_shows_the_ratio_of_steps(checkout):
+    forward = _measured(eager=8.0, fused=2.0)
+    step = _measured(eager=9.0, compile=6.0, fused=2.0)
+    step.case = TRAINING
+    measure.write(checkout / "bench" / "results", [forward, step], SETTINGS)
+    assert _run(checkout) == 0
+    assert _row(checkout, "mixer, xs stage 1")[6] == "3.00x"
+
+
 def test_table_shows_the_medians_the_best_baseline_and_both_ratios(checkout, capsys):
     _publish(checkout, _measured(eager=8.0, compile=5.0, onnxruntime=4.0, fused=2.0))
     assert _run(checkout) == 0
     row = _row(checkout, "mixer, xs stage 1")
-    assert row[1:] == ["2", "4 (onnxruntime)", "**2.00x**", "4.00x", "not measured"]
-    assert _row(checkout, "mixer, t stage 1")[1:] == ["not measured"] * 5
-    assert _row(checkout, "any GPU")[1:] == ["not measured"] * 5
+    assert row[1:] == ["2", "4 (onnxruntime)", "**2.00x**", "4.00x", *["not measured"] * 2]
+    assert _row(checkout, "mixer, t stage 1")[1:] == ["not measured"] * 6
+    assert _row(checkout, "any GPU")[1:] == ["not measured"] * 6
     text = (checkout / "README.md").read_text()
     assert text.startswith("# Title\n")
     assert text.endswith("\nafter\n")
