@@ -26,13 +26,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 	$(BIN)/python bench/report.py --check
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
 gpu: setup
 	@$(BIN)/python -m casvit_kernels info
@@ -56,6 +56,6 @@ $(VENV)/.packages: pyproject.toml
 	touch $@
 
 # The native library; again when a source of it changes.
-$(VENV)/.native: $(VENV)/.packages setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+$(VENV)/.native: $(VENV)/.packages setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 	CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@

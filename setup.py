@@ -27,8 +27,10 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 SOURCES = [
     "csrc/register.cpp",
+    "csrc/register_training.cpp",
     "csrc/cpu/pack.cpp",
     "csrc/cpu/forward.cpp",
+    "csrc/cpu/training.cpp",
     "csrc/cpu/mixer_portable.cpp",
 ]
 CHOICE = "csrc/cpu/isa.cpp"  # compiled last: it is told which instruction sets there are
