@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -156,7 +157,7 @@ class Run:
         self.epoch = self.step_in_epoch = self.step = 0
         self.best = -1.0  # top-1 of the best evaluation, of the model or its average
         # Weights are equal everywhere; what is dropped out is not.
-        torch.manual_seed(options.seed + 1 + here.rank)
+        need("timm.utils", "train").random_seed(options.seed + 1, here.rank)
 
     def update(self, parts: Sequence[data.Batch]) -> Tensor:
         """One step on the batches of this process; their mean loss."""
@@ -447,6 +448,9 @@ def check(options: argparse.Namespace) -> None:
             including_emulation=False
         )
         options.amp = "none" if options.device == "cpu" else "bf16" if native else "fp16"
+    if options.workers is None:
+        together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        options.workers = max(1, min(4, (os.cpu_count() or 1) // together))
     if options.sizes is None:
         options.sizes = default_sizes(options.input_size)
     if options.warmup_epochs is None:
@@ -562,7 +566,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--hflip", type=number(0, 1), default=0.5, help="probability")
     add("--auto-augment", default="rand-m9-mstd0.5-inc1", help="timm's notation, or none")
-    add("--workers", type=whole, default=4, help="processes that load images, per process")
+    add("--workers", type=whole, help="processes that load images, per process; default up to 4")
 
     part = parser.add_argument_group("optimisation")
     add = part.add_argument

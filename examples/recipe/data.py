@@ -213,9 +213,9 @@ def _collate(items: list[Item]) -> Batch | Unreadable:
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C reaches every process of a terminal; the run ends its workers itself, after saving.
+    # They may be sent to every process; the run ends its workers itself, after saving.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
