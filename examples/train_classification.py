@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -413,8 +414,9 @@ def load(model: nn.Module, options: argparse.Namespace, heads_may_differ: bool) 
 
 
 def train_transform(options: argparse.Namespace, size: int) -> Any:
+    """Random crop, mirroring and RandAugment, to a normalised tensor."""
     none = options.auto_augment == "none"
-    return need("timm.data", "train").create_transform(
+    transform = need("timm.data", "train").create_transform(
         size,
         is_training=True,
         scale=tuple(options.crop_scale),
@@ -423,6 +425,16 @@ def train_transform(options: argparse.Namespace, size: int) -> Any:
         auto_augment=None if none else options.auto_augment,
         interpolation="bicubic",
     )
+    for part in transform.transforms:
+        for operation in getattr(part, "ops", ()):
+            if operation.name.startswith("Posterize"):
+                operation.level_fn = partial(at_least_one_bit, operation.level_fn)
+    return transform
+
+
+def at_least_one_bit(level: Callable[..., tuple[int]], *arguments: Any) -> tuple[int]:
+    """timm at its full strength asks for images of 0 bits, and newer Pillow refuses them."""
+    return (max(1, level(*arguments)[0]),)
 
 
 def val_loader(options: argparse.Namespace, here: Processes, val: data.Folder) -> Any:

@@ -126,6 +126,12 @@ def rows(path, without=("images_per_second",)):
         return [{k: v for k, v in row.items() if k not in without} for row in csv.DictReader(file)]
 
 
+def save_and_stop(self, logs, save=train_classification.Run.save):
+    """In place of `Run.save`: the run ends after each checkpoint."""
+    save(self, logs)
+    raise train_classification.Stopped
+
+
 def saved(output):
     return checkpoint.read(output / "last.pt")
 
@@ -140,7 +146,7 @@ def assert_same_run(one, other):
     # The file lengths differ by the digits of the speeds in the log.
     for content in first, second:
         del content["options"]["output"], content["options"]["resume"], content["logs"]
-        del content["options"]["workers"]
+        del content["options"]["workers"], content["options"]["save_every"]
     assert_equal(first, second)
     for name in "train.csv", "val.csv":
         assert rows(one / name) == rows(other / name)
@@ -233,6 +239,14 @@ def test_accumulated_batches_weigh_as_one(few):
     # Halves add up exactly.
     for one, two in zip(*parameters, strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("strength", ["rand-m9-mstd0.5-inc1", "rand-m10-inc1"])
+def test_augmentation_of_the_recipe(strength, few, tmp_path):
+    # The second always asks for what the first asks for now and then: the strongest of all.
+    arguments = [*SHORT, "--hflip", 0.5, "--crop-scale", 0.08, 1, "--auto-augment", strength]
+    train(few, tmp_path, *arguments)
+    assert len(rows(tmp_path / "train.csv")) == 20
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -351,6 +365,17 @@ def test_killed_ten_times_ends_as_if_uninterrupted(few, tmp_path):
     last = start(*arguments)
     assert last.wait() == 0, last.stderr.read()
     assert_same_run(tmp_path / "whole", output)
+
+
+def test_stopped_after_every_step_ends_as_if_uninterrupted(few, done, tmp_path):
+    arguments = [few, "--output", tmp_path, *SHORT, "--save-every", 1, "--resume", "auto"]
+    starts = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_classification.Run, "save", save_and_stop)
+        while run(*arguments)[0] == 130:
+            starts += 1
+    assert starts == 22  # 20 steps, and the ends of two epochs
+    assert_same_run(done, tmp_path)
 
 
 def size(path):
@@ -523,12 +548,8 @@ def test_full_disk_keeps_what_was_saved(full, few, tmp_path):
     arguments += ["--epochs", 1, "--warmup-epochs", 0.1]
     limit = 20_000 if full == "last.pt" else 100
 
-    def stop_early(self, logs, save=train_classification.Run.save):
-        save(self, logs)
-        raise train_classification.Stopped
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_classification.Run, "save", stop_early)
+        patch.setattr(train_classification.Run, "save", save_and_stop)
         assert run(*arguments)[0] == 130
     before = (tmp_path / "last.pt").read_bytes()
     process = start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,23 @@ class Csv:
         try:
             self._file = path.open("ab", buffering=0)
             self._file.truncate(min(length or 0, self._file.tell()))
+            self._file.seek(0, os.SEEK_END)
         except OSError as error:
             raise Problem(f"{path}: cannot be written: {error.strerror}") from error
-        if self.length() == 0:
+        if self._file.tell() == 0:
             self._append(columns)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append the columns' values; numbers so that they read back exactly."""
         self._append(["" if row[name] is None else row[name] for name in self._columns])
 
-    def length(self) -> int:
-        return self._file.seek(0, 2)
+    def sync(self) -> int:
+        """Wait until all is on the disk; its bytes."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise Problem(f"{self._path}: cannot be written: {error.strerror}") from error
+        return self._file.tell()
 
     def close(self) -> None:
         self._file.close()
@@ -87,8 +94,8 @@ class Logs:
                     self._board.add_scalar(f"{name}/{key}", value, row["step"])
 
     def lengths(self) -> dict[str, int]:
-        """Bytes of each CSV file now."""
-        return {name: file.length() for name, file in self._files.items()}
+        """Bytes of each CSV file, all of them on the disk."""
+        return {name: file.sync() for name, file in self._files.items()}
 
     def close(self) -> None:
         for file in self._files.values():
