@@ -416,15 +416,22 @@ def load(model: nn.Module, options: argparse.Namespace, heads_may_differ: bool) 
 def train_transform(options: argparse.Namespace, size: int) -> Any:
     """Random crop, mirroring and RandAugment, to a normalised tensor."""
     none = options.auto_augment == "none"
-    transform = need("timm.data", "train").create_transform(
-        size,
-        is_training=True,
-        scale=tuple(options.crop_scale),
-        hflip=options.hflip,
-        color_jitter=None,
-        auto_augment=None if none else options.auto_augment,
-        interpolation="bicubic",
-    )
+    create = need("timm.data", "train").create_transform
+    try:
+        transform = create(
+            size,
+            is_training=True,
+            scale=tuple(options.crop_scale),
+            hflip=options.hflip,
+            color_jitter=None,
+            auto_augment=None if none else options.auto_augment,
+            interpolation="bicubic",
+        )
+    except (AssertionError, KeyError, ValueError) as error:  # what timm's parser raises
+        raise Problem(
+            "--auto-augment: expected timm's notation, such as rand-m9-mstd0.5-inc1, or none; "
+            f"got {options.auto_augment!r}"
+        ) from error
     for part in transform.transforms:
         for operation in getattr(part, "ops", ()):
             if operation.name.startswith("Posterize"):

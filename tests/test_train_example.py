@@ -408,6 +408,24 @@ def test_finished_run_has_nothing_left_to_do(few, done):
     assert contents(done) == before
 
 
+def test_worker_processes_do_not_change_the_run(few, done, tmp_path):
+    train(few, tmp_path, *SHORT, "--workers", 2)
+    assert_same_run(done, tmp_path)
+
+
+def test_best_weights_outlive_an_interruption(few, tmp_path, monkeypatch):
+    arguments = [few, "--output", tmp_path, *SHORT, "--resume", "auto"]
+    monkeypatch.setattr(train_classification, "evaluate", lambda *_: (90.0, 99.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_classification.Run, "save", save_and_stop)
+        assert run(*arguments)[0] == 130  # after the first epoch
+    best = (tmp_path / "best.pt").read_bytes()
+    monkeypatch.setattr(train_classification, "evaluate", lambda *_: (80.0, 99.0))
+    assert run(*arguments)[0] == 0
+    assert (tmp_path / "best.pt").read_bytes() == best
+    assert checkpoint.read(tmp_path / "best.pt")["top1"] == saved(tmp_path)["best"] == 90
+
+
 # What is wrong, in words
 
 
@@ -573,6 +591,7 @@ def test_full_disk_keeps_what_was_saved(full, few, tmp_path):
         (["--eval-only"], "--eval-only: expected the weights as --finetune FILE"),
         (["--use-ema"], "--use-ema: expected --finetune FILE"),
         (["--finetune", "missing.pt"], "--finetune: "),
+        (["--auto-augment", "much"], "--auto-augment: expected timm's notation"),
         (["--lr", "1e30", "--warmup-lr", "1e30"], "expected a finite loss, got nan"),
     ],
 )
