@@ -198,9 +198,10 @@ def test_losses_of_fused_and_reference_agree_within_rounding(tmp_path):
         )
         losses.append([float(row["loss"]) for row in rows(tmp_path / mixer / "train.csv")][:50])
     assert len(losses[0]) == len(losses[1]) == 50
-    # The reference alone, in another memory layout and so with other rounding, moved by up to 2.5e-5
-    # in these steps: training amplifies the last bits of a float32 that much.
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    # Training amplifies the last bits of a float32. The reference alone, in another memory layout and
+    # so with other rounding, moved by 5e-7 in these steps (2.5e-5 at another learning rate); a mixer
+    # that is wrong by one percent moves them by 5e-5.
+    assert losses[0] == pytest.approx(losses[1], rel=3e-5)
     assert losses[1][-1] < 0.9 * losses[1][0]
 
 
