@@ -1,8 +1,6 @@
 #include "forward.h"
 
-#include <cstdlib>
-#include <cstring>
-#include <new>
+#include "scratch.h"
 
 #if !defined(_WIN32)
 #include <pthread.h>
@@ -11,61 +9,14 @@
 namespace casvit {
 namespace {
 
-// A thread pool does not survive fork(): the child computes on its one thread.
-bool in_forked_child = false;
+bool forked = false;
 #if !defined(_WIN32)
-const int registered = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
-// Memory kept between calls, one set for each thread.
-class Buffer {
- public:
-  ~Buffer() { std::free(data_); }
-  void* get(int64_t bytes) {
-    if (bytes > capacity_) {
-      std::free(data_);
-      capacity_ = 0;
-      const size_t rounded = static_cast<size_t>((bytes + 4095) / 4096 * 4096);
-      data_ = std::aligned_alloc(4096, rounded);
-      if (!data_) throw std::bad_alloc();
-      capacity_ = static_cast<int64_t>(rounded);
-      std::memset(&shape_, 0, sizeof shape_);
-    }
-    return data_;
-  }
-  // Planes for `images` images whose borders are zero. Kernels write interiors only, so the borders
-  // of an earlier call of the same shape still are.
-  float* planes(const Geometry& g, int64_t images, int64_t image_floats) {
-    float* p = static_cast<float*>(get(images * image_floats * 4));
-    const Shape shape{g.C, g.H, g.W, g.lanes};
-    if (std::memcmp(&shape, &shape_, sizeof shape) != 0 || images > zeroed_) {
-      std::memset(p, 0, static_cast<size_t>(images * image_floats * 4));
-      shape_ = shape;
-      zeroed_ = images;
-    }
-    return p;
-  }
-  void release_if_over(int64_t bytes) {
-    if (capacity_ <= bytes) return;
-    std::free(data_);
-    data_ = nullptr;
-    capacity_ = 0;
-    std::memset(&shape_, 0, sizeof shape_);
-  }
-
- private:
-  struct Shape {
-    int64_t C, H, W, lanes;
-  };
-  void* data_ = nullptr;
-  int64_t capacity_ = 0;
-  Shape shape_{};
-  int64_t zeroed_ = 0;
-};
+// Kept between calls, one set for each thread.
 thread_local Buffer planes_buffer, small_buffer, temp_buffer, packing_buffer;
 constexpr int64_t KEEP_BYTES = int64_t{256} << 20;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The arrays of one group of images besides the planes: gates and pooled sums.
 struct Group {
@@ -172,17 +123,6 @@ struct Group {
   }
 };
 
-template <class F>
-void run(const Pool& pool, int64_t count, const F& f) {
-  if (pool.threads == 1 || count == 1) {
-    for (int64_t i = 0; i < count; ++i) f(i);
-    return;
-  }
-  pool.run(
-      count, [](void* context, int64_t i) { (*static_cast<const F*>(context))(i); },
-      const_cast<F*>(&f));
-}
-
 // Few images: every phase is spread over the threads.
 void by_phases(const Group& group, const Pool& pool) {
   const Geometry& g = group.g;
@@ -228,13 +168,15 @@ void by_phases(const Group& group, const Pool& pool) {
 
 }  // namespace
 
+bool in_forked_child() { return forked; }
+
 void* scratch_for_packing(int64_t bytes) { return packing_buffer.get(bytes); }
 
 void forward(const Kernels& k, const Geometry& g, const WeightsView& w, Product kind,
              const Input& x, const Output& out, int64_t batch, const Pool& given) {
   Pool pool = given;
   const int64_t work = batch * g.pixels() * g.C * (3 * g.C + 60);
-  if (in_forked_child || work < 100000) pool.threads = 1;
+  if (in_forked_child() || work < 100000) pool.threads = 1;
   const int64_t each = batch / pool.threads;  // images a thread computes alone
   if (each > 0) {
     run(pool, pool.threads, [&](int64_t thread) {

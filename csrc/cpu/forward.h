@@ -2,14 +2,9 @@
 #pragma once
 
 #include "mixer.h"
+#include "pool.h"
 
 namespace casvit {
-
-// Runs tasks [0, count) on the caller's thread pool, each once.
-struct Pool {
-  int64_t threads;
-  void (*run)(int64_t count, void (*task)(void* context, int64_t index), void* context);
-};
 
 void forward(const Kernels&, const Geometry&, const WeightsView&, Product, const Input&,
              const Output&, int64_t batch, const Pool&);

@@ -1,0 +1,58 @@
+// Memory kept between calls.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "mixer.h"
+
+namespace casvit {
+
+// Meant to be thread_local: one set for each thread.
+class Buffer {
+ public:
+  ~Buffer() { std::free(data_); }
+  void* get(int64_t bytes) {
+    if (bytes > capacity_) {
+      std::free(data_);
+      capacity_ = 0;
+      const size_t rounded = static_cast<size_t>((bytes + 4095) / 4096 * 4096);
+      data_ = std::aligned_alloc(4096, rounded);
+      if (!data_) throw std::bad_alloc();
+      capacity_ = static_cast<int64_t>(rounded);
+      std::memset(&shape_, 0, sizeof shape_);
+    }
+    return data_;
+  }
+  // Planes for `images` images whose borders are zero. Kernels write interiors only, so the borders
+  // of an earlier call of the same shape still are.
+  float* planes(const Geometry& g, int64_t images, int64_t image_floats) {
+    float* p = static_cast<float*>(get(images * image_floats * 4));
+    const Shape shape{g.C, g.H, g.W, g.lanes};
+    if (std::memcmp(&shape, &shape_, sizeof shape) != 0 || images > zeroed_) {
+      std::memset(p, 0, static_cast<size_t>(images * image_floats * 4));
+      shape_ = shape;
+      zeroed_ = images;
+    }
+    return p;
+  }
+  void release_if_over(int64_t bytes) {
+    if (capacity_ <= bytes) return;
+    std::free(data_);
+    data_ = nullptr;
+    capacity_ = 0;
+    std::memset(&shape_, 0, sizeof shape_);
+  }
+
+ private:
+  struct Shape {
+    int64_t C, H, W, lanes;
+  };
+  void* data_ = nullptr;
+  int64_t capacity_ = 0;
+  Shape shape_{};
+  int64_t zeroed_ = 0;
+};
+
+}  // namespace casvit
