@@ -122,7 +122,7 @@ def train(
         for i, gate in enumerate((w.q, w.k)):
             mean, var = gate.norm_mean, gate.norm_var
             if batch[i] and mean is not None and var is not None:
-                update_running((mean, var), saved.statistics[i], saved.count, momentum[i])
+                update_running((mean, var), saved.statistics[i], saved.number, momentum[i])
     return out
 
 

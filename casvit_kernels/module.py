@@ -208,4 +208,5 @@ def _group_of(norm: Any) -> str:
 
     if not (dist.is_available() and dist.is_initialized()):
         return ""
-    return group_name(norm.process_group or dist.group.WORLD)
+    world: Any = dist.group.WORLD
+    return group_name(norm.process_group or world)

@@ -44,17 +44,17 @@ _library.define(
 )
 _library.define(f"pack({_WEIGHTS}, ScalarType dtype) -> Tensor")
 # batch: whether the gate's BatchNorm uses batch statistics. group: the name of the process group
-# that these are reduced over, "" for none. count: the number of values behind each of them.
+# that these are reduced over, "" for none. number: of the values behind each of them.
 _TRAINING = (
     f"{_weights('?')}, bool batch_q, bool batch_k, ScalarType? dtype, str backend, str group"
 )
 _library.define(
     f"mix_training(Tensor x, {_TRAINING}) -> (Tensor out, "
-    "Tensor statistics, Tensor count, Tensor spatial, Tensor pooled, Tensor channel)"
+    "Tensor statistics, Tensor number, Tensor spatial, Tensor pooled, Tensor channel)"
 )
 # needed: of x and each weight. Returns the gradients of those alone, in that order.
 _library.define(
-    f"mix_backward(Tensor grad, Tensor x, {_TRAINING}, Tensor statistics, Tensor count, "
+    f"mix_backward(Tensor grad, Tensor x, {_TRAINING}, Tensor statistics, Tensor number, "
     "Tensor spatial, Tensor pooled, Tensor channel, bool[] needed) -> Tensor[]"
 )
 # The phases on the CPU, called by backends/cpu.py alone. qkv, grad_sum and grad_qkv are in layouts
@@ -93,7 +93,7 @@ class Saved(NamedTuple):
     """What the backward needs beside x and the weights."""
 
     statistics: Tensor  # (2, 2, C) float32: of q and k, the mean and biased variance that were used
-    count: Tensor  # () float64: how many values of each channel batch statistics are taken over
+    number: Tensor  # () float64: how many values of each channel batch statistics are taken over
     spatial: Tensor  # (B, 2, H, W) float32, gates
     pooled: Tensor  # (2, B, C) float32
     channel: Tensor  # (2, B, C) float32, gates
@@ -252,7 +252,8 @@ torch.library.register_autograd(
 def _setup_project_and_mix(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[: 1 + _N])
     # The CPU's is the only backend behind this operator.
-    ctx.settings = Settings(*inputs[1 + _N : 3 + _N], False, False, output.dtype, "cpu", "")
+    eps_q, eps_k = inputs[1 + _N : 3 + _N]
+    ctx.settings = Settings(eps_q, eps_k, False, False, output.dtype, "cpu", "")
 
 
 def _project_and_mix_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -34,14 +34,14 @@ def forward(x: Tensor, w: MixerWeights, s: Settings) -> tuple[Tensor, Saved]:
             )
     dtype = s.dtype or x.dtype
     images, channels, height, width = x.shape
-    count = torch.full((), images * height * width, dtype=torch.float64, device=x.device)
+    number = torch.full((), images * height * width, dtype=torch.float64, device=x.device)
     statistics = torch.zeros((2, 2, channels), dtype=torch.float32, device=x.device)
     if images:
         qkv = phases.project(x, w, dtype)
         if True in batch:
             statistics = phases.statistics(x, qkv, w)
     if True in batch and s.group:
-        statistics, count = _merge(statistics, count, s.group)
+        statistics, number = _merge(statistics, number, s.group)
     for used, gate, own in zip(statistics, gates, batch, strict=True):
         if not own:
             torch.stack([gate.norm_mean, gate.norm_var], out=used)  # type: ignore[list-item]
@@ -50,7 +50,7 @@ def forward(x: Tensor, w: MixerWeights, s: Settings) -> tuple[Tensor, Saved]:
     else:
         out = ops.empty_output(x, dtype)
         saved = [statistics.new_empty(n) for n in ((0, 2, height, width), *[(2, 0, channels)] * 2)]
-    return out, Saved(statistics, count, *saved)
+    return out, Saved(statistics, number, *saved)
 
 
 def backward(
@@ -59,7 +59,7 @@ def backward(
     """The gradients of x and of each weight that are needed, those alone; see `ops.mix_backward`."""
     need: MixerWeights = ops.unflatten(needed[1:])
     gates = (need.q, need.k)
-    project = (needed[0], bool(need.qkv_weight), need.qkv_bias is True)
+    project = (needed[0], bool(need.qkv_weight), bool(need.qkv_bias))
     depthwise = any(project) or any(g.depthwise_weight or g.depthwise_bias for g in gates)
     gate = depthwise or any(g.spatial_weight or g.norm_weight or g.norm_bias for g in gates)
     reduced = depthwise and s.group != "" and (s.batch_q or s.batch_k)
@@ -69,7 +69,7 @@ def backward(
         return [g.zero_() for g in ops.empty_gradients(x, ops.flatten(w), needed)]
 
     phases, eps = _phases(s.backend), (s.eps_q, s.eps_k)
-    statistics, count, spatial, pooled, channel = saved
+    statistics, number, spatial, pooled, channel = saved
     grad = grad.contiguous(memory_format=ops.output_memory_format(x))
     qkv = phases.project(x, w, s.dtype or x.dtype)
     combined = phases.backward_combine(grad, x, qkv, w, spatial, channel)
@@ -96,7 +96,7 @@ def backward(
             channel,
             shift,
             gated.logit,
-            _coefficients(w, statistics, s, sums, count),
+            _coefficients(w, statistics, s, sums, number),
             combined.grad_sum,
             combined.grad_qkv,
         )
@@ -104,7 +104,7 @@ def backward(
         phases.project_backward(combined.grad_qkv, x, w, project) if any(project) else (None,) * 3
     )
     # Copies: no two outputs of an operator may share memory.
-    copied = {name: torch.unbind_copy(pair) for name, pair in pairs.items()}
+    copied = {name: [t.clone() for t in pair] for name, pair in pairs.items()}
     q, k = (
         GateWeights(*(copied[f][i] if f in copied else None for f in GateWeights._fields))  # type: ignore[arg-type]
         for i in range(2)
@@ -118,18 +118,18 @@ def backward(
 
 
 def update_running(
-    running: tuple[Tensor, Tensor], batch: Tensor, count: Tensor, momentum: float | Tensor
+    running: tuple[Tensor, Tensor], batch: Tensor, number: Tensor, momentum: float | Tensor
 ) -> None:
     """Move the running mean and variance towards those of a batch, in place, as nn.BatchNorm does.
 
     Args:
         running: mean and variance, ``(C,)``.
         batch: mean and biased variance, ``(2, C)``; the variance is made unbiased here.
-        count: how many values of each channel they are taken over, ``()``.
+        number: how many values of each channel they are taken over, ``()``.
         momentum: weight of the batch; 1 / n for an average over n batches.
     """
     mean, var = batch
-    for old, new in zip(running, (mean, var * (count / (count - 1))), strict=True):
+    for old, new in zip(running, (mean, var * (number / (number - 1))), strict=True):
         if old.dtype is torch.float32:
             old.lerp_(new, momentum)
         else:
@@ -144,7 +144,7 @@ def _phases(backend: str) -> Phases:
 
 
 def _coefficients(
-    w: MixerWeights, statistics: Tensor, s: Settings, sums: Tensor, count: Tensor
+    w: MixerWeights, statistics: Tensor, s: Settings, sums: Tensor, number: Tensor
 ) -> Tensor:
     """(2, 3, C): the gradient at d is c0 gn + c1 + c2 n^."""
     rows = []
@@ -152,7 +152,7 @@ def _coefficients(
         scale = (statistics[i, 1] + eps).rsqrt()
         if gate.norm_weight is not None:
             scale = scale * gate.norm_weight
-        rest = sums[i] * (-scale / count) if batch else torch.zeros_like(sums[i])
+        rest = sums[i] * (-scale / number) if batch else torch.zeros_like(sums[i])
         rows.append(torch.cat([scale[None], rest]))
     return torch.stack(rows)
 
@@ -160,10 +160,10 @@ def _coefficients(
 # Between processes, as torch.nn.SyncBatchNorm.
 
 
-def _merge(statistics: Tensor, count: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over all processes, each with a count of its own, and their count."""
+def _merge(statistics: Tensor, number: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over all processes, each with a number of its own, and their number."""
     mean, var = statistics.double().unbind(1)
-    own = torch.stack([count.expand_as(mean), mean, var])
+    own = torch.stack([number.expand_as(mean), mean, var])
     every = [torch.empty_like(own) for _ in range(_distributed().get_world_size(_group(group)))]
     _distributed().all_gather(every, own, _group(group))
     counts, means, variances = torch.stack(every, 1)  # each (processes, 2, C)
@@ -184,9 +184,7 @@ def _distributed() -> Any:
 
 
 def _group(name: str) -> Any:
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
-    return _resolve_process_group(name)  # type: ignore[arg-type]
+    return _distributed().distributed_c10d._resolve_process_group(name)
 
 
 # The two operators, for tensors of any device: to a compiler they are opaque.

@@ -40,10 +40,12 @@ class CpuPhases:
     """
 
     def project(self, x: Tensor, w: MixerWeights, dtype: torch.dtype) -> Tensor:
-        return _cpu.cpu_project(x, w.qkv_weight, w.qkv_bias, dtype)
+        qkv: Tensor = _cpu.cpu_project(x, w.qkv_weight, w.qkv_bias, dtype)
+        return qkv
 
     def statistics(self, x: Tensor, qkv: Tensor, w: MixerWeights) -> Tensor:
-        return _cpu.cpu_statistics(qkv, x.shape, *_arguments(w))
+        statistics: Tensor = _cpu.cpu_statistics(qkv, x.shape, *_arguments(w))
+        return statistics
 
     def mix(
         self,
