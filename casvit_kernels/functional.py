@@ -56,10 +56,10 @@ def catm(
     Returns:
         ``(B, C, H, W)`` of the dtype of ``x`` (or of autocast), channels last if ``x`` has its channels
         innermost, else contiguous (where the reference formulas serve: as the convolutions of PyTorch
-        lay it out). Differentiable with respect to ``x`` and all weights, any number of times; second
-        derivatives differentiate the reference formulas, and with a process group they raise
-        NotImplementedError. For the backward ``x`` and the weights are kept, and nothing else of the
-        size of ``x``.
+        lay it out). Differentiable with respect to ``x`` and all weights. Second derivatives
+        differentiate the reference formulas; higher ones exist where PyTorch has them (not of batch
+        statistics), and with a process group they raise NotImplementedError. For the backward ``x``
+        and the weights are kept, and nothing else of the size of ``x``.
 
     Raises:
         TypeError: ``x`` is no floating tensor, or its dtype and that of the weights differ (under
