@@ -72,6 +72,10 @@ def catm(
     chosen, dtype = check(x, weights, backend)
     batch = _pair(training)
     momenta = _pair(momentum)
+    norms = [
+        reference.batch_norm(gate, e, m) if own else reference.running_norm(gate, e)
+        for gate, e, m, own in zip((weights.q, weights.k), eps, momenta, batch, strict=True)
+    ]
     if trains(chosen, batch):
         assert chosen is not None
         group = "" if process_group is None else group_name(process_group)
@@ -83,10 +87,6 @@ def catm(
             "process_group: expected None where the reference formulas serve, "
             f"which know one process only, got {process_group}"
         )
-    norms = (
-        reference.batch_norm(gate, e, m) if own else reference.running_norm(gate, e)
-        for gate, e, m, own in zip(weights[2:4], eps, momenta, batch, strict=True)
-    )
     return reference.catm(x, weights, *norms)
 
 

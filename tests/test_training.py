@@ -2,9 +2,12 @@
 
 import contextlib
 import copy
+import importlib.util
 import itertools
+import json
 import pickle
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,11 @@ from torch.func import functional_call
 from casvit_kernels import FusedCATM, catm, ops, reference
 from casvit_kernels.backends import get
 from casvit_kernels.reference import GateWeights, MixerWeights
+
+_PATH = Path(__file__).parents[1] / "bench" / "saved_bytes.py"
+_SPEC = importlib.util.spec_from_file_location("bench_saved_bytes", _PATH)
+saved_bytes = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(saved_bytes)
 
 BOTH = list(itertools.product((False, True), repeat=2))
 EPS = (1e-5, 1e-4)
@@ -190,28 +198,11 @@ def test_the_function_without_running_statistics(x):
     out = catm(x, w, training=(True, False), backend="cpu")
     expected = catm(x, w, training=(True, False), backend="reference")
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r"q: expected running statistics .* got None"):
+    with pytest.raises(ValueError, match=r"expected running statistics .* got None"):
         catm(x, w, training=(False, True), backend="cpu")
 
 
 # What is kept for the backward, what is computed in it
-
-
-def kept(module, x):
-    """Bytes of what autograd keeps in one call beside parameters and buffers, and its tensors."""
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    found = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = module(x)
-    assert out.requires_grad
-    return found
 
 
 @pytest.mark.parametrize("batch", BOTH, ids=str)
@@ -219,10 +210,23 @@ def test_only_the_input_and_vectors_are_kept(mixer, batch):
     for norm, training in zip(norms(mixer), batch, strict=True):
         norm.train(training)
     x = torch.randn(2, 5, 40, 41)
-    found = kept(mixer, x)
+    found = saved_bytes.kept(mixer, x)
     assert found.pop(x.data_ptr()) == x.nbytes
     maps = 2 * 4 * 2 * 40 * 41  # the spatial gates
     assert sum(found.values()) <= maps + 4 * (4 * 5 + 4 * 2 * 5) + 8
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+@pytest.mark.parametrize("model", saved_bytes.MODELS)
+def test_at_most_a_fifth_of_eager_is_kept(model, stage):
+    row = saved_bytes.measure(model, stage)
+    assert row["fused_bytes"] <= row["eager_bytes"] / 5
+    (committed,) = (
+        r
+        for r in json.loads(saved_bytes.RESULTS.read_text())["rows"]
+        if (r["model"], r["stage"]) == (model, stage)
+    )
+    assert committed["fused_bytes"] == row["fused_bytes"]
 
 
 class Counted:
