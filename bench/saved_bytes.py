@@ -1,6 +1,6 @@
 """What the mixer keeps for the backward, in bytes: plain PyTorch against the fused CPU backend.
 
-    python bench/saved_bytes.py    measures every stage of xs and t, writes bench/results/saved_bytes.json
+    python bench/saved_bytes.py    every stage of xs and t, into bench/results/saved_bytes.json
 
 Counted by saved-tensor hooks: every storage once, the input with it, parameters and buffers without.
 """
