@@ -25,9 +25,11 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 SOURCES = {
     "csrc/register.cpp": [],
+    "csrc/register_training.cpp": [],
     "csrc/cpu/isa.cpp": [],
     "csrc/cpu/pack.cpp": [],
     "csrc/cpu/forward.cpp": [],
+    "csrc/cpu/training.cpp": [],
     "csrc/cpu/mixer_portable.cpp": [],
 }
 X86_SOURCES = {

@@ -62,6 +62,45 @@ struct WeightsView {
   const float *dwc, *dwc_bias, *proj, *proj_bias;
 };
 
+// What the training kernels read of one gate.
+struct TrainingGate {
+  const float* depthwise;        // [blocks][9][lanes], as it is
+  const float* depthwise_bias;   // [padded], as it is
+  const float* normalized;       // times rstd: the convolution then yields n^
+  const float* normalized_bias;  // [padded], (bias - mean) * rstd
+  const float *gamma, *beta;     // [padded]
+  const float* spatial;          // [padded]
+};
+
+// The arrays of one call of a backward phase. Gradients at q, k, v are rows of pixels, as the
+// product's own gradients (matrix products) want them; padded lanes are zero wherever blocks are.
+struct BackwardCombine {
+  const Input* grad;
+  const float* planes;   // [images][q, k, v][blocks] planes
+  const float* spatial;  // [images][2][pixels]
+  const float* channel;  // [2][images][padded]
+  int64_t images;
+  float* grad_qkv;  // [images][pixels][3 C]
+  float* grad_sum;  // [images][blocks][pixels][lanes]
+  float* pixel;     // [images][blocks][2][pixels], of one block's channels each
+};
+struct BackwardDepthwise {
+  const float* planes;
+  const float* spatial;
+  const float* channel;
+  const float* shift;         // [2][images][padded]
+  const float* logit;         // [images][2][pixels]
+  const float* coefficients;  // [2][3][padded]
+  const float* grad_sum;
+  int64_t images;
+  float* grad_qkv;
+};
+// Sums over a band that the phases return, [..][lanes] doubles.
+enum CombineSums { DWC = 0, PROJ = 9, DWC_BIAS = 18, PROJ_BIAS, CHANNEL_SUM, COMBINE_SUMS = 22 };
+enum DepthwiseSums { DEPTHWISE = 0, DEPTHWISE_BIAS = 9, DEPTHWISE_SUMS };
+// [..][padded] floats of a strip
+enum GateSums { SPATIAL_WEIGHT, GRAD_N, GRAD_N_HAT, GATE_SUMS };
+
 // A run of pixels of one group of images, for the product.
 struct PixelRun {
   const Input* x;
@@ -94,6 +133,22 @@ struct Kernels {
   void (*combine)(const Geometry&, const WeightsView&, const float* planes, const float* s,
                   const float* const gate[2], int64_t block, int64_t y_begin, int64_t y_end,
                   const Output&, int64_t image, float* temp);
+
+  // Training. All but backward_gate work on rows [y_begin, y_end) of one channel block of one
+  // image. Mean and sum of squared deviations of the convolution without its bias: [2][lanes]
+  // doubles.
+  void (*moments)(const Geometry&, const float* taps, const float* plane, int64_t y_begin,
+                  int64_t y_end, double* moments);
+  void (*backward_combine)(const Geometry&, const WeightsView&, const BackwardCombine&,
+                           int64_t image, int64_t block, int64_t y_begin, int64_t y_end,
+                           double* sums, float* temp);
+  // One strip of one gate. z: q or k planes; s, pixel, logit: [pixels]; shift: [padded].
+  void (*backward_gate)(const Geometry&, const TrainingGate&, const float* z, const float* s,
+                        const float* pixel, const float* shift, int64_t strip, float* logit,
+                        float* sums, float* temp);
+  void (*backward_depthwise)(const Geometry&, const TrainingGate&, const BackwardDepthwise&,
+                             int64_t which, int64_t image, int64_t block, int64_t y_begin,
+                             int64_t y_end, double* sums, float* temp);
 };
 
 // Strips: the unit of work of the spatial gates, fixed by the shape alone so that results do not
@@ -125,6 +180,32 @@ inline int64_t combine_rows(const Geometry& g) { return g.W >= 64 ? 1 : 64 / g.W
 inline int64_t combine_temp_floats(const Geometry& g) {
   return 6 * g.row + (combine_rows(g) * g.W + g.lanes) * g.lanes;
 }
+
+// Bands of rows: the unit of work of the training kernels, fixed by the problem alone for the same
+// reason as strips. Small enough for the second-level cache, and enough of them for many threads.
+struct Bands {
+  int64_t rows, count;
+};
+inline Bands make_bands(const Geometry& g, int64_t images) {
+  const int64_t fit = 65536 / g.row, share = g.H * images * g.blocks / 16;
+  Bands b{fit < share ? fit : share, 0};
+  if (b.rows < 8) b.rows = 8;  // the rows around a band are computed twice
+  if (b.rows > g.H) b.rows = g.H;
+  b.count = (g.H + b.rows - 1) / b.rows;
+  b.rows = (g.H + b.count - 1) / b.count;
+  b.count = (g.H + b.rows - 1) / b.rows;
+  return b;
+}
+// Pixels whose channels are multiplied out and wait to be summed across the lanes.
+constexpr int64_t SUMMED_PIXELS = 32;
+inline int64_t backward_combine_temp_floats(const Geometry& g, const Bands& b) {
+  return (b.rows + 4 + 6) * g.row + 2 * (SUMMED_PIXELS + g.W + g.lanes) * g.lanes;
+}
+inline int64_t backward_gate_temp_floats(const Geometry& g) {
+  const Strips s = make_strips(g);
+  return (s.rows * s.columns + g.lanes) * (g.lanes + 3);
+}
+inline int64_t backward_depthwise_temp_floats(const Geometry& g) { return 3 * g.row; }
 
 const Kernels& portable_kernels();
 #if defined(CASVIT_HAVE_X86)

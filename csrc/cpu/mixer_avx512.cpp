@@ -1,7 +1,9 @@
 // The kernels compiled for one instruction set; the flags are set in setup.py.
 #define CASVIT_ISA avx512
+#include "backward.h"
 #include "mixing.h"
 #include "product.h"
+#include "statistics.h"
 
 namespace casvit {
 
@@ -15,7 +17,11 @@ const Kernels& avx512_kernels() {
                                   product,
                                   spatial_gate,
                                   channel_gate,
-                                  combine};
+                                  combine,
+                                  moments,
+                                  backward_combine,
+                                  backward_gate,
+                                  backward_depthwise};
   return kernels;
 }
 

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "scratch.h"
+
 namespace casvit {
 namespace {
 
@@ -35,32 +37,81 @@ float at(const Source& s, int64_t i, int64_t j = 0, int64_t y = 0, int64_t x = 0
   return value(s, i * s.stride[0] + j * s.stride[1] + y * s.stride[2] + x * s.stride[3]);
 }
 
-// Where each array begins, in bytes from the start.
-struct Layout {
-  int64_t product, qkv_bias, gate[2][4], dwc, dwc_bias, proj, proj_bias, end;
-  Layout(const Kernels& k, int64_t C, Product kind) {
-    const int64_t blocks = (C + k.lanes - 1) / k.lanes, padded = blocks * k.lanes;
-    int64_t next = HEADER_BYTES;
-    auto take = [&](int64_t bytes) {
-      const int64_t begin = next;
-      next = aligned(next + bytes);
-      return begin;
-    };
-    product = take(k.product_weight_bytes(C, blocks, kind));
-    qkv_bias = take(3 * padded * 4);
-    for (auto& g : gate) {
-      g[0] = take(9 * padded * 4);
-      g[1] = take(padded * 4);
-      g[2] = take(padded * 4);
-      g[3] = take(C * padded * 4);
+// to[i] = s[row][i] of a matrix.
+void copy_row(const Source& s, int64_t row, int64_t n, float* to) {
+  if (s.dtype == DType::F32 && s.stride[1] == 1) {
+    std::memcpy(to, static_cast<const float*>(s.data) + row * s.stride[0],
+                sizeof(float) * static_cast<size_t>(n));
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) to[i] = at(s, row, i);
+}
+// to[i][o] = s[o][i] of an n by n matrix, in tiles that stay in the first-level cache.
+void transpose(const Source& s, int64_t n, int64_t row, float* to) {
+  constexpr int64_t tile = 32;
+  float rows[tile][tile];
+  for (int64_t o = 0; o < n; o += tile)
+    for (int64_t i = 0; i < n; i += tile) {
+      const int64_t height = n - o < tile ? n - o : tile, width = n - i < tile ? n - i : tile;
+      Source corner = s;
+      const int64_t bytes = s.dtype == DType::F32 ? 4 : 2;
+      corner.data = static_cast<const char*>(s.data) + i * s.stride[1] * bytes;
+      for (int64_t y = 0; y < height; ++y) copy_row(corner, o + y, width, rows[y]);
+      for (int64_t x = 0; x < width; ++x)
+        for (int64_t y = 0; y < height; ++y) to[(i + x) * row + o + y] = rows[y][x];
     }
-    dwc = take(9 * padded * 4);
-    dwc_bias = take(padded * 4);
-    proj = take(9 * padded * 4);
-    proj_bias = take(padded * 4);
-    end = next;
+}
+
+// Where each array begins, in bytes from the start: the product's, then the others.
+class Offsets {
+ public:
+  explicit Offsets(int64_t begin) : next_(begin) {}
+  int64_t take(int64_t bytes) {
+    const int64_t begin = next_;
+    next_ = aligned(next_ + bytes);
+    return begin;
+  }
+  int64_t end() const { return next_; }
+
+ private:
+  int64_t next_;
+};
+struct ProductLayout {
+  int64_t product, qkv_bias, end;
+  ProductLayout(const Kernels& k, int64_t C, Product kind, int64_t begin) {
+    const int64_t blocks = (C + k.lanes - 1) / k.lanes;
+    Offsets next(begin);
+    product = next.take(k.product_weight_bytes(C, blocks, kind));
+    qkv_bias = next.take(3 * blocks * k.lanes * 4);
+    end = next.end();
   }
 };
+struct MixingLayout {
+  int64_t gate[2][4], dwc, dwc_bias, proj, proj_bias, end;
+  MixingLayout(const Kernels& k, int64_t C, int64_t begin) {
+    const int64_t padded = (C + k.lanes - 1) / k.lanes * k.lanes;
+    Offsets next(begin);
+    for (auto& g : gate) {
+      g[0] = next.take(9 * padded * 4);
+      g[1] = next.take(padded * 4);
+      g[2] = next.take(padded * 4);
+      g[3] = next.take(C * padded * 4);
+    }
+    dwc = next.take(9 * padded * 4);
+    dwc_bias = next.take(padded * 4);
+    proj = next.take(9 * padded * 4);
+    proj_bias = next.take(padded * 4);
+    end = next.end();
+  }
+};
+struct Layout {
+  ProductLayout product;
+  MixingLayout mixing;
+  Layout(const Kernels& k, int64_t C, Product kind)
+      : product(k, C, kind, HEADER_BYTES), mixing(k, C, product.end) {}
+};
+
+thread_local Buffer matrix_buffer, training_buffer;
 
 // [C, 1, 3, 3] and [C] to [blocks][9][lanes] and [padded]; weight and bias scaled per channel.
 template <class Scale, class Shift>
@@ -118,52 +169,96 @@ PackedHeader header_of(const Kernels& k, const Sources& s, Product kind) {
   return h;
 }
 
-}  // namespace
+float* floats(void* base, int64_t offset) {
+  return reinterpret_cast<float*>(static_cast<char*>(base) + offset);
+}
 
-int64_t packed_bytes(const Kernels& k, int64_t C, Product kind) { return Layout(k, C, kind).end; }
-
-void pack(const Kernels& k, const Sources& s, Product kind, void* packed) {
-  char* base = static_cast<char*>(packed);
-  const Layout layout(k, s.C, kind);
-  const int64_t C = s.C, lanes = k.lanes, blocks = (C + lanes - 1) / lanes, padded = blocks * lanes;
-  auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
-  std::memset(packed, 0, static_cast<size_t>(layout.end));
-  const PackedHeader h = header_of(k, s, kind);
-  std::memcpy(packed, &h, sizeof h);
-
-  std::vector<float> matrix(static_cast<size_t>(3 * padded * C), 0.0f);
-  for (int64_t t = 0; t < 3; ++t)
+// `base`: zeros.
+void fill_product(const Kernels& k, int64_t C, const Source& weight, const Source& bias,
+                  Product kind, const ProductLayout& layout, void* base) {
+  const int64_t blocks = (C + k.lanes - 1) / k.lanes, padded = blocks * k.lanes;
+  float* matrix = static_cast<float*>(matrix_buffer.get(3 * padded * C * 4));
+  for (int64_t t = 0; t < 3; ++t) {
+    float* rows = matrix + t * padded * C;
     for (int64_t o = 0; o < C; ++o) {
-      for (int64_t c = 0; c < C; ++c)
-        matrix[(t * padded + o) * C + c] = at(s.qkv_weight, t * C + o, c);
-      if (s.qkv_bias.data) floats(layout.qkv_bias)[t * padded + o] = at(s.qkv_bias, t * C + o);
+      copy_row(weight, t * C + o, C, rows + o * C);
+      if (bias.data) floats(base, layout.qkv_bias)[t * padded + o] = at(bias, t * C + o);
     }
-  k.product_pack_weights(matrix.data(), C, blocks, kind, base + layout.product);
+    std::memset(rows + C * C, 0, sizeof(float) * static_cast<size_t>((padded - C) * C));
+  }
+  k.product_pack_weights(matrix, C, blocks, kind, static_cast<char*>(base) + layout.product);
+}
 
+// BN(d) = d * scale + (beta - mean * scale), with scale = gamma / sqrt(var + eps)
+double reciprocal_deviation(const GateSources& g, int64_t c) {
+  return 1.0 / std::sqrt(static_cast<double>(at(g.norm_var, c)) + g.eps);
+}
+double gamma(const GateSources& g, int64_t c) {
+  return g.norm_weight.data ? at(g.norm_weight, c) : 1.0;
+}
+double beta(const GateSources& g, int64_t c) { return g.norm_bias.data ? at(g.norm_bias, c) : 0.0; }
+
+double one(int64_t) { return 1.0; }
+double nothing(int64_t, double) { return 0.0; }
+
+// `base`: zeros.
+void fill_combine(const Kernels& k, const Sources& s, const MixingLayout& layout, void* base) {
+  pack_depthwise(s.dwc_weight, s.dwc_bias, s.C, k.lanes, floats(base, layout.dwc),
+                 floats(base, layout.dwc_bias), one, nothing);
+  pack_depthwise(s.proj_weight, s.proj_bias, s.C, k.lanes, floats(base, layout.proj),
+                 floats(base, layout.proj_bias), one, nothing);
+}
+void fill_mixing(const Kernels& k, const Sources& s, const MixingLayout& layout, void* base) {
+  const int64_t C = s.C, padded = (C + k.lanes - 1) / k.lanes * k.lanes;
   for (int i = 0; i < 2; ++i) {
     const GateSources& g = s.gate[i];
-    // BN(d) = d * scale + (beta - mean * scale), with scale = gamma / sqrt(var + eps)
-    auto scale = [&](int64_t c) {
-      const double gamma = g.norm_weight.data ? at(g.norm_weight, c) : 1.0;
-      return gamma / std::sqrt(static_cast<double>(at(g.norm_var, c)) + g.eps);
-    };
-    auto shift = [&](int64_t c, double factor) {
-      return (g.norm_bias.data ? at(g.norm_bias, c) : 0.0) - at(g.norm_mean, c) * factor;
-    };
-    pack_depthwise(g.depthwise_weight, g.depthwise_bias, C, lanes, floats(layout.gate[i][0]),
-                   floats(layout.gate[i][1]), scale, shift);
-    for (int64_t c = 0; c < C; ++c) {
-      floats(layout.gate[i][2])[c] = at(g.spatial_weight, 0, c);
-      for (int64_t o = 0; o < C; ++o)
-        floats(layout.gate[i][3])[c * padded + o] = at(g.channel_weight, o, c);
-    }
+    pack_depthwise(
+        g.depthwise_weight, g.depthwise_bias, C, k.lanes, floats(base, layout.gate[i][0]),
+        floats(base, layout.gate[i][1]),
+        [&](int64_t c) { return gamma(g, c) * reciprocal_deviation(g, c); },
+        [&](int64_t c, double scale) { return beta(g, c) - at(g.norm_mean, c) * scale; });
+    copy_row(g.spatial_weight, 0, C, floats(base, layout.gate[i][2]));
+    transpose(g.channel_weight, C, padded, floats(base, layout.gate[i][3]));
   }
-  auto one = [](int64_t) { return 1.0; };
-  auto nothing = [](int64_t, double) { return 0.0; };
-  pack_depthwise(s.dwc_weight, s.dwc_bias, C, lanes, floats(layout.dwc), floats(layout.dwc_bias),
-                 one, nothing);
-  pack_depthwise(s.proj_weight, s.proj_bias, C, lanes, floats(layout.proj),
-                 floats(layout.proj_bias), one, nothing);
+  fill_combine(k, s, layout, base);
+}
+
+WeightsView view_mixing(const MixingLayout& layout, const void* packed) {
+  void* base = const_cast<void*>(packed);
+  WeightsView v{};
+  for (int i = 0; i < 2; ++i)
+    v.gate[i] = {floats(base, layout.gate[i][0]), floats(base, layout.gate[i][1]),
+                 floats(base, layout.gate[i][2]), floats(base, layout.gate[i][3])};
+  v.dwc = floats(base, layout.dwc);
+  v.dwc_bias = floats(base, layout.dwc_bias);
+  v.proj = floats(base, layout.proj);
+  v.proj_bias = floats(base, layout.proj_bias);
+  return v;
+}
+void view_product(const ProductLayout& layout, const void* packed, WeightsView& v) {
+  v.product = static_cast<const unsigned char*>(packed) + layout.product;
+  v.qkv_bias = floats(const_cast<void*>(packed), layout.qkv_bias);
+}
+
+void* zeroed(int64_t bytes) {
+  void* to = training_buffer.get(bytes);
+  std::memset(to, 0, static_cast<size_t>(bytes));
+  return to;
+}
+
+}  // namespace
+
+int64_t packed_bytes(const Kernels& k, int64_t C, Product kind) {
+  return Layout(k, C, kind).mixing.end;
+}
+
+void pack(const Kernels& k, const Sources& s, Product kind, void* packed) {
+  const Layout layout(k, s.C, kind);
+  std::memset(packed, 0, static_cast<size_t>(layout.mixing.end));
+  const PackedHeader h = header_of(k, s, kind);
+  std::memcpy(packed, &h, sizeof h);
+  fill_product(k, s.C, s.qkv_weight, s.qkv_bias, kind, layout.product, packed);
+  fill_mixing(k, s, layout.mixing, packed);
 }
 
 bool is_current(const Kernels& k, const Sources& s, Product kind, void* packed, int64_t bytes) {
@@ -180,20 +275,84 @@ bool is_current(const Kernels& k, const Sources& s, Product kind, void* packed, 
 }
 
 WeightsView view(const Kernels& k, int64_t C, Product kind, const void* packed) {
-  const char* base = static_cast<const char*>(packed);
   const Layout layout(k, C, kind);
-  auto floats = [&](int64_t offset) { return reinterpret_cast<const float*>(base + offset); };
-  WeightsView v{};
-  v.product = reinterpret_cast<const unsigned char*>(base + layout.product);
-  v.qkv_bias = floats(layout.qkv_bias);
-  for (int i = 0; i < 2; ++i)
-    v.gate[i] = {floats(layout.gate[i][0]), floats(layout.gate[i][1]), floats(layout.gate[i][2]),
-                 floats(layout.gate[i][3])};
-  v.dwc = floats(layout.dwc);
-  v.dwc_bias = floats(layout.dwc_bias);
-  v.proj = floats(layout.proj);
-  v.proj_bias = floats(layout.proj_bias);
+  WeightsView v = view_mixing(layout.mixing, packed);
+  view_product(layout.product, packed, v);
   return v;
+}
+
+WeightsView pack_product(const Kernels& k, int64_t C, const Source& weight, const Source& bias,
+                         Product kind) {
+  const ProductLayout layout(k, C, kind, 0);
+  void* to = zeroed(layout.end);
+  fill_product(k, C, weight, bias, kind, layout, to);
+  WeightsView v{};
+  view_product(layout, to, v);
+  return v;
+}
+
+WeightsView pack_mixing(const Kernels& k, const Sources& s) {
+  const MixingLayout layout(k, s.C, 0);
+  void* to = zeroed(layout.end);
+  fill_mixing(k, s, layout, to);
+  return view_mixing(layout, to);
+}
+
+WeightsView pack_combine(const Kernels& k, const Sources& s) {
+  MixingLayout layout(k, s.C, 0);
+  const int64_t skipped = layout.dwc;  // the gates before
+  for (int64_t* at : {&layout.dwc, &layout.dwc_bias, &layout.proj, &layout.proj_bias, &layout.end})
+    *at -= skipped;
+  void* to = zeroed(layout.end);
+  fill_combine(k, s, layout, to);
+  WeightsView v{};
+  v.dwc = floats(to, layout.dwc);
+  v.dwc_bias = floats(to, layout.dwc_bias);
+  v.proj = floats(to, layout.proj);
+  v.proj_bias = floats(to, layout.proj_bias);
+  return v;
+}
+
+TrainingGates pack_gates(const Kernels& k, const Sources& s) {
+  const int64_t padded = (s.C + k.lanes - 1) / k.lanes * k.lanes;
+  float* next = static_cast<float*>(zeroed(2 * 23 * padded * 4));
+  auto take = [&](int64_t rows) {
+    float* begin = next;
+    next += rows * padded;
+    return begin;
+  };
+  TrainingGates gates;
+  for (int i = 0; i < 2; ++i) {
+    const GateSources& g = s.gate[i];
+    float *taps = take(9), *bias = take(1), *normalized = take(9), *normalized_bias = take(1);
+    float *gammas = take(1), *betas = take(1), *spatial = take(1);
+    pack_depthwise(g.depthwise_weight, g.depthwise_bias, s.C, k.lanes, taps, bias, one, nothing);
+    pack_depthwise(
+        g.depthwise_weight, g.depthwise_bias, s.C, k.lanes, normalized, normalized_bias,
+        [&](int64_t c) { return reciprocal_deviation(g, c); },
+        [&](int64_t c, double scale) { return -at(g.norm_mean, c) * scale; });
+    for (int64_t c = 0; c < s.C; ++c) {
+      gammas[c] = static_cast<float>(gamma(g, c));
+      betas[c] = static_cast<float>(beta(g, c));
+    }
+    copy_row(g.spatial_weight, 0, s.C, spatial);
+    gates.gate[i] = {taps, bias, normalized, normalized_bias, gammas, betas, spatial};
+  }
+  return gates;
+}
+
+TrainingGates pack_taps(const Kernels& k, const Sources& s) {
+  const int64_t padded = (s.C + k.lanes - 1) / k.lanes * k.lanes;
+  float* next = static_cast<float*>(zeroed(2 * 10 * padded * 4));
+  TrainingGates gates{};
+  for (int i = 0; i < 2; ++i) {
+    float* taps = next + i * 10 * padded;
+    pack_depthwise(s.gate[i].depthwise_weight, s.gate[i].depthwise_bias, s.C, k.lanes, taps,
+                   taps + 9 * padded, one, nothing);
+    gates.gate[i].depthwise = taps;
+    gates.gate[i].depthwise_bias = taps + 9 * padded;
+  }
+  return gates;
 }
 
 }  // namespace casvit

@@ -46,4 +46,21 @@ void pack(const Kernels&, const Sources&, Product, void* to);
 bool is_current(const Kernels&, const Sources&, Product, void* packed, int64_t bytes);
 WeightsView view(const Kernels&, int64_t C, Product, const void* packed);
 
+// Parts of that for the phases of training, in scratch of the calling thread until the next call.
+// Absent in a view is what its phase does not read.
+// The qkv product alone.
+WeightsView pack_product(const Kernels&, int64_t C, const Source& qkv_weight,
+                         const Source& qkv_bias, Product);
+// Everything but the product.
+WeightsView pack_mixing(const Kernels&, const Sources&);
+// The depthwise convolutions dwc and proj.
+WeightsView pack_combine(const Kernels&, const Sources&);
+// The gates, with the statistics among the sources.
+struct TrainingGates {
+  TrainingGate gate[2];
+};
+TrainingGates pack_gates(const Kernels&, const Sources&);
+// The gates' depthwise convolutions alone, which need no statistics.
+TrainingGates pack_taps(const Kernels&, const Sources&);
+
 }  // namespace casvit

@@ -1,0 +1,205 @@
+// The phases of training as operators on CPU tensors; see csrc/cpu/training.h. No arithmetic here.
+#include <cstring>
+#include <initializer_list>
+#include <tuple>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/training.h"
+#include "register_common.h"
+
+namespace {
+
+using namespace casvit::binding;
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using Sizes = std::initializer_list<int64_t>;
+
+// What every phase starts from; in a map without pixels there is nothing to do.
+struct Shape {
+  int64_t B, C, H, W;
+  bool empty() const { return B * C * H * W == 0; }
+  casvit::TrainingProblem problem() const {
+    return {casvit::active_kernels(), B, C, H, W, thread_pool()};
+  }
+};
+Shape shape_of(IntHeaderOnlyArrayRef sizes, const Tensor& qkv_weight) {
+  STD_TORCH_CHECK(sizes.size() == 4, "shape: expected 4 sizes (B, C, H, W), got ", sizes.size());
+  STD_TORCH_CHECK(qkv_weight.dim() == 4, "qkv_weight: expected 4 dimensions, got ",
+                  qkv_weight.dim());
+  for (size_t i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(sizes[i] >= 0, "shape: expected no negative size, got ", sizes[i]);
+  STD_TORCH_CHECK(sizes[1] == qkv_weight.size(1), "shape: expected ", qkv_weight.size(1),
+                  " channels, got ", sizes[1]);
+  return {sizes[0], sizes[1], sizes[2], sizes[3]};
+}
+
+// Results of phases are float32 whatever the dtype of x.
+Tensor empty(Sizes sizes) {
+  const std::vector<int64_t> list(sizes);
+  return torch::stable::empty(list, ScalarType::Float);
+}
+Tensor zeros(Sizes sizes) {
+  Tensor t = empty(sizes);
+  if (t.numel()) std::memset(t.mutable_data_ptr(), 0, static_cast<size_t>(t.numel()) * 4);
+  return t;
+}
+float* write(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+void check_floats(const Tensor& t, const char* name, int64_t numel) {
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name,
+                  ": expected float32, got scalar type ", static_cast<int>(t.scalar_type()));
+  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+  STD_TORCH_CHECK(t.numel() == numel, name, ": expected ", numel, " elements, got ", t.numel());
+}
+const float* read(const Tensor& t, const char* name, int64_t numel) {
+  check_floats(t, name, numel);
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+// The sources with `statistics` (2, 2, C) in place of the running ones.
+casvit::Sources with_statistics(casvit::Sources s, const Tensor& statistics) {
+  const float* from = read(statistics, "statistics", 4 * s.C);
+  for (int i = 0; i < 2; ++i) {
+    casvit::Source mean;
+    mean.data = from + 2 * i * s.C;
+    mean.stride[0] = 1;
+    mean.span = s.C;
+    casvit::Source var = mean;
+    var.data = from + (2 * i + 1) * s.C;
+    s.gate[i].norm_mean = mean;
+    s.gate[i].norm_var = var;
+  }
+  return s;
+}
+
+Tensor project(const Tensor& x, const Tensor& qkv_weight, const Optional& qkv_bias,
+               ScalarType dtype) {
+  const casvit::Input input = input_of(x, "x");
+  const Shape shape = shape_of(x.sizes(), qkv_weight);
+  const int64_t C = shape.C;
+  const casvit::Source weight = source(qkv_weight, "qkv_weight", 3 * C * C, 4);
+  const casvit::Source bias = source(qkv_bias, "qkv_bias", 3 * C, 1);
+  if (shape.empty()) return empty({0});
+  const casvit::TrainingProblem problem = shape.problem();
+  Tensor qkv = empty({problem.qkv_floats()});
+  const casvit::Product kind = product_for(dtype);
+  casvit::project(problem, casvit::pack_product(problem.kernels, C, weight, bias, kind), kind,
+                  input, write(qkv));
+  return qkv;
+}
+
+Tensor statistics(const Tensor& qkv, IntHeaderOnlyArrayRef sizes, WEIGHT_PARAMETERS) {
+  const Shape shape = shape_of(sizes, qkv_weight);
+  const int64_t C = shape.C;
+  const casvit::Sources sources WEIGHT_SOURCES;
+  if (shape.empty()) return zeros({2, 2, C});
+  const casvit::TrainingProblem problem = shape.problem();
+  Tensor moments = empty({2, 2, C});
+  casvit::statistics(problem, casvit::pack_taps(problem.kernels, sources),
+                     read(qkv, "qkv", problem.qkv_floats()), write(moments));
+  return moments;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mix(const Tensor& x, const Tensor& qkv,
+                                               WEIGHT_PARAMETERS, const Tensor& statistics,
+                                               ScalarType dtype) {
+  STD_TORCH_CHECK(x.dim() == 4, "x: expected 4 dimensions (B, C, H, W), got ", x.dim());
+  const Shape shape = shape_of(x.sizes(), qkv_weight);
+  const int64_t B = shape.B, C = shape.C;
+  const casvit::Sources sources = with_statistics(casvit::Sources WEIGHT_SOURCES, statistics);
+  Tensor out = empty_output(x, dtype);
+  const casvit::Output output = output_of(out, x);
+  if (shape.empty())
+    return {out, zeros({B, 2, shape.H, shape.W}), zeros({2, B, C}), zeros({2, B, C})};
+  const casvit::TrainingProblem problem = shape.problem();
+  Tensor spatial = empty({B, 2, shape.H, shape.W}), pooled = empty({2, B, C}),
+         channel = empty({2, B, C});
+  casvit::mix(problem, casvit::pack_mixing(problem.kernels, sources),
+              read(qkv, "qkv", problem.qkv_floats()), output, write(spatial), write(pooled),
+              write(channel));
+  return {out, spatial, pooled, channel};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_combine(
+    const Tensor& grad, const Tensor& qkv, WEIGHT_PARAMETERS, const Tensor& spatial,
+    const Tensor& channel) {
+  const casvit::Input input = input_of(grad, "grad");
+  const Shape shape = shape_of(grad.sizes(), qkv_weight);
+  const int64_t B = shape.B, C = shape.C, pixels = shape.H * shape.W;
+  const casvit::Sources sources WEIGHT_SOURCES;
+  if (shape.empty())
+    return {empty({B * pixels, 3 * C}), empty({0}),          zeros({B, 2, shape.H, shape.W}),
+            zeros({2, B, C}),           zeros({C, 1, 3, 3}), zeros({C}),
+            zeros({C, 1, 3, 3}),        zeros({C})};
+  const casvit::TrainingProblem problem = shape.problem();
+  const float* from_qkv = read(qkv, "qkv", problem.qkv_floats());
+  const float* from_spatial = read(spatial, "spatial", B * 2 * pixels);
+  const float* from_channel = read(channel, "channel", 2 * B * C);
+  Tensor grad_qkv = empty({B * pixels, 3 * C}), grad_sum = empty({problem.grad_sum_floats()}),
+         pixel = empty({B, 2, shape.H, shape.W}), channel_sum = empty({2, B, C}),
+         dwc = empty({C, 1, 3, 3}), dwc_b = empty({C}), proj = empty({C, 1, 3, 3}),
+         proj_b = empty({C});
+  casvit::backward_combine(problem, casvit::pack_combine(problem.kernels, sources), input, from_qkv,
+                           from_spatial, from_channel,
+                           {write(grad_qkv), write(grad_sum), write(pixel), write(channel_sum),
+                            write(dwc), write(dwc_b), write(proj), write(proj_b)});
+  return {grad_qkv, grad_sum, pixel, channel_sum, dwc, dwc_b, proj, proj_b};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_gate(const Tensor& qkv, IntHeaderOnlyArrayRef sizes,
+                                                 WEIGHT_PARAMETERS, const Tensor& statistics,
+                                                 const Tensor& spatial, const Tensor& pixel,
+                                                 const Tensor& shift) {
+  const Shape shape = shape_of(sizes, qkv_weight);
+  const int64_t B = shape.B, C = shape.C, maps = B * 2 * shape.H * shape.W;
+  const casvit::Sources sources = with_statistics(casvit::Sources WEIGHT_SOURCES, statistics);
+  if (shape.empty()) return {zeros({B, 2, shape.H, shape.W}), zeros({2, C}), zeros({2, 2, C})};
+  const casvit::TrainingProblem problem = shape.problem();
+  const float* from_qkv = read(qkv, "qkv", problem.qkv_floats());
+  const float* from_spatial = read(spatial, "spatial", maps);
+  const float* from_pixel = read(pixel, "pixel", maps);
+  const float* from_shift = read(shift, "shift", 2 * B * C);
+  Tensor logit = empty({B, 2, shape.H, shape.W}), weight = empty({2, C}), sums = empty({2, 2, C});
+  casvit::backward_gate(problem, casvit::pack_gates(problem.kernels, sources), from_qkv,
+                        from_spatial, from_pixel, from_shift,
+                        {write(logit), write(weight), write(sums)});
+  return {logit, weight, sums};
+}
+
+std::tuple<Tensor, Tensor> backward_depthwise(const Tensor& qkv, IntHeaderOnlyArrayRef sizes,
+                                              WEIGHT_PARAMETERS, const Tensor& statistics,
+                                              const Tensor& spatial, const Tensor& channel,
+                                              const Tensor& shift, const Tensor& logit,
+                                              const Tensor& coefficients, const Tensor& grad_sum,
+                                              Tensor grad_qkv) {
+  const Shape shape = shape_of(sizes, qkv_weight);
+  const int64_t B = shape.B, C = shape.C, pixels = shape.H * shape.W;
+  const casvit::Sources sources = with_statistics(casvit::Sources WEIGHT_SOURCES, statistics);
+  if (shape.empty()) return {zeros({2, C, 3, 3}), zeros({2, C})};
+  const casvit::TrainingProblem problem = shape.problem();
+  const float* from_qkv = read(qkv, "qkv", problem.qkv_floats());
+  const float* from_spatial = read(spatial, "spatial", B * 2 * pixels);
+  const float* from_channel = read(channel, "channel", 2 * B * C);
+  const float* from_shift = read(shift, "shift", 2 * B * C);
+  const float* from_logit = read(logit, "logit", B * 2 * pixels);
+  const float* factors = read(coefficients, "coefficients", 6 * C);
+  const float* from_sum = read(grad_sum, "grad_sum", problem.grad_sum_floats());
+  check_floats(grad_qkv, "grad_qkv", B * pixels * 3 * C);
+  Tensor weight = empty({2, C, 3, 3}), bias = empty({2, C});
+  casvit::backward_depthwise(problem, casvit::pack_gates(problem.kernels, sources), from_qkv,
+                             from_spatial, from_channel, from_shift, from_logit, factors, from_sum,
+                             {write(grad_qkv), write(weight), write(bias)});
+  return {weight, bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(casvit_kernels, CPU, m) {
+  m.impl("cpu_project", TORCH_BOX(&project));
+  m.impl("cpu_statistics", TORCH_BOX(&statistics));
+  m.impl("cpu_mix", TORCH_BOX(&mix));
+  m.impl("cpu_backward_combine", TORCH_BOX(&backward_combine));
+  m.impl("cpu_backward_gate", TORCH_BOX(&backward_gate));
+  m.impl("cpu_backward_depthwise", TORCH_BOX(&backward_depthwise));
+}
