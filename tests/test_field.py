@@ -23,10 +23,11 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(DIM)
         self.attn = AdditiveTokenMixer(DIM)
-        self.drop = nn.Identity()
+        self.mlp = nn.Conv2d(DIM, DIM, 1)
 
     def forward(self, x):
-        return x + self.drop(self.attn(self.norm(x)))
+        x = x + self.attn(self.norm(x))
+        return x + self.mlp(x)
 
 
 class Net(nn.Module):

@@ -67,7 +67,9 @@ class Gated(NamedTuple):
 
 
 class ProjectionGradients(NamedTuple):
-    x: Tensor | None  # (B, C, H, W), memory format of `Mixed.out`
+    """None where not needed; the weights' contiguous."""
+
+    x: Tensor | None  # (B, C, H, W), in the memory format of `Mixed.out`
     qkv_weight: Tensor | None  # (3C, C)
     qkv_bias: Tensor | None  # (3C,)
 

@@ -136,9 +136,9 @@ class CpuPhases:
                 each = weight.t().expand(images, -1, -1)
                 grad_x = torch.bmm(each, maps.transpose(1, 2)).view(x.shape)
             if need_weight:
-                flat = x.flatten(2).float()
-                sums = flat.new_zeros(channels, 3 * channels)
-                grad_weight = torch.addbmm(sums, flat, maps).t()
+                pixels = x.flatten(2).transpose(1, 2).float()  # (B, H*W, C)
+                sums = pixels.new_zeros(3 * channels, channels)
+                grad_weight = torch.addbmm(sums, maps.transpose(1, 2), pixels)
         return ProjectionGradients(grad_x, grad_weight, grad_qkv.sum(0) if need_bias else None)
 
 
