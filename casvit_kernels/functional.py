@@ -72,10 +72,7 @@ def catm(
     chosen, dtype = check(x, weights, backend)
     batch = _pair(training)
     momenta = _pair(momentum)
-    norms = [
-        reference.batch_norm(gate, e, m) if own else reference.running_norm(gate, e)
-        for gate, e, m, own in zip((weights.q, weights.k), eps, momenta, batch, strict=True)
-    ]
+    norms = list(map(ops.formula_norm, (weights.q, weights.k), eps, batch, momenta))
     if trains(chosen, batch):
         assert chosen is not None
         group = "" if process_group is None else group_name(process_group)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _native, reference
@@ -134,6 +135,18 @@ def flatten(w: MixerWeights) -> tuple[Tensor | None, ...]:
 def unflatten(flat: Sequence[Any]) -> MixerWeights:
     a: Any = flat
     return MixerWeights(a[0], a[1], GateWeights(*a[2:10]), GateWeights(*a[10:18]), *a[18:22])
+
+
+def formula_norm(w: GateWeights, eps: float, batch: bool, momentum: float = 0.0) -> reference.Norm:
+    """A gate's BatchNorm for the reference formulas; with batch statistics it updates the running."""
+    if not batch:
+        return reference.running_norm(w, eps)
+
+    def norm(d: Tensor) -> Tensor:
+        mean, var = w.norm_mean, w.norm_var
+        return F.batch_norm(d, mean, var, w.norm_weight, w.norm_bias, True, momentum, eps)
+
+    return norm
 
 
 def output_memory_format(x: Tensor) -> torch.memory_format:
@@ -305,12 +318,13 @@ def _second_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         # Under autocast x and the weights are wider than what was computed in.
         computed = torch.promote_types(settings.dtype or x.dtype, torch.float32)
         weights = unflatten([t if t is None else t.to(computed) for t in cut[2:]])
-        norms = (
-            _formula_norm(g, mean_var, eps, batch)
-            for g, mean_var, eps, batch in zip(
-                (weights.q, weights.k), statistics, settings[:2], settings[2:4], strict=True
+        q, k = (
+            g._replace(norm_mean=mean.to(computed), norm_var=var.to(computed)) if not batch else g
+            for g, (mean, var), batch in zip(
+                (weights.q, weights.k), statistics, settings[2:4], strict=True
             )
         )
+        norms = map(formula_norm, (q, k), settings[:2], settings[2:4])
         with torch.autocast(x.device.type, enabled=False):
             out = reference.catm(x.to(computed), weights, *norms)
         gradients = torch.autograd.grad(
@@ -331,13 +345,6 @@ def _second_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     )
     result = [next(second) if wanted else None for wanted in differentiable]
     return (*result, *[None] * (len(Settings._fields) + len(Saved._fields)), None)
-
-
-def _formula_norm(g: GateWeights, mean_var: Tensor, eps: float, batch: bool) -> reference.Norm:
-    if batch:
-        return reference.batch_norm(g, eps)
-    mean, var = mean_var.to(g.depthwise_bias.dtype)
-    return reference.running_norm(g._replace(norm_mean=mean, norm_var=var), eps)
 
 
 torch.library.register_autograd(

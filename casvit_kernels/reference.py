@@ -86,16 +86,6 @@ def running_norm(w: GateWeights, eps: float) -> Norm:
     return norm
 
 
-def batch_norm(w: GateWeights, eps: float, momentum: float = 0.0) -> Norm:
-    """The gate's BatchNorm with batch statistics, as a function; updates the running ones if any."""
-
-    def norm(d: Tensor) -> Tensor:
-        mean, var = w.norm_mean, w.norm_var
-        return F.batch_norm(d, mean, var, w.norm_weight, w.norm_bias, True, momentum, eps)
-
-    return norm
-
-
 class SpatialOperation(nn.Module):
     """Spatial gate ``x * sigmoid(conv1x1(relu(BN(dwconv3x3(x)))))``; ``(B, C, H, W)`` in and out."""
 

@@ -129,8 +129,8 @@ def assert_close(found, expected, tolerance=1e-4):
 
 def assert_same_training(plain, fused, data, optimizer=sgd):
     losses = train(plain, data, optimizer(plain))
-    assert train(fused, data, optimizer(fused)) == pytest.approx(losses, rel=1e-4)
-    assert losses[-1] != pytest.approx(losses[0], rel=1e-3)  # something was trained
+    assert train(fused, data, optimizer(fused)) == pytest.approx(losses, rel=1e-5)
+    assert max(losses) - min(losses) > 1e-2  # something was trained
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -238,7 +238,7 @@ def test_checkpoint_between_fused_and_plain(direction):
     target.load_state_dict(state["model"], strict=True)
     optimizer = torch.optim.AdamW(target.parameters(), 1e-2)
     optimizer.load_state_dict(state["optimizer"])
-    assert train(target, data[3:], optimizer) == pytest.approx(expected, rel=1e-4)
+    assert train(target, data[3:], optimizer) == pytest.approx(expected, rel=1e-5)
 
 
 def test_clip_grad_norm():
@@ -272,13 +272,13 @@ def test_fused_adamw():
     )
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiled_model(compiler):
+@pytest.mark.parametrize(("compiler", "sizes"), [("aot_eager", (48, 64, 80)), ("inductor", (48,))])
+def test_compiled_model(compiler, sizes):
     plain, fused = pair()
-    data = batches(4, (48, 64, 80))
+    data = batches(4, sizes)
     losses = train(plain, data)
     compiled = torch.compile(fused, fullgraph=True, backend=compiler)
-    assert train(compiled, data, sgd(fused)) == pytest.approx(losses, rel=1e-4)
+    assert train(compiled, data, sgd(fused)) == pytest.approx(losses, rel=1e-5)
     assert_close(dict(fused.named_buffers()), dict(plain.named_buffers()), 1e-3)
 
 
@@ -290,7 +290,7 @@ def test_channels_last_models():
     seen = []
     fused.blocks[1].attn.register_forward_hook(lambda _, __, out: seen.append(out))
     data = [(x.to(memory_format=torch.channels_last), y) for x, y in data]
-    assert train(fused, data) == pytest.approx(losses, rel=1e-4)
+    assert train(fused, data) == pytest.approx(losses, rel=1e-5)
     assert all(out.is_contiguous(memory_format=torch.channels_last) for out in seen)
 
 
