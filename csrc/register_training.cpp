@@ -84,7 +84,8 @@ Tensor project(const Tensor& x, const Tensor& qkv_weight, const Optional& qkv_bi
   const casvit::TrainingProblem problem = shape.problem();
   Tensor qkv = empty({problem.qkv_floats()});
   const casvit::Product kind = product_for(dtype);
-  casvit::project(problem, casvit::pack_product(problem.kernels, C, weight, bias, kind), kind,
+  casvit::project(problem,
+                  casvit::pack_product(problem.kernels, C, weight, bias, kind, problem.pool), kind,
                   input, write(qkv));
   return qkv;
 }

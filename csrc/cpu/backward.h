@@ -183,33 +183,40 @@ static void backward_combine(const Geometry& g, const WeightsView& w, const Back
     CASVIT_FOR_PIXEL_RUNS(g.W, pixels);
   };
   // gl and gv of a row of the band, and its part of the weights' gradients.
-  auto make_hidden = [&](int64_t y) {
-    float* to = ring(hidden, y) + VL;
-    const float* from_v = v + (y + 1) * g.row + VL;
-    float* to_v = grad_v + y * g.W * stride;
+  auto make_hidden = [&](int64_t y, int64_t first, int64_t width) {
+    const int64_t at = first * VL;
+    const float* const sums_from[3] = {ring(sum, y - 1) + at, ring(sum, y) + at,
+                                       ring(sum, y + 1) + at};
+    const float* const grads_from[3] = {grad_row(y - 1) + at, grad_row(y) + at,
+                                        grad_row(y + 1) + at};
+    float* to = ring(hidden, y) + at + VL;
+    const float* from_v = v + (y + 1) * g.row + at + VL;
+    float* to_v = grad_v + (y * g.W + first) * stride;
     Vec taps[9], bias = zero();
     for (int t = 0; t < 9; ++t) taps[t] = zero();
     auto pixels = [&](auto count, int64_t x) __attribute__((always_inline)) {
       constexpr int N = decltype(count)::value;
-      const float* const sums_at[3] = {ring(sum, y - 1) + x * VL, ring(sum, y) + x * VL,
-                                       ring(sum, y + 1) + x * VL};
-      const float* const grads_at[3] = {grad_row(y - 1) + x * VL, grad_row(y) + x * VL,
-                                        grad_row(y + 1) + x * VL};
+      const float* const sums_at[3] = {sums_from[0] + x * VL, sums_from[1] + x * VL,
+                                       sums_from[2] + x * VL};
+      const float* const grads_at[3] = {grads_from[0] + x * VL, grads_from[1] + x * VL,
+                                        grads_from[2] + x * VL};
       Vec mixed[N], grad_mixed[N];
       for (int i = 0; i < N; ++i) mixed[i] = dwc_bias;
       convolve<N>(sums_at, dwc, mixed);
       for (int i = 0; i < N; ++i) grad_mixed[i] = zero();
       convolve<N>(grads_at, proj_back, grad_mixed);
+      Vec part = zero();
       for (int i = 0; i < N; ++i) {
         const Vec value = load(from_v + (x + i) * VL);
         store_first(to_v + (x + i) * stride, mul(grad_mixed[i], mixed[i]), channels);
         store(to + (x + i) * VL, mul(grad_mixed[i], value));
         mixed[i] = mul(mixed[i], value);
-        bias = add(bias, load(grads_at[1] + (i + 1) * VL));
+        part = add(part, load(grads_at[1] + (i + 1) * VL));
       }
+      bias = add(bias, part);
       correlate<N>(grads_at, mixed, taps);
     };
-    CASVIT_FOR_PIXEL_RUNS(g.W, pixels);
+    CASVIT_FOR_PIXEL_RUNS(width, pixels);
     for (int t = 0; t < 9; ++t) sums.add_to(PROJ + 8 - t, taps[t]);
     sums.add_to(PROJ_BIAS, bias);
 
@@ -217,51 +224,56 @@ static void backward_combine(const Geometry& g, const WeightsView& w, const Back
     bias = zero();
     auto weights = [&](auto count, int64_t x) __attribute__((always_inline)) {
       constexpr int N = decltype(count)::value;
-      Vec own[N];
+      Vec own[N], part = zero();
       for (int i = 0; i < N; ++i) {
         own[i] = load(to + (x + i) * VL);
-        bias = add(bias, own[i]);
+        part = add(part, own[i]);
       }
-      correlate<N>({ring(sum, y - 1) + x * VL, ring(sum, y) + x * VL, ring(sum, y + 1) + x * VL},
-                   own, taps);
+      bias = add(bias, part);
+      correlate<N>({sums_from[0] + x * VL, sums_from[1] + x * VL, sums_from[2] + x * VL}, own,
+                   taps);
     };
-    CASVIT_FOR_PIXEL_RUNS(g.W, weights);
+    CASVIT_FOR_PIXEL_RUNS(width, weights);
     sums.add_to(DWC, taps);
     sums.add_to(DWC_BIAS, bias);
   };
   int64_t waiting = 0;
-  auto make_grad_sum = [&](int64_t y) {
-    const float *q = z[0] + (y + 1) * g.row + VL, *k = z[1] + (y + 1) * g.row + VL;
-    const float *s_q = s[0] + y * g.W, *s_k = s[1] + y * g.W;
-    float* to = grad_sum + y * g.W * VL;
+  auto make_grad_sum = [&](int64_t y, int64_t first, int64_t width) {
+    const float *q = z[0] + (y + 1) * g.row + (first + 1) * VL,
+                *k = z[1] + (y + 1) * g.row + (first + 1) * VL;
+    const float *s_q = s[0] + y * g.W + first, *s_k = s[1] + y * g.W + first;
+    const float* const from[3] = {ring(hidden, y - 1) + first * VL, ring(hidden, y) + first * VL,
+                                  ring(hidden, y + 1) + first * VL};
+    float* to = grad_sum + (y * g.W + first) * VL;
     float *to_q = products[0] + waiting * VL, *to_k = products[1] + waiting * VL;
     Vec sum_q = zero(), sum_k = zero();
     auto pixels = [&](auto count, int64_t x) __attribute__((always_inline)) {
       constexpr int N = decltype(count)::value;
       Vec acc[N];
       for (int i = 0; i < N; ++i) acc[i] = zero();
-      convolve<N>(
-          {ring(hidden, y - 1) + x * VL, ring(hidden, y) + x * VL, ring(hidden, y + 1) + x * VL},
-          dwc_back, acc);
+      convolve<N>({from[0] + x * VL, from[1] + x * VL, from[2] + x * VL}, dwc_back, acc);
+      Vec part_q = zero(), part_k = zero();
       for (int i = 0; i < N; ++i) {
         const int64_t at = (x + i) * VL;
         store(to + at, acc[i]);
         const Vec by_q = mul(acc[i], load(q + at)), by_k = mul(acc[i], load(k + at));
-        sum_q = fma(by_q, splat(s_q[x + i]), sum_q);
-        sum_k = fma(by_k, splat(s_k[x + i]), sum_k);
+        part_q = fma(by_q, splat(s_q[x + i]), part_q);
+        part_k = fma(by_k, splat(s_k[x + i]), part_k);
         store(to_q + at, mul(by_q, gate[0]));
         store(to_k + at, mul(by_k, gate[1]));
       }
+      sum_q = add(sum_q, part_q);
+      sum_k = add(sum_k, part_k);
     };
-    CASVIT_FOR_PIXEL_RUNS(g.W, pixels);
+    CASVIT_FOR_PIXEL_RUNS(width, pixels);
     sums.add_to(CHANNEL_SUM, sum_q);
     sums.add_to(CHANNEL_SUM + 1, sum_k);
-    sums.count(g.W);
+    sums.count(width);
 
-    waiting += g.W;
-    if (waiting < SUMMED_PIXELS && y + 1 < y_end) return;
+    waiting += width;
+    if (waiting < SUMMED_PIXELS && (y + 1 < y_end || first + width < g.W)) return;
     for (int i = 0; i < 2; ++i) {
-      float* to_pixels = pixel_sums + i * g.pixels() + (y + 1) * g.W - waiting;
+      float* to_pixels = pixel_sums + i * g.pixels() + y * g.W + first + width - waiting;
       for (int64_t p = 0; p < waiting; p += VL)
         store_first(to_pixels + p, sum_each(products[i] + p * VL),
                     static_cast<int>(waiting - p < VL ? waiting - p : VL));
@@ -269,16 +281,19 @@ static void backward_combine(const Geometry& g, const WeightsView& w, const Back
     waiting = 0;
   };
 
+  auto by_spans = [&](const auto& make, int64_t y) {
+    for (int64_t x = 0; x < g.W; x += SPAN) make(y, x, g.W - x < SPAN ? g.W - x : SPAN);
+  };
   make_hidden_around(y_begin - 1);
   make_sum(y_begin - 1);
   make_sum(y_begin);
   for (int64_t y = y_begin; y < y_end; ++y) {
     make_sum(y + 1);
-    make_hidden(y);
-    if (y > y_begin) make_grad_sum(y - 1);
+    by_spans(make_hidden, y);
+    if (y > y_begin) by_spans(make_grad_sum, y - 1);
   }
   make_hidden_around(y_end);
-  make_grad_sum(y_end - 1);
+  by_spans(make_grad_sum, y_end - 1);
   sums.flush();
 }
 
@@ -332,30 +347,43 @@ static void backward_gate(const Geometry& g, const TrainingGate& w, const float*
     const float* taps = w.normalized + block * 9 * VL;
     const Vec bias = load(w.normalized_bias + at);
     const Vec gamma = load(w.gamma + at), beta = load(w.beta + at);
-    Vec hidden_sum = zero(), sum = zero(), hat_sum = zero();
-    for (int64_t y = 0; y < rows; ++y) {
-      const float* above = z + block * g.plane + (y0 + y) * g.row + x0 * VL;
-      const float* es = gradient + y * columns;
-      auto run = [&](auto count, int64_t x) __attribute__((always_inline)) {
-        constexpr int N = decltype(count)::value;
-        Vec hat[N];
-        for (int i = 0; i < N; ++i) hat[i] = bias;
-        convolve<N>({above + x * VL, above + g.row + x * VL, above + 2 * g.row + x * VL}, taps,
-                    hat);
-        for (int i = 0; i < N; ++i) {
-          const Vec n = fma(gamma, hat[i], beta), e = splat(es[x + i]);
-          const Vec kept = where_positive(n, e);
-          hidden_sum = fma(max_keep_nan(zero(), n), e, hidden_sum);
-          sum = add(sum, kept);
-          hat_sum = fma(kept, hat[i], hat_sum);
-        }
-      };
-      CASVIT_FOR_PIXEL_RUNS(columns, run);
+    double totals[GATE_SUMS * VL];
+    Sums<GATE_SUMS> kept_sums(totals);
+    for (int64_t y = 0; y < rows; ++y)
+      for (int64_t first = 0; first < columns; first += SPAN) {
+        const float* above = z + block * g.plane + (y0 + y) * g.row + (x0 + first) * VL;
+        const float* es = gradient + y * columns + first;
+        Vec sum[GATE_SUMS] = {zero(), zero(), zero()};
+        auto run = [&](auto count, int64_t x) __attribute__((always_inline)) {
+          constexpr int N = decltype(count)::value;
+          Vec hat[N];
+          for (int i = 0; i < N; ++i) hat[i] = bias;
+          convolve<N>({above + x * VL, above + g.row + x * VL, above + 2 * g.row + x * VL}, taps,
+                      hat);
+          Vec part[GATE_SUMS] = {zero(), zero(), zero()};
+          for (int i = 0; i < N; ++i) {
+            const Vec n = fma(gamma, hat[i], beta), e = splat(es[x + i]);
+            const Vec kept = where_positive(n, e);
+            part[SPATIAL_WEIGHT] = fma(max_keep_nan(zero(), n), e, part[SPATIAL_WEIGHT]);
+            part[GRAD_N] = add(part[GRAD_N], kept);
+            part[GRAD_N_HAT] = fma(kept, hat[i], part[GRAD_N_HAT]);
+          }
+          for (int j = 0; j < GATE_SUMS; ++j) sum[j] = add(sum[j], part[j]);
+        };
+        const int64_t width = columns - first < SPAN ? columns - first : SPAN;
+        CASVIT_FOR_PIXEL_RUNS(width, run);
+        kept_sums.add_to(0, sum);
+        kept_sums.count(width);
+      }
+    kept_sums.flush();
+    for (int i = 0; i < VL; ++i) {
+      const double spatial = static_cast<double>(w.spatial[at + i]);
+      sums[SPATIAL_WEIGHT * g.padded() + at + i] =
+          static_cast<float>(totals[SPATIAL_WEIGHT * VL + i]);
+      sums[GRAD_N * g.padded() + at + i] = static_cast<float>(totals[GRAD_N * VL + i] * spatial);
+      sums[GRAD_N_HAT * g.padded() + at + i] =
+          static_cast<float>(totals[GRAD_N_HAT * VL + i] * spatial);
     }
-    const Vec spatial = load(w.spatial + at);
-    store(sums + SPATIAL_WEIGHT * g.padded() + at, hidden_sum);
-    store(sums + GRAD_N * g.padded() + at, mul(sum, spatial));
-    store(sums + GRAD_N_HAT * g.padded() + at, mul(hat_sum, spatial));
   }
 }
 
@@ -404,22 +432,28 @@ static void backward_depthwise(const Geometry& g, const TrainingGate& w,
     };
     CASVIT_FOR_PIXEL_RUNS(g.W, pixels);
     if (!own) return;
-    Vec products[9], sum = zero();
-    for (int t = 0; t < 9; ++t) products[t] = zero();
-    auto weights = [&](auto count, int64_t x) __attribute__((always_inline)) {
-      constexpr int N = decltype(count)::value;
-      Vec grad[N];
-      for (int i = 0; i < N; ++i) {
-        grad[i] = load(to + (x + i) * VL);
-        sum = add(sum, grad[i]);
-      }
-      correlate<N>({above + x * VL, above + g.row + x * VL, above + 2 * g.row + x * VL}, grad,
-                   products);
-    };
-    CASVIT_FOR_PIXEL_RUNS(g.W, weights);
-    sums.add_to(DEPTHWISE, products);
-    sums.add_to(DEPTHWISE_BIAS, sum);
-    sums.count(g.W);
+    for (int64_t first = 0; first < g.W; first += SPAN) {
+      Vec products[9], sum = zero();
+      for (int t = 0; t < 9; ++t) products[t] = zero();
+      const float *above_span = above + first * VL, *grad_span = to + first * VL;
+      auto weights = [&](auto count, int64_t x) __attribute__((always_inline)) {
+        constexpr int N = decltype(count)::value;
+        Vec grad[N], part = zero();
+        for (int i = 0; i < N; ++i) {
+          grad[i] = load(grad_span + (x + i) * VL);
+          part = add(part, grad[i]);
+        }
+        sum = add(sum, part);
+        correlate<N>(
+            {above_span + x * VL, above_span + g.row + x * VL, above_span + 2 * g.row + x * VL},
+            grad, products);
+      };
+      const int64_t width = g.W - first < SPAN ? g.W - first : SPAN;
+      CASVIT_FOR_PIXEL_RUNS(width, weights);
+      sums.add_to(DEPTHWISE, products);
+      sums.add_to(DEPTHWISE_BIAS, sum);
+      sums.count(width);
+    }
   };
   auto make_grad_z = [&](int64_t y) {
     const float *from = grad_sum + y * g.W * VL, *gates = s + y * g.W;

@@ -173,20 +173,22 @@ float* floats(void* base, int64_t offset) {
   return reinterpret_cast<float*>(static_cast<char*>(base) + offset);
 }
 
-// `base`: zeros.
+// `base`: zeros. Packed weights are block after block, so threads may pack three blocks each.
 void fill_product(const Kernels& k, int64_t C, const Source& weight, const Source& bias,
-                  Product kind, const ProductLayout& layout, void* base) {
+                  Product kind, const ProductLayout& layout, void* base, const Pool& pool) {
   const int64_t blocks = (C + k.lanes - 1) / k.lanes, padded = blocks * k.lanes;
   float* matrix = static_cast<float*>(matrix_buffer.get(3 * padded * C * 4));
-  for (int64_t t = 0; t < 3; ++t) {
-    float* rows = matrix + t * padded * C;
-    for (int64_t o = 0; o < C; ++o) {
-      copy_row(weight, t * C + o, C, rows + o * C);
-      if (bias.data) floats(base, layout.qkv_bias)[t * padded + o] = at(bias, t * C + o);
+  run(pool, blocks, [&](int64_t i) {
+    for (int64_t row = 3 * i * k.lanes; row < 3 * (i + 1) * k.lanes; ++row) {
+      const int64_t t = row / padded, o = row % padded;
+      if (o < C) copy_row(weight, t * C + o, C, matrix + row * C);
+      else std::memset(matrix + row * C, 0, sizeof(float) * static_cast<size_t>(C));
+      if (o < C && bias.data) floats(base, layout.qkv_bias)[row] = at(bias, t * C + o);
     }
-    std::memset(rows + C * C, 0, sizeof(float) * static_cast<size_t>((padded - C) * C));
-  }
-  k.product_pack_weights(matrix, C, blocks, kind, static_cast<char*>(base) + layout.product);
+    k.product_pack_weights(
+        matrix + 3 * i * k.lanes * C, C, 1, kind,
+        static_cast<char*>(base) + layout.product + i * k.product_weight_bytes(C, 1, kind));
+  });
 }
 
 // BN(d) = d * scale + (beta - mean * scale), with scale = gamma / sqrt(var + eps)
@@ -257,7 +259,7 @@ void pack(const Kernels& k, const Sources& s, Product kind, void* packed) {
   std::memset(packed, 0, static_cast<size_t>(layout.mixing.end));
   const PackedHeader h = header_of(k, s, kind);
   std::memcpy(packed, &h, sizeof h);
-  fill_product(k, s.C, s.qkv_weight, s.qkv_bias, kind, layout.product, packed);
+  fill_product(k, s.C, s.qkv_weight, s.qkv_bias, kind, layout.product, packed, {1, nullptr});
   fill_mixing(k, s, layout.mixing, packed);
 }
 
@@ -282,10 +284,10 @@ WeightsView view(const Kernels& k, int64_t C, Product kind, const void* packed) 
 }
 
 WeightsView pack_product(const Kernels& k, int64_t C, const Source& weight, const Source& bias,
-                         Product kind) {
+                         Product kind, const Pool& pool) {
   const ProductLayout layout(k, C, kind, 0);
   void* to = zeroed(layout.end);
-  fill_product(k, C, weight, bias, kind, layout, to);
+  fill_product(k, C, weight, bias, kind, layout, to, pool);
   WeightsView v{};
   view_product(layout, to, v);
   return v;

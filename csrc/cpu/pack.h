@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "mixer.h"
+#include "pool.h"
 
 namespace casvit {
 
@@ -50,7 +51,7 @@ WeightsView view(const Kernels&, int64_t C, Product, const void* packed);
 // Absent in a view is what its phase does not read.
 // The qkv product alone.
 WeightsView pack_product(const Kernels&, int64_t C, const Source& qkv_weight,
-                         const Source& qkv_bias, Product);
+                         const Source& qkv_bias, Product, const Pool&);
 // Everything but the product.
 WeightsView pack_mixing(const Kernels&, const Sources&);
 // The depthwise convolutions dwc and proj.

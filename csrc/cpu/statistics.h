@@ -11,39 +11,51 @@ namespace CASVIT_ISA {
 static void moments(const Geometry& g, const float* taps, const float* plane, int64_t y_begin,
                     int64_t y_end, double* moments) {
   auto row_above = [&](int64_t y) { return plane + y * g.row; };
-  // Deviations from a value out of the middle: squares of the values themselves would drown a
-  // variance that is small beside the mean.
-  Vec middle[1] = {zero()};
+  // Deviations from the mean of a few values out of the middle: squares of the values themselves
+  // would drown a variance that is small beside the mean.
+  Vec centre = zero();
   {
-    const float* above = row_above((y_begin + y_end) / 2) + g.W / 2 * VL;
-    convolve<1>({above, above + g.row, above + 2 * g.row}, taps, middle);
-  }
-  double totals[2 * VL];
-  Sums<2> sums(totals);
-  for (int64_t y = y_begin; y < y_end; ++y) {
-    const float* above = row_above(y);
-    Vec sum = zero(), square = zero();
+    const float* above = row_above((y_begin + y_end) / 2) + (g.W < 7 ? 0 : (g.W - 7) / 2) * VL;
     auto pixels = [&](auto count, int64_t x) __attribute__((always_inline)) {
       constexpr int N = decltype(count)::value;
       Vec acc[N];
       for (int i = 0; i < N; ++i) acc[i] = zero();
-      const float* const from[3] = {above + x * VL, above + g.row + x * VL,
-                                    above + 2 * g.row + x * VL};
-      convolve<N>(from, taps, acc);
-      for (int i = 0; i < N; ++i) {
-        const Vec deviation = sub(acc[i], middle[0]);
-        sum = add(sum, deviation);
-        square = fma(deviation, deviation, square);
-      }
+      convolve<N>({above + x * VL, above + g.row + x * VL, above + 2 * g.row + x * VL}, taps, acc);
+      for (int i = 0; i < N; ++i) centre = add(centre, acc[i]);
     };
-    CASVIT_FOR_PIXEL_RUNS(g.W, pixels);
-    sums.add_to(0, sum);
-    sums.add_to(1, square);
-    sums.count(g.W);
+    const int64_t count = g.W < 7 ? g.W : 7;
+    CASVIT_FOR_PIXEL_RUNS(count, pixels);
+    centre = div(centre, splat(static_cast<float>(count)));
   }
-  sums.flush();
+  double totals[2 * VL];
+  Sums<2> sums(totals);
+  for (int64_t y = y_begin; y < y_end; ++y)
+    for (int64_t first = 0; first < g.W; first += SPAN) {
+      const float* above = row_above(y) + first * VL;
+      Vec sum = zero(), square = zero();
+      auto pixels = [&](auto count, int64_t x) __attribute__((always_inline)) {
+        constexpr int N = decltype(count)::value;
+        Vec acc[N];
+        for (int i = 0; i < N; ++i) acc[i] = zero();
+        convolve<N>({above + x * VL, above + g.row + x * VL, above + 2 * g.row + x * VL}, taps,
+                    acc);
+        Vec part = zero(), part_square = zero();
+        for (int i = 0; i < N; ++i) {
+          const Vec deviation = sub(acc[i], centre);
+          part = add(part, deviation);
+          part_square = fma(deviation, deviation, part_square);
+        }
+        sum = add(sum, part);
+        square = add(square, part_square);
+      };
+      const int64_t width = g.W - first < SPAN ? g.W - first : SPAN;
+      CASVIT_FOR_PIXEL_RUNS(width, pixels);
+      sums.add_to(0, sum);
+      sums.add_to(1, square);
+      sums.flush();
+    }
   float shift[VL];
-  store(shift, middle[0]);
+  store(shift, centre);
   const double count = static_cast<double>((y_end - y_begin) * g.W);
   for (int i = 0; i < VL; ++i) {
     const double mean = totals[i] / count;

@@ -1,4 +1,4 @@
-// Sums over many pixels that lose nothing.
+// Sums over many pixels that lose no digit.
 #pragma once
 
 #include "vec.h"
@@ -6,7 +6,10 @@
 namespace casvit {
 namespace CASVIT_ISA {
 
-// K sums per channel of one block: in float over some 64 pixels, these added up in double.
+// Pixels of a row summed in one chain of floats.
+constexpr int64_t SPAN = 56;
+
+// K sums per channel of one block: in float over some 56 pixels, these added up in double.
 template <int K>
 class Sums {
  public:
@@ -22,7 +25,7 @@ class Sums {
   // What was added were sums over so many pixels.
   void count(int64_t pixels) {
     pixels_ += pixels;
-    if (pixels_ >= 64) flush();
+    if (pixels_ >= SPAN) flush();
   }
   void flush() {
     for (int i = 0; i < K * VL; ++i) total_[i] += static_cast<double>(part_[i]);

@@ -284,11 +284,16 @@ void backward_combine(const TrainingProblem& p, const WeightsView& w, const Inpu
             });
   const int64_t map = 2 * g.pixels();
   run(p.pool, p.images, [&](int64_t image) {
-    float* sum = to.pixel + image * map;
     const float* from = pixel + image * g.blocks * map;
-    std::memcpy(sum, from, sizeof(float) * static_cast<size_t>(map));
-    for (int64_t block = 1; block < g.blocks; ++block)
-      for (int64_t i = 0; i < map; ++i) sum[i] += from[block * map + i];
+    for (int64_t first = 0; first < map; first += 64) {
+      const int64_t count = map - first < 64 ? map - first : 64;
+      double sum[64] = {};
+      for (int64_t block = 0; block < g.blocks; ++block)
+        for (int64_t i = 0; i < count; ++i)
+          sum[i] += static_cast<double>(from[block * map + first + i]);
+      for (int64_t i = 0; i < count; ++i)
+        to.pixel[image * map + first + i] = static_cast<float>(sum[i]);
+    }
   });
   run(p.pool, g.blocks, [&](int64_t block) {
     const int64_t c = block * g.lanes;

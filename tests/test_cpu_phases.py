@@ -1,0 +1,344 @@
+"""The CPU kernels of the training phases against the same phases in float64.
+
+A phase may err at most four times as much as it does in float32 PyTorch.
+"""
+
+import phases
+import pytest
+import torch
+from conftest import require_native
+from test_phases import EPS, weights
+
+from casvit_kernels import _native, ops
+from casvit_kernels.backends import cpu
+
+OPS = torch.ops.casvit_kernels
+LANES = {"portable": 4, "avx2": 8, "avx512": 16, "amx": 16}
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 3, 1, 7),
+    (3, 33, 13, 9),
+    (2, 48, 56, 56),
+    (5, 220, 7, 7),
+    (1, 512, 7, 7),
+]
+SHAPE = (3, 33, 13, 9)
+FACTOR = 4
+CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
+
+
+@pytest.fixture(autouse=True)
+def _native_kernels():
+    require_native()
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
+def instruction_set(request):
+    """Each one in turn that this CPU has."""
+    reason = cpu.instruction_sets().get(request.param, "not in this build")
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    library, before = _native.load()[0], cpu.active_instruction_set()
+    library.casvit_cpu_isa_select(request.param.encode())
+    yield request.param
+    library.casvit_cpu_isa_select(before.encode())
+
+
+class Problem:
+    """A mixer, its input, and the arguments of every phase; float32 as the kernels take it."""
+
+    def __init__(self, shape, affine=True, dtype=torch.float32, memory_format=CONTIGUOUS):
+        B, C, H, W = self.shape = shape
+        self.w = weights(C, bias=affine, affine=affine)
+        self.x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
+        self.grad = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
+        self.planes = OPS.cpu_project(self.x, self.w.qkv_weight, self.w.qkv_bias, torch.float32)
+        self.qkv = from_planes(self.planes, shape)
+        mixed = phases.mix(self.qkv, self.w, phases.statistics(self.qkv, self.w) + 0.1, EPS)
+        self.statistics = (phases.statistics(self.qkv, self.w) + 0.1).contiguous()
+        self.spatial, self.channel = mixed.spatial.contiguous(), mixed.channel
+        self.pixel, self.shift = torch.randn(B, 2, H, W), torch.randn(2, B, C)
+        self.logit, self.grad_sum = torch.randn(B, 2, H, W), torch.randn(shape)
+        self.coefficients = torch.randn(2, 3, C)
+
+    @property
+    def arguments(self):
+        return (*ops.flatten(self.w), *EPS)
+
+
+def from_planes(planes, shape):
+    """(3, B, C, H, W) of what cpu_project returns; asserts that borders and padding are zero."""
+    B, C, H, W = shape
+    lanes = LANES[cpu.active_instruction_set()]
+    blocks = -(-C // lanes)
+    plane = (H + 2) * (W + 2) * lanes
+    padded = planes.view(B, 3, blocks, -1)[..., :plane].reshape(B, 3, blocks, H + 2, W + 2, lanes)
+    channels = padded.permute(1, 0, 2, 5, 3, 4).flatten(2, 3)
+    assert torch.equal(
+        channels.count_nonzero(), channels[:, :, :C, 1:-1, 1:-1].contiguous().count_nonzero()
+    )
+    return channels[:, :, :C, 1:-1, 1:-1].contiguous()
+
+
+def from_blocks(flat, shape):
+    """(B, C, H, W) of a gradient at q2 + k2."""
+    B, C, H, W = shape
+    lanes = LANES[cpu.active_instruction_set()]
+    return flat.view(B, -1, H, W, lanes).permute(0, 1, 4, 2, 3).flatten(1, 2)[:, :C]
+
+
+def to_blocks(t):
+    B, C, H, W = t.shape
+    lanes = LANES[cpu.active_instruction_set()]
+    padded = torch.zeros(B, -(-C // lanes) * lanes, H, W)
+    padded[:, :C] = t
+    return padded.view(B, -1, lanes, H, W).permute(0, 1, 3, 4, 2).contiguous().flatten()
+
+
+def from_rows(rows, shape):
+    """(3, B, C, H, W) of gradients at q, k and v."""
+    B, C, H, W = shape
+    return rows.view(B, H, W, 3, C).permute(3, 0, 4, 1, 2)
+
+
+# Each returns its results as plain tensors, in the order of the phase in phases.py.
+
+
+def kernel_project(p):
+    planes = OPS.cpu_project(p.x, p.w.qkv_weight, p.w.qkv_bias, torch.float32)
+    return (from_planes(planes, p.shape),)
+
+
+def kernel_statistics(p):
+    return (OPS.cpu_statistics(p.planes, p.shape, *p.arguments),)
+
+
+def kernel_mix(p):
+    return OPS.cpu_mix(p.x, p.planes, *p.arguments, p.statistics, torch.float32)
+
+
+def kernel_combine(p):
+    found = OPS.cpu_backward_combine(p.grad, p.planes, *p.arguments, p.spatial, p.channel)
+    grad_v = from_rows(found[0], p.shape)[2]
+    return (grad_v, from_blocks(found[1], p.shape), *found[2:])
+
+
+def kernel_gate(p):
+    return OPS.cpu_backward_gate(
+        p.planes, p.shape, *p.arguments, p.statistics, p.spatial, p.pixel, p.shift
+    )
+
+
+def kernel_depthwise(p):
+    B, C, H, W = p.shape
+    rows = torch.full((B * H * W, 3 * C), torch.nan)
+    grads = OPS.cpu_backward_depthwise(
+        *(p.planes, p.shape, *p.arguments, p.statistics, p.spatial, p.channel, p.shift, p.logit),
+        *(p.coefficients, to_blocks(p.grad_sum), rows),
+    )
+    found = from_rows(rows, p.shape)
+    assert found[2].isnan().all()  # v's part is backward_combine's
+    return (found[:2], *grads)
+
+
+# The same in plain PyTorch; `a` turns an argument into the dtype to compute in.
+
+
+def plain_project(p, a):
+    return (phases.project(a(p.x), a(p.w)),)
+
+
+def plain_statistics(p, a):
+    return (phases.statistics(a(p.qkv), a(p.w)),)
+
+
+def plain_mix(p, a):
+    return phases.mix(a(p.qkv), a(p.w), a(p.statistics), EPS)
+
+
+def plain_combine(p, a):
+    found = phases.backward_combine(a(p.grad), a(p.qkv), a(p.w), a(p.spatial), a(p.channel))
+    return (found.grad_qkv[2], *found[1:])
+
+
+def plain_gate(p, a):
+    return phases.backward_gate(
+        a(p.qkv), a(p.w), a(p.statistics), EPS, a(p.spatial), a(p.pixel), a(p.shift)
+    )
+
+
+def plain_depthwise(p, a):
+    grad_qkv = torch.zeros_like(a(p.qkv))
+    grads = phases.backward_depthwise(
+        *(a(p.qkv), a(p.w), a(p.statistics), EPS, a(p.spatial), a(p.channel), a(p.shift)),
+        *(a(p.logit), a(p.coefficients), a(p.grad_sum), grad_qkv),
+    )
+    return (grad_qkv[:2], *grads)
+
+
+PHASES = {
+    "project": (kernel_project, plain_project),
+    "statistics": (kernel_statistics, plain_statistics),
+    "mix": (kernel_mix, plain_mix),
+    "combine": (kernel_combine, plain_combine),
+    "gate": (kernel_gate, plain_gate),
+    "depthwise": (kernel_depthwise, plain_depthwise),
+}
+
+
+def caster(dtype):
+    def cast(value):
+        if isinstance(value, torch.Tensor):
+            return value.to(dtype)
+        flat = ops.flatten(value)
+        return ops.unflatten(tuple(t if t is None else t.to(dtype) for t in flat))
+
+    return cast
+
+
+def assert_as_precise(p, phase):
+    kernel, plain = PHASES[phase]
+    found = kernel(p)
+    truth, single = plain(p, caster(torch.float64)), plain(p, caster(torch.float32))
+    assert len(found) == len(truth)
+    for i, (f, t, s) in enumerate(zip(found, truth, single, strict=True)):
+        assert f.shape == t.shape, f"{phase} {i}"
+        assert f.dtype == torch.float32
+        scale = t.abs().max().item()
+        error = (f.double() - t).abs().max().item()
+        # A few values may come out exactly in PyTorch: half a unit in the last place is free.
+        allowed = FACTOR * max((s.double() - t).abs().max().item(), 2**-25 * scale)
+        assert error <= allowed, f"{phase} {i}: error {error:.3g} of {scale:.3g}, {allowed:.3g}"
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_precise_as_pytorch(shape, phase, instruction_set):
+    assert_as_precise(Problem(shape), phase)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_without_the_optional_weights(phase):
+    assert_as_precise(Problem(SHAPE, affine=False), phase)
+
+
+@pytest.mark.parametrize("phase", ["project", "combine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "expanded"])
+@pytest.mark.parametrize("shape", [SHAPE, (2, 48, 8, 8), (2, 5, 3, 2)], ids=str)
+def test_any_input(shape, layout, dtype, phase, instruction_set):
+    p = Problem(shape, dtype=dtype)
+    for name in ("x", "grad"):
+        t = getattr(p, name)
+        if layout == "channels_last":
+            t = t.contiguous(memory_format=torch.channels_last)
+        elif layout == "strided":
+            B, C, H, W = shape
+            t = torch.full((B, C + 2, 2 * H, W + 3), torch.nan, dtype=dtype)[
+                :, 1:-1, ::2, 2:-1
+            ].copy_(t)
+        elif layout == "expanded":
+            t = t[..., :1].expand(shape)
+        setattr(p, name, t)
+    assert_as_precise(p, phase)
+
+
+@pytest.mark.parametrize("shape", [(1, 20, 160, 130), (1, 4, 3, 300)], ids=str)
+@pytest.mark.parametrize("phase", PHASES)
+def test_maps_cut_into_bands(shape, phase):
+    """Large maps are worked on piece by piece."""
+    assert_as_precise(Problem(shape), phase)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("shape", [SHAPE, (1, 20, 40, 30), (5, 220, 7, 7)], ids=str)
+def test_the_same_bits_for_any_number_of_threads(shape, phase):
+    p = Problem(shape)
+    kernel, _ = PHASES[phase]
+    torch.set_num_threads(1)
+    expected = kernel(p)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        for f, e in zip(kernel(p), expected, strict=True):
+            assert torch.equal(f, e)
+
+
+def test_a_small_variance_beside_a_large_mean(instruction_set):
+    """The deviation of the convolution is 1e-4 of its mean, far from the zero borders' values."""
+    p = Problem((4, 5, 20, 21))
+    with torch.no_grad():
+        for g in (p.w.q, p.w.k):
+            g.depthwise_weight.zero_()[:, :, 1, 1] = 1.0
+    p.x.mul_(1e-4).add_(1.0)
+    p.w.qkv_weight.copy_(torch.eye(5).repeat(3, 1).view(15, 5, 1, 1))
+    p.w.qkv_bias.zero_()
+    p.planes = OPS.cpu_project(p.x, p.w.qkv_weight, p.w.qkv_bias, torch.float32)
+    p.qkv = from_planes(p.planes, p.shape)
+    (found,) = kernel_statistics(p)
+    (truth,) = plain_statistics(p, caster(torch.float64))
+    torch.testing.assert_close(found[:, 1].double(), truth[:, 1], rtol=2e-6, atol=0)
+    torch.testing.assert_close(found[:, 0].double(), truth[:, 0], rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("memory_format", [CONTIGUOUS, CHANNELS_LAST], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_out_is_of_the_dtype_and_layout_asked_for(dtype, memory_format):
+    p = Problem((2, 20, 6, 5), memory_format=memory_format)
+    out, *small = OPS.cpu_mix(p.x, p.planes, *p.arguments, p.statistics, dtype)
+    expected, *expected_small = plain_mix(p, caster(torch.float64))
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(out.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-4)
+    for f, e in zip(small, expected_small, strict=True):
+        torch.testing.assert_close(f.double(), e, rtol=1e-5, atol=1e-5)
+
+
+def test_the_product_in_bfloat16():
+    p = Problem((2, 48, 9, 7), dtype=torch.bfloat16)
+    half = ops.unflatten(tuple(t.bfloat16() for t in ops.flatten(p.w)))
+    planes = OPS.cpu_project(p.x, half.qkv_weight, half.qkv_bias, torch.bfloat16)
+    torch.testing.assert_close(
+        from_planes(planes, p.shape).double(),
+        phases.project(p.x.double(), caster(torch.float64)(half)),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4, 3), (2, 5, 0, 3)], ids=str)
+def test_nothing_to_do(shape):
+    B, C, H, W = shape
+    w, x = weights(C), torch.randn(shape)
+    arguments = (*ops.flatten(w), *EPS)
+    planes = OPS.cpu_project(x, w.qkv_weight, w.qkv_bias, torch.float32)
+    statistics = torch.ones(2, 2, C)
+    assert OPS.cpu_statistics(planes, shape, *arguments).shape == (2, 2, C)
+    mixed = OPS.cpu_mix(x, planes, *arguments, statistics, torch.float32)
+    assert [tuple(t.shape) for t in mixed] == [shape, (B, 2, H, W), (2, B, C), (2, B, C)]
+    b1 = OPS.cpu_backward_combine(x, planes, *arguments, mixed[1], mixed[3])
+    b2 = OPS.cpu_backward_gate(planes, shape, *arguments, statistics, *mixed[1:2], b1[2], b1[3])
+    b3 = OPS.cpu_backward_depthwise(
+        *(planes, shape, *arguments, statistics, mixed[1], mixed[3], b1[3], b2[0]),
+        *(torch.ones(2, 3, C), b1[1], b1[0]),
+    )
+    for t in (*b1[4:], *b2[1:], *b3):
+        assert t.count_nonzero() == 0
+    assert b1[0].shape == (B * H * W, 3 * C)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"planes": torch.zeros(7)}, "qkv: expected .* elements, got 7"),
+        ({"spatial": torch.zeros(3)}, "spatial: expected .* elements, got 3"),
+        ({"statistics": torch.zeros(2, 2, 33).double()}, "statistics: expected float32"),
+        ({"shift": torch.zeros(33, 3, 2).permute(2, 1, 0)}, "shift: expected a contiguous"),
+        ({"shape": (3, 34, 13, 9)}, "shape: expected 33 channels, got 34"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_wrong_arguments_are_refused(change, message):
+    p = Problem(SHAPE)
+    vars(p).update(change)
+    with pytest.raises(RuntimeError, match=message):
+        kernel_gate(p)
