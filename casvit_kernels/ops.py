@@ -301,17 +301,13 @@ def _second_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
             "not supported: use nn.BatchNorm2d where create_graph=True is needed"
         )
     *inputs, statistics = ctx.saved_tensors  # grad, x and the weights
-    again = torch.is_grad_enabled()
+    again = torch.is_grad_enabled()  # derivatives of this one, too
     differentiable = ctx.needs_input_grad[: 2 + _N]
     first = [False, *ctx.needed]  # what the gradients were taken for
     with torch.enable_grad():
         # Each input is cut off from the others: x may be computed from the weights, say.
         cut: list[Any] = [
-            t
-            if t is None
-            else t.view_as(t)
-            if again and wanted
-            else t.detach().requires_grad_(wanted or of_first)
+            t if t is None else t.view_as(t) if wanted else t.detach().requires_grad_(of_first)
             for t, wanted, of_first in zip(inputs, differentiable, first, strict=True)
         ]
         grad, x = cut[:2]

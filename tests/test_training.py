@@ -593,6 +593,17 @@ def test_an_input_written_after_the_call_is_refused(mixer, x):
         out.sum().backward()
 
 
+def test_frozen_statistics_written_after_the_call(mixer, x):
+    """As when the same mixer runs frozen, then in training, then backward."""
+    norms(mixer)[0].eval()
+    expected = step(copy.deepcopy(mixer), x)
+    y = x.clone().requires_grad_()
+    loss = mixer(y).square().sum()
+    norms(mixer)[0].running_mean.add_(1)
+    loss.backward()
+    assert torch.equal(y.grad, expected["x"])
+
+
 # SyncBatchNorm: two processes, each with a part of the batch, against one with all of it
 
 _PARTS = ((2, 2), (3, 1), (0, 4))
