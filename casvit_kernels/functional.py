@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeVar
+
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
-from . import reference
+from . import ops, reference
 from .backends import get, select
 from .backends.base import Backend, Problem
-from .reference import GateWeights, MixerWeights, Norm
+from .reference import GateWeights, MixerWeights
+from .training import update_running
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["GateWeights", "MixerWeights", "catm"]
 
+_T = TypeVar("_T")
 _REMEDY = "convert one of them, or use torch.autocast"
 
 
@@ -22,7 +29,9 @@ def catm(
     weights: MixerWeights,
     *,
     eps: tuple[float, float] = (1e-5, 1e-5),
-    norms: tuple[Norm, Norm] | None = None,
+    training: bool | tuple[bool, bool] = False,
+    momentum: float | tuple[float, float] = 0.1,
+    process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The convolutional additive token mixer of CAS-ViT (arXiv 2408.03703, section 3.2).
@@ -33,35 +42,90 @@ def catm(
         weights: `MixerWeights`, on the device of ``x`` and of its dtype (of any floating dtype under
             autocast).
         eps: the BatchNorm epsilon of the q gate and of the k gate.
-        norms: when given, these are called in place of the BatchNorms in ``weights``, for example to
-            use and update batch statistics in training. Every backend then runs the reference
-            formulas; this version fuses the form with running statistics only.
+        training: whether BatchNorm uses the statistics of this batch; a pair says it for the q gate
+            and the k gate. The running statistics in ``weights`` may then be None, else they are
+            updated in place, as by `torch.nn.functional.batch_norm`.
+        momentum: weight of this batch in that update; a pair for the q gate and the k gate.
+        process_group: batch statistics are those of all processes of this group together, as by
+            `torch.nn.SyncBatchNorm`; None: of this process.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None chooses (see
             `casvit_kernels.use_backend`). Whatever is asked, the reference formulas serve exports,
             `torch.func` transforms, forward-mode AD and tensors without values (meta, fake): only
-            they can be followed there.
+            they can be followed there. They also serve training on a backend without kernels for it.
 
     Returns:
         ``(B, C, H, W)`` of the dtype of ``x`` (or of autocast), channels last if ``x`` has its channels
-        innermost, else contiguous (with ``norms``, or where only the reference formulas serve: as the
-        convolutions of PyTorch lay it out). Differentiable with respect to ``x`` and all weights, any
-        number of times.
+        innermost, else contiguous (where the reference formulas serve: as the convolutions of PyTorch
+        lay it out). Differentiable with respect to ``x`` and all weights. Second derivatives
+        differentiate the reference formulas; higher ones exist where PyTorch has them (not of batch
+        statistics), and with a process group they raise NotImplementedError. For the backward ``x``
+        and the weights are kept, and nothing else of the size of ``x``.
 
     Raises:
         TypeError: ``x`` is no floating tensor, or its dtype and that of the weights differ (under
             autocast: one of them is float64, which autocast leaves alone, and the other is not).
-        ValueError: a shape, a device or the backend's name does not fit, or running statistics are
-            missing.
+        ValueError: a shape, a device or the backend's name does not fit, running statistics are
+            missing, there is one value per channel to take statistics of, or the reference formulas
+            must serve a call with a process group.
         BackendUnavailable: the backend that was asked for cannot serve this call, with the reason.
     """
-    chosen, _ = check(x, weights, backend)
-    plain = norms or (
-        reference.running_norm(weights.q, eps[0]),
-        reference.running_norm(weights.k, eps[1]),
+    chosen, dtype = check(x, weights, backend)
+    batch = _pair(training)
+    momenta = _pair(momentum)
+    norms = list(map(ops.formula_norm, (weights.q, weights.k), eps, batch, momenta))
+    if trains(chosen, batch):
+        assert chosen is not None
+        group = "" if process_group is None else group_name(process_group)
+        return train(chosen, x, weights, eps, batch, momenta, group, dtype)
+    if chosen is not None and True not in batch:
+        return chosen.project_and_mix(x, weights, eps, None)
+    if process_group is not None and True in batch:
+        raise ValueError(
+            "process_group: expected None where the reference formulas serve, "
+            f"which know one process only, got {process_group}"
+        )
+    return reference.catm(x, weights, *norms)
+
+
+def trains(chosen: Backend | None, batch: tuple[bool, bool]) -> bool:
+    """Whether `train` serves a call whose gates use batch statistics where `batch` says so."""
+    return chosen is not None and chosen.phases is not None and True in batch
+
+
+def train(
+    chosen: Backend,
+    x: Tensor,
+    w: MixerWeights,
+    eps: tuple[float, float],
+    batch: tuple[bool, bool],
+    momentum: tuple[float | Tensor, float | Tensor],
+    group: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The mixer on a backend's training kernels; updates what running statistics w has."""
+    b, _, height, width = x.shape
+    if b * height * width == 1 and not group:
+        raise ValueError(
+            "x: expected more than 1 value per channel when training, "
+            f"got input size {tuple(x.shape)}"
+        )
+    settings = ops.Settings(*eps, *batch, dtype, chosen.name, group)
+    q, k = (
+        gate._replace(norm_mean=None, norm_var=None) if own else gate
+        for gate, own in zip((w.q, w.k), batch, strict=True)
     )
-    if chosen is None or norms is not None:
-        return reference.catm(x, weights, *plain)
-    return chosen.project_and_mix(x, weights, eps, None)
+    out, saved = ops.mix_training(x, w._replace(q=q, k=k), settings)
+    if b > 0 or group:
+        for i, gate in enumerate((w.q, w.k)):
+            mean, var = gate.norm_mean, gate.norm_var
+            if batch[i] and mean is not None and var is not None:
+                update_running((mean, var), saved.statistics[i], saved.number, momentum[i])
+    return out
+
+
+def group_name(group: ProcessGroup) -> str:
+    """The name by which an operator finds the group, "" for a group of one."""
+    return group.group_name if group.size() > 1 else ""
 
 
 def check(x: Tensor, w: MixerWeights, backend: str | None) -> tuple[Backend | None, torch.dtype]:
@@ -141,3 +205,7 @@ def _choose(backend: str | None, device: str, dtype: torch.dtype) -> str:
 # A compiled function keeps the choice it was compiled with. This is what the decorator
 # torch.compiler.assume_constant_result does, without the second that importing it takes.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _pair(value: _T | tuple[_T, _T]) -> tuple[_T, _T]:
+    return value if isinstance(value, tuple) else (value, value)

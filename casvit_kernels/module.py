@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .backends import check_name
-from .functional import GateWeights, MixerWeights, check
+from .functional import GateWeights, MixerWeights, check, group_name, train, trains
 from .packing import PackedWeights
 from .reference import AdditiveTokenMixer
 
@@ -28,9 +28,10 @@ class FusedCATM(AdditiveTokenMixer):
             `casvit_kernels.use_backend`).
 
     Input and output: ``(B, C, H, W)``, float32, bfloat16, float16 or float64, any strides; the output
-    keeps the input's layout (contiguous or channels last). Where a BatchNorm uses batch statistics
-    (training), this version computes the reference formulas, with autograd; with running statistics
-    (eval, or frozen BatchNorm) it runs fused and stays differentiable.
+    keeps the input's layout (contiguous or channels last). Both norms may be frozen (eval in a training
+    mixer), one alone too, and both may be ``nn.SyncBatchNorm``, on CPU tensors as well. For the
+    backward the input is kept and nothing else of its size. The backend ``"reference"``, and
+    float64, run plain PyTorch with autograd.
 
     The packed weights are renewed when a parameter or buffer is written, replaced or moved. A write
     through ``.data`` is invisible to PyTorch's version counters; it is recognised by a fingerprint of
@@ -85,11 +86,18 @@ class FusedCATM(AdditiveTokenMixer):
         chosen, dtype = check(x, w, self.backend)
         if _hooked(ends) or _hooked(q) or _hooked(k):
             return super().forward(x)
-        norm_q, norm_k = q[1], k[1]
-        if chosen is None or _uses_batch_statistics(norm_q) or _uses_batch_statistics(norm_k):
+        norms = norm_q, norm_k = q[1], k[1]
+        eps = (norm_q.eps, norm_k.eps)
+        batch = (_uses_batch_statistics(norm_q), _uses_batch_statistics(norm_k))
+        if chosen is not None and trains(chosen, batch):
+            momentum = (_momentum(norm_q), _momentum(norm_k))
+            out = train(chosen, x, w, eps, batch, momentum, _group(norms), dtype)
+            for norm in norms:
+                if _tracks(norm):
+                    norm._buffers["num_batches_tracked"].add_(1)
+        elif chosen is None or True in batch:
             out = reference.catm(x, w, norm_q, norm_k)
         else:
-            eps = (norm_q.eps, norm_k.eps)
             packed = self._packed.get(chosen, w, eps, dtype)
             out = chosen.project_and_mix(x, w, eps, packed)
         dropout: Any = children["proj_drop"]
@@ -133,13 +141,14 @@ def _weights(ends: tuple[Any, ...], q: tuple[Any, ...], k: tuple[Any, ...]) -> M
 
 
 def _gate_weights(depthwise: Any, norm: Any, spatial: Any, channel: Any) -> GateWeights:
+    running = norm._buffers if not norm.training or norm.track_running_stats else _NOT_TRACKED
     return GateWeights(
         _get(depthwise, "weight"),
         _get(depthwise, "bias"),
         _get(norm, "weight"),
         _get(norm, "bias"),
-        norm._buffers["running_mean"],
-        norm._buffers["running_var"],
+        running["running_mean"],
+        running["running_var"],
         _get(spatial, "weight"),
         _get(channel, "weight"),
     )
@@ -158,5 +167,46 @@ def _hooked(modules: tuple[Any, ...]) -> bool:
     return False
 
 
+_NOT_TRACKED = {"running_mean": None, "running_var": None}
+
+
 def _uses_batch_statistics(norm: Any) -> bool:
     return norm.training or norm._buffers["running_mean"] is None
+
+
+def _tracks(norm: Any) -> bool:
+    """Whether this call counts as a batch of the norm."""
+    return (
+        norm.training
+        and norm.track_running_stats
+        and norm._buffers["num_batches_tracked"] is not None
+    )
+
+
+def _momentum(norm: Any) -> Any:
+    """Weight of this batch in the running statistics."""
+    if norm.momentum is not None:
+        return norm.momentum
+    return 1 / (norm._buffers["num_batches_tracked"] + 1) if _tracks(norm) else 0.0
+
+
+def _group(norms: tuple[Any, Any]) -> str:
+    """The process group over which batch statistics are taken, by name; "" for none."""
+    names = {_group_of(norm) for norm in norms if norm.training}
+    if len(names) > 1:
+        raise ValueError(
+            "oper_q and oper_k: expected BatchNorms synchronised over the same processes, "
+            f"got {norms[0]} and {norms[1]}"
+        )
+    return names.pop() if names else ""
+
+
+def _group_of(norm: Any) -> str:
+    if not isinstance(norm, nn.SyncBatchNorm):
+        return ""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return ""
+    world: Any = dist.group.WORLD
+    return group_name(norm.process_group or world)

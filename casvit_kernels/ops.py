@@ -1,14 +1,17 @@
 """The operators of `torch.ops.casvit_kernels`: schema, fake kernels, autograd, autocast; one place.
 
-The CPU kernels register themselves from `csrc/register.cpp` when the native library loads. The
-arguments are the fields of `reference.MixerWeights`, flat, in order, as the operator schema wants them.
+The CPU kernels register themselves from `csrc/` when the native library loads; `mix_training` and
+`mix_backward` are implemented in `training.py`, once for all backends. The weights are the fields of
+`reference.MixerWeights`, flat, in order, as the operator schema wants them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _native, reference
@@ -16,15 +19,22 @@ from .reference import GateWeights, MixerWeights
 
 _GATE = (
     "Tensor {z}_depthwise_weight, Tensor {z}_depthwise_bias, "
-    "Tensor? {z}_norm_weight, Tensor? {z}_norm_bias, Tensor {z}_norm_mean, Tensor {z}_norm_var, "
+    "Tensor? {z}_norm_weight, Tensor? {z}_norm_bias, Tensor{o} {z}_norm_mean, Tensor{o} {z}_norm_var, "
     "Tensor {z}_spatial_weight, Tensor {z}_channel_weight"
 )
-_WEIGHTS = (
-    f"Tensor qkv_weight, Tensor? qkv_bias, {_GATE.format(z='q')}, {_GATE.format(z='k')}, "
-    "Tensor dwc_weight, Tensor dwc_bias, Tensor proj_weight, Tensor proj_bias, "
-    "float eps_q, float eps_k"
-)
 
+
+def _weights(optional: str) -> str:
+    """The weights in a schema. optional: "?" where batch statistics may stand for running ones."""
+    gates = (_GATE.format(z=z, o=optional) for z in "qk")
+    return (
+        f"Tensor qkv_weight, Tensor? qkv_bias, {', '.join(gates)}, "
+        "Tensor dwc_weight, Tensor dwc_bias, Tensor proj_weight, Tensor proj_bias, "
+        "float eps_q, float eps_k"
+    )
+
+
+_WEIGHTS = _weights("")
 _N = len(MixerWeights._fields) - 2 + 2 * len(GateWeights._fields)  # tensors of the weights
 
 _library = torch.library.Library("casvit_kernels", "DEF")
@@ -34,8 +44,22 @@ _library.define(
     f"project_and_mix(Tensor x, {_WEIGHTS}, Tensor? packed=None, ScalarType? dtype=None) -> Tensor"
 )
 _library.define(f"pack({_WEIGHTS}, ScalarType dtype) -> Tensor")
-# The phases of training on the CPU, called by backends/cpu.py alone. qkv, grad_sum and grad_qkv are
-# in layouts of their own; shape is (B, C, H, W).
+# batch: whether the gate's BatchNorm uses batch statistics. group: the name of the process group
+# that these are reduced over, "" for none. number: of the values behind each of them.
+_TRAINING = (
+    f"{_weights('?')}, bool batch_q, bool batch_k, ScalarType? dtype, str backend, str group"
+)
+_library.define(
+    f"mix_training(Tensor x, {_TRAINING}) -> (Tensor out, "
+    "Tensor statistics, Tensor number, Tensor spatial, Tensor pooled, Tensor channel)"
+)
+# needed: of x and each weight. Returns the gradients of those alone, in that order.
+_library.define(
+    f"mix_backward(Tensor grad, Tensor x, {_TRAINING}, Tensor statistics, Tensor number, "
+    "Tensor spatial, Tensor pooled, Tensor channel, bool[] needed) -> Tensor[]"
+)
+# The phases on the CPU, called by backends/cpu.py alone. qkv, grad_sum and grad_qkv are in layouts
+# of their own; shape is (B, C, H, W).
 for _phase in (
     "cpu_project(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, ScalarType dtype) -> Tensor",
     f"cpu_statistics(Tensor qkv, int[] shape, {_WEIGHTS}) -> Tensor",
@@ -54,6 +78,28 @@ for _phase in (
 _native.load()
 
 
+class Settings(NamedTuple):
+    """What `mix_training` and `mix_backward` take beside tensors."""
+
+    eps_q: float
+    eps_k: float
+    batch_q: bool  # whether the q gate's BatchNorm uses batch statistics
+    batch_k: bool
+    dtype: torch.dtype | None  # of out and of the qkv product's operands; None: that of x
+    backend: str
+    group: str  # name of the process group that reduces the statistics, "" for none
+
+
+class Saved(NamedTuple):
+    """What the backward needs beside x and the weights."""
+
+    statistics: Tensor  # (2, 2, C) float32: of q and k, the mean and biased variance that were used
+    number: Tensor  # () float64: how many values of each channel batch statistics are taken over
+    spatial: Tensor  # (B, 2, H, W) float32, gates
+    pooled: Tensor  # (2, B, C) float32
+    channel: Tensor  # (2, B, C) float32, gates
+
+
 def project_and_mix(
     x: Tensor, w: MixerWeights, eps: tuple[float, float], packed: Tensor | None = None
 ) -> Tensor:
@@ -68,13 +114,39 @@ def pack(w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype) -> Tenso
     return out
 
 
+def mix_training(x: Tensor, w: MixerWeights, settings: Settings) -> tuple[Tensor, Saved]:
+    """The whole mixer with batch statistics where the settings say so; out is differentiable.
+
+    Running statistics of such a gate are neither read nor written: `Saved` has what updates them.
+    """
+    out, *saved = torch.ops.casvit_kernels.mix_training(x, *flatten(w), *settings)
+    return out, Saved(*saved)
+
+
+def implement(name: str, kernel: Callable[..., Any]) -> None:
+    """Register a kernel in Python for tensors of every device."""
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+
+
 def flatten(w: MixerWeights) -> tuple[Tensor | None, ...]:
     return (w[0], w[1], *w.q, *w.k, *w[4:])
 
 
-def unflatten(flat: tuple[Tensor | None, ...]) -> MixerWeights:
-    a: tuple[Any, ...] = flat
+def unflatten(flat: Sequence[Any]) -> MixerWeights:
+    a: Any = flat
     return MixerWeights(a[0], a[1], GateWeights(*a[2:10]), GateWeights(*a[10:18]), *a[18:22])
+
+
+def formula_norm(w: GateWeights, eps: float, batch: bool, momentum: float = 0.0) -> reference.Norm:
+    """A gate's BatchNorm for the reference formulas; with batch statistics it updates the running."""
+    if not batch:
+        return reference.running_norm(w, eps)
+
+    def norm(d: Tensor) -> Tensor:
+        mean, var = w.norm_mean, w.norm_var
+        return F.batch_norm(d, mean, var, w.norm_weight, w.norm_bias, True, momentum, eps)
+
+    return norm
 
 
 def output_memory_format(x: Tensor) -> torch.memory_format:
@@ -84,15 +156,33 @@ def output_memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def empty_output(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Memory for the mixer's output (or for a gradient at x), in the layout of x."""
+    return torch.empty(
+        x.shape, dtype=dtype or x.dtype, device=x.device, memory_format=output_memory_format(x)
+    )
+
+
+def empty_gradients(x: Tensor, weights: Sequence[Any], needed: Sequence[bool]) -> list[Tensor]:
+    """Memory for what `mix_backward` returns. needed: of x and each of the flat weights."""
+    of_x, *of_weights = needed
+    return ([empty_output(x, None)] if of_x else []) + [
+        torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for t, n in zip(weights, of_weights, strict=True)
+        if n
+    ]
+
+
+# Fake kernels: shapes, dtypes and layouts for torch.compile.
+
+
 @torch.library.register_fake("casvit_kernels::project_and_mix", lib=_library)
 def _project_and_mix_fake(
     x: Tensor, *rest: Any, packed: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     if len(rest) == _N + 4:  # passed by position
         dtype = rest[-1]
-    return torch.empty(
-        x.shape, dtype=dtype or x.dtype, device=x.device, memory_format=output_memory_format(x)
-    )
+    return empty_output(x, dtype)
 
 
 @torch.library.register_fake("casvit_kernels::pack", lib=_library)
@@ -102,59 +192,187 @@ def _pack_fake(qkv_weight: Tensor, *rest: object) -> Tensor:
     return qkv_weight.new_empty(size, dtype=torch.uint8)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[: 1 + _N])
-    ctx.eps = inputs[1 + _N : 3 + _N]
-    ctx.dtype = output.dtype
+@torch.library.register_fake("casvit_kernels::mix_training", lib=_library)
+def _mix_training_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    b, c, h, w = x.shape
+
+    def small(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    return (
+        empty_output(x, Settings(*rest[_N:]).dtype),
+        small(2, 2, c),
+        small(dtype=torch.float64),
+        small(b, 2, h, w),
+        small(2, b, c),
+        small(2, b, c),
+    )
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Recomputes the reference formulas and differentiates them (saved: the inputs alone)."""
+@torch.library.register_fake("casvit_kernels::mix_backward", lib=_library)
+def _mix_backward_fake(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    return empty_gradients(x, rest[:_N], rest[-1])
+
+
+# Autograd. Saved are x, the weights (without running statistics) and `Saved`: everything as large as
+# x is computed again in the backward.
+
+
+def _without_running(w: MixerWeights) -> MixerWeights:
+    q, k = (g._replace(norm_mean=None, norm_var=None) for g in (w.q, w.k))
+    return w._replace(q=q, k=k)
+
+
+def _setup_mix(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weights = inputs[0], inputs[1 : 1 + _N]
+    # The running statistics are about to be updated; those that were used are in `statistics`.
+    weights = flatten(_without_running(unflatten(weights)))
+    ctx.save_for_backward(x, *weights, *output[1:])
+    ctx.settings = Settings(*inputs[1 + _N :])._replace(dtype=output[0].dtype)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _mix_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    again = torch.is_grad_enabled()  # create_graph=True: the gradient is differentiated in turn
-    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[: 1 + _N]) if needed]
-    with torch.enable_grad():
-        # Each input is cut off from the others: x may be computed from the weights, say.
-        inputs: list[Any] = [
-            t
-            if t is None
-            else t.view_as(t)
-            if again and i in wanted
-            else t.detach().requires_grad_(i in wanted)
-            for i, t in enumerate(saved)
-        ]
-        # Under autocast x and the weights are wider than what was computed in.
-        w = unflatten(tuple(t if t is None else t.to(ctx.dtype) for t in inputs[1:]))
-        out = reference.catm(
-            inputs[0].to(ctx.dtype),
-            w,
-            reference.running_norm(w.q, ctx.eps[0]),
-            reference.running_norm(w.k, ctx.eps[1]),
+    x, weights, rest = saved[0], saved[1 : 1 + _N], saved[1 + _N :]
+    return _gradients(ctx, grad, x, weights, ctx.settings, rest)
+
+
+def _gradients(
+    ctx: Any,
+    grad: Tensor | None,
+    x: Tensor,
+    weights: tuple[Tensor | None, ...],
+    settings: Settings,
+    saved: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
+    result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    if grad is not None:
+        needed = ctx.needs_input_grad[: 1 + _N]
+        gradients = iter(
+            torch.ops.casvit_kernels.mix_backward(grad, x, *weights, *settings, *saved, needed)
         )
-    grads = torch.autograd.grad(out, [inputs[i] for i in wanted], grad, create_graph=again)
-    result: list[Tensor | None] = [None] * (len(ctx.needs_input_grad))
-    for i, g in zip(wanted, grads, strict=True):
-        result[i] = g
+        result[: 1 + _N] = [next(gradients) if n else None for n in needed]
     return tuple(result)
 
 
 torch.library.register_autograd(
-    "casvit_kernels::project_and_mix", _backward, setup_context=_setup_context, lib=_library
+    "casvit_kernels::mix_training", _mix_backward, setup_context=_setup_mix, lib=_library
 )
 
 
+def _setup_project_and_mix(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[: 1 + _N])
+    # The CPU's is the only backend behind this operator.
+    eps_q, eps_k = inputs[1 + _N : 3 + _N]
+    ctx.settings = Settings(eps_q, eps_k, False, False, output.dtype, "cpu", "")
+
+
+def _project_and_mix_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, *weights = ctx.saved_tensors
+    with torch.no_grad():
+        _, *saved = torch.ops.casvit_kernels.mix_training(x, *weights, *ctx.settings)
+    weights = flatten(_without_running(unflatten(weights)))
+    return _gradients(ctx, grad, x, weights, ctx.settings, saved)
+
+
+torch.library.register_autograd(
+    "casvit_kernels::project_and_mix",
+    _project_and_mix_backward,
+    setup_context=_setup_project_and_mix,
+    lib=_library,
+)
+
+
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.save_for_backward(*inputs[: 2 + _N], inputs[-6])
+    ctx.settings = Settings(*inputs[2 + _N : -6])
+    ctx.needed = inputs[-1]
+    ctx.set_materialize_grads(False)
+
+
+def _second_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    """Differentiates the gradient of the reference formulas."""
+    settings = ctx.settings
+    if settings.group:
+        raise NotImplementedError(
+            "second derivatives of a mixer whose BatchNorm is synchronised between processes are "
+            "not supported: use nn.BatchNorm2d where create_graph=True is needed"
+        )
+    *inputs, statistics = ctx.saved_tensors  # grad, x and the weights
+    again = torch.is_grad_enabled()  # derivatives of this one, too
+    differentiable = ctx.needs_input_grad[: 2 + _N]
+    first = [False, *ctx.needed]  # what the gradients were taken for
+    with torch.enable_grad():
+        # Each input is cut off from the others: x may be computed from the weights, say.
+        cut: list[Any] = [
+            t if t is None else t.view_as(t) if wanted else t.detach().requires_grad_(of_first)
+            for t, wanted, of_first in zip(inputs, differentiable, first, strict=True)
+        ]
+        grad, x = cut[:2]
+        # Under autocast x and the weights are wider than what was computed in.
+        computed = torch.promote_types(settings.dtype or x.dtype, torch.float32)
+        weights = unflatten([t if t is None else t.to(computed) for t in cut[2:]])
+        q, k = (
+            g._replace(norm_mean=mean.to(computed), norm_var=var.to(computed)) if not batch else g
+            for g, (mean, var), batch in zip(
+                (weights.q, weights.k), statistics, settings[2:4], strict=True
+            )
+        )
+        norms = map(formula_norm, (q, k), settings[:2], settings[2:4])
+        with torch.autocast(x.device.type, enabled=False):
+            out = reference.catm(x.to(computed), weights, *norms)
+        gradients = torch.autograd.grad(
+            out,
+            [t for t, f in zip(cut, first, strict=True) if f],
+            grad.to(computed),
+            create_graph=True,
+        )
+    given = [(g, gg) for g, gg in zip(gradients, grads, strict=True) if gg is not None]
+    second = iter(
+        torch.autograd.grad(
+            [g for g, _ in given],
+            [t for t, wanted in zip(cut, differentiable, strict=True) if wanted],
+            [gg for _, gg in given],
+            create_graph=again,
+            allow_unused=True,
+        )
+    )
+    result = [next(second) if wanted else None for wanted in differentiable]
+    return (*result, *[None] * (len(Settings._fields) + len(Saved._fields)), None)
+
+
+torch.library.register_autograd(
+    "casvit_kernels::mix_backward", _second_backward, setup_context=_setup_second, lib=_library
+)
+
+
+# Autocast: x and the weights stay as they are, the kernels read any dtype.
+
+
 def _autocast(device_type: str, key: str) -> None:
-    """Under autocast x and the weights stay as they are: the kernels read any dtype."""
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def kernel(x: Tensor, *rest: Any, **named: Any) -> Tensor:
+    def project_and_mix(x: Tensor, *rest: Any, **named: Any) -> Any:
         if x.dtype is not torch.float64:
             named.setdefault("dtype", torch.get_autocast_dtype(device_type))
         with torch._C._ExcludeDispatchKeyGuard(keyset):
-            out: Tensor = torch.ops.casvit_kernels.project_and_mix(x, *rest, **named)
-        return out
+            return torch.ops.casvit_kernels.project_and_mix(x, *rest, **named)
 
-    _library.impl("project_and_mix", kernel, key)
+    def mix_training(x: Tensor, *rest: Any) -> Any:
+        settings = Settings(*rest[_N:])
+        if settings.dtype is None and x.dtype is not torch.float64:
+            settings = settings._replace(dtype=torch.get_autocast_dtype(device_type))
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return torch.ops.casvit_kernels.mix_training(x, *rest[:_N], *settings)
+
+    def mix_backward(*arguments: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return torch.ops.casvit_kernels.mix_backward(*arguments)
+
+    for kernel in (project_and_mix, mix_training, mix_backward):
+        _library.impl(kernel.__name__, kernel, key)
 
 
 _autocast("cpu", "AutocastCPU")

@@ -494,10 +494,10 @@ def _compute(mixer: nn.Module, x: Tensor, grad_out: Tensor, mode: str) -> Result
 
 def _spoil_scratch(mixer: nn.Module, x: Tensor, mode: str) -> None:
     """Leave NaN in whatever memory the backend keeps between calls."""
-    mixer.eval()
-    with torch.no_grad():
-        mixer(torch.full_like(x, math.nan))
-    set_mode(mixer, mode)
+    state = {name: t.clone() for name, t in mixer.state_dict().items()}
+    nan = torch.full_like(x, math.nan)
+    _compute(mixer, nan, nan, mode)
+    mixer.load_state_dict(state)
 
 
 def _bits(t: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import _native, ops
 from ..reference import MixerWeights
-from .base import Problem
+from .base import Combined, Gated, Mixed, Problem, ProjectionGradients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,8 +33,127 @@ def active_instruction_set() -> str | None:
     return None if library is None else library.casvit_cpu_isa_active().decode()
 
 
+class CpuPhases:
+    """Training: `base.Phases` by the kernels of `csrc/cpu`, float32 inside whatever goes in.
+
+    qkv is what `cpu_project` lays out; grad_qkv is (B*H*W, 3C), one row for each pixel.
+    """
+
+    def project(self, x: Tensor, w: MixerWeights, dtype: torch.dtype) -> Tensor:
+        qkv: Tensor = _cpu.cpu_project(x, w.qkv_weight, w.qkv_bias, dtype)
+        return qkv
+
+    def statistics(self, x: Tensor, qkv: Tensor, w: MixerWeights) -> Tensor:
+        statistics: Tensor = _cpu.cpu_statistics(qkv, x.shape, *_arguments(w))
+        return statistics
+
+    def mix(
+        self,
+        x: Tensor,
+        qkv: Tensor,
+        w: MixerWeights,
+        statistics: Tensor,
+        eps: tuple[float, float],
+        dtype: torch.dtype,
+    ) -> Mixed:
+        return Mixed(*_cpu.cpu_mix(x, qkv, *_arguments(w, eps), statistics, dtype))
+
+    def backward_combine(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        qkv: Tensor,
+        w: MixerWeights,
+        spatial: Tensor,
+        channel: Tensor,
+    ) -> Combined:
+        return Combined(*_cpu.cpu_backward_combine(grad, qkv, *_arguments(w), spatial, channel))
+
+    def backward_gate(
+        self,
+        x: Tensor,
+        qkv: Tensor,
+        w: MixerWeights,
+        statistics: Tensor,
+        eps: tuple[float, float],
+        spatial: Tensor,
+        pixel: Tensor,
+        shift: Tensor,
+    ) -> Gated:
+        return Gated(
+            *_cpu.cpu_backward_gate(
+                qkv, x.shape, *_arguments(w, eps), statistics, spatial, pixel, shift
+            )
+        )
+
+    def backward_depthwise(
+        self,
+        x: Tensor,
+        qkv: Tensor,
+        w: MixerWeights,
+        statistics: Tensor,
+        eps: tuple[float, float],
+        spatial: Tensor,
+        channel: Tensor,
+        shift: Tensor,
+        logit: Tensor,
+        coefficients: Tensor,
+        grad_sum: Tensor,
+        grad_qkv: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        weight, bias = _cpu.cpu_backward_depthwise(
+            qkv,
+            x.shape,
+            *_arguments(w, eps),
+            statistics,
+            spatial,
+            channel,
+            shift,
+            logit,
+            coefficients,
+            grad_sum,
+            grad_qkv,
+        )
+        return weight, bias
+
+    def project_backward(
+        self, grad_qkv: Tensor, x: Tensor, w: MixerWeights, needed: tuple[bool, bool, bool]
+    ) -> ProjectionGradients:
+        images, channels, height, width = x.shape
+        need_x, need_weight, need_bias = needed
+        weight = w.qkv_weight.flatten(1).float()  # (3C, C)
+        grad_x = grad_weight = None
+        if ops.output_memory_format(x) is torch.channels_last:
+            if need_x:
+                rows = grad_qkv @ weight
+                grad_x = rows.view(images, height, width, channels).permute(0, 3, 1, 2)
+            if need_weight:
+                rows = x.permute(0, 2, 3, 1).reshape(-1, channels).float()
+                grad_weight = grad_qkv.t() @ rows
+        else:
+            maps = grad_qkv.view(images, height * width, 3 * channels)
+            if need_x:
+                each = weight.t().expand(images, -1, -1)
+                grad_x = torch.bmm(each, maps.transpose(1, 2)).view(x.shape)
+            if need_weight:
+                pixels = x.flatten(2).transpose(1, 2).float()  # (B, H*W, C)
+                sums = pixels.new_zeros(3 * channels, channels)
+                grad_weight = torch.addbmm(sums, maps.transpose(1, 2), pixels)
+        return ProjectionGradients(grad_x, grad_weight, grad_qkv.sum(0) if need_bias else None)
+
+
+_cpu = torch.ops.casvit_kernels
+
+
+def _arguments(w: MixerWeights, eps: tuple[float, float] = (0.0, 0.0)) -> tuple[Any, ...]:
+    """The weights as the phases take them, which read statistics instead of running ones."""
+    q, k = (g._replace(norm_mean=g.depthwise_bias, norm_var=g.depthwise_bias) for g in (w.q, w.k))
+    return (*ops.flatten(w._replace(q=q, k=k)), *eps)
+
+
 class CpuBackend:
     name = "cpu"
+    phases = CpuPhases()
 
     def why_not(self, problem: Problem | None = None) -> str | None:
         _, reason = _native.load()

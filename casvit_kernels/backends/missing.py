@@ -12,6 +12,8 @@ from .base import Problem
 
 
 class MissingBackend:
+    phases = None
+
     def __init__(self, name: str, reason: str) -> None:
         self.name = name
         self._reason = reason

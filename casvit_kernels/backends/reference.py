@@ -12,6 +12,7 @@ from .base import Problem
 
 class ReferenceBackend:
     name = "reference"
+    phases = None
 
     def why_not(self, problem: Problem | None = None) -> str | None:
         return None

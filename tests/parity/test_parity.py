@@ -40,7 +40,7 @@ def test_every_instruction_set_of_this_cpu(name):
         "import json\n"
         "from casvit_kernels import parity\n"
         "from casvit_kernels.backends import cpu\n"
-        "rows = parity.run('cpu', modes=['eval'])\n"
+        "rows = parity.run('cpu')\n"
         "failures = [[str(r[:5]), r.failures] for r in rows if not r.passed]\n"
         "print(json.dumps([cpu.active_instruction_set(), len(rows), failures]))\n"
     )
@@ -53,7 +53,7 @@ def test_every_instruction_set_of_this_cpu(name):
     assert done.returncode == 0, done.stderr
     active, count, failures = json.loads(done.stdout)
     assert active == name
-    assert count == len(parity.cases("cpu", modes=["eval"]))
+    assert count == len(parity.cases("cpu"))
     assert failures == []
 
 

@@ -1,0 +1,202 @@
+"""The mixer's training step: `mix_training` and `mix_backward`, once for all backends.
+
+A backend supplies the phases (`backends.base.Phases`); here they are joined by algebra on vectors, and
+here BatchNorm's sums are reduced over processes. Source: arXiv 2408.03703, section 3.2, and the
+gradients of its formulas; the symbols are those of `Phases`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .backends import get
+from .backends.base import Phases
+from .ops import Saved, Settings
+from .reference import GateWeights, MixerWeights
+
+
+def forward(x: Tensor, w: MixerWeights, s: Settings) -> tuple[Tensor, Saved]:
+    """The whole mixer; see `ops.mix_training`.
+
+    Raises:
+        RuntimeError: the backend has no phases of training.
+    """
+    phases, gates, batch = _phases(s.backend), (w.q, w.k), (s.batch_q, s.batch_k)
+    dtype = s.dtype or x.dtype
+    images, channels, height, width = x.shape
+    number = torch.full((), images * height * width, dtype=torch.float64, device=x.device)
+    statistics = torch.zeros((2, 2, channels), dtype=torch.float32, device=x.device)
+    if images:
+        qkv = phases.project(x, w, dtype)
+        if True in batch:
+            statistics = phases.statistics(x, qkv, w)
+    if True in batch and s.group:
+        statistics, number = _merge(statistics, number, s.group)
+    for used, gate, own in zip(statistics, gates, batch, strict=True):
+        if not own:
+            torch.stack([gate.norm_mean, gate.norm_var], out=used)  # type: ignore[list-item]
+    if images:
+        out, *saved = phases.mix(x, qkv, w, statistics, (s.eps_q, s.eps_k), dtype)
+    else:
+        out = ops.empty_output(x, dtype)
+        saved = [statistics.new_empty(n) for n in ((0, 2, height, width), *[(2, 0, channels)] * 2)]
+    return out, Saved(statistics, number, *saved)
+
+
+def backward(
+    grad: Tensor, x: Tensor, w: MixerWeights, s: Settings, saved: Saved, needed: list[bool]
+) -> list[Tensor]:
+    """The gradients of x and of each weight that are needed, those alone; see `ops.mix_backward`."""
+    need: MixerWeights = ops.unflatten(needed[1:])
+    gates = (need.q, need.k)
+    project = (needed[0], bool(need.qkv_weight), bool(need.qkv_bias))
+    depthwise = any(project) or any(g.depthwise_weight or g.depthwise_bias for g in gates)
+    gate = depthwise or any(g.spatial_weight or g.norm_weight or g.norm_bias for g in gates)
+    reduced = depthwise and s.group != "" and (s.batch_q or s.batch_k)
+    if x.shape[0] == 0:
+        if reduced:  # the other processes wait for it
+            _all_reduce(torch.zeros((2, 2, x.shape[1]), device=x.device), s.group)
+        return [g.zero_() for g in ops.empty_gradients(x, ops.flatten(w), needed)]
+
+    phases, eps = _phases(s.backend), (s.eps_q, s.eps_k)
+    statistics, number, spatial, pooled, channel = saved
+    grad = grad.contiguous(memory_format=ops.output_memory_format(x))
+    qkv = phases.project(x, w, s.dtype or x.dtype)
+    combined = phases.backward_combine(grad, x, qkv, w, spatial, channel)
+    by_logit = combined.channel * channel * (1 - channel)
+    pairs: dict[str, Tensor] = {"channel_weight": by_logit.transpose(1, 2) @ pooled}
+    if gate:
+        channel_weight = torch.stack([w.q.channel_weight, w.k.channel_weight]).flatten(2).float()
+        shift = (by_logit @ channel_weight) / (x.shape[2] * x.shape[3])
+        gated = phases.backward_gate(x, qkv, w, statistics, eps, spatial, combined.pixel, shift)
+        sums = gated.sums
+        pairs["spatial_weight"] = gated.spatial_weight
+        pairs["norm_bias"], pairs["norm_weight"] = sums.unbind(1)
+    if depthwise:
+        if reduced:
+            sums = sums.clone()  # the norms' own gradients stay those of this process
+            _all_reduce(sums, s.group)
+        pairs["depthwise_weight"], pairs["depthwise_bias"] = phases.backward_depthwise(
+            x,
+            qkv,
+            w,
+            statistics,
+            eps,
+            spatial,
+            channel,
+            shift,
+            gated.logit,
+            _coefficients(w, statistics, s, sums, number),
+            combined.grad_sum,
+            combined.grad_qkv,
+        )
+    grad_x, *of_qkv = (
+        phases.project_backward(combined.grad_qkv, x, w, project) if any(project) else (None,) * 3
+    )
+    # Copies: no two outputs of an operator may share memory.
+    copied = {name: [t.clone() for t in pair] for name, pair in pairs.items()}
+    q, k = (
+        GateWeights(*(copied[f][i] if f in copied else None for f in GateWeights._fields))  # type: ignore[arg-type]
+        for i in range(2)
+    )
+    found = (grad_x, *of_qkv, *q, *k, *combined[4:])
+    return [
+        g.reshape(t.shape).to(t.dtype)  # type: ignore[union-attr]
+        for g, t, n in zip(found, (x, *ops.flatten(w)), needed, strict=True)
+        if n
+    ]
+
+
+def update_running(
+    running: tuple[Tensor, Tensor], batch: Tensor, number: Tensor, momentum: float | Tensor
+) -> None:
+    """Move the running mean and variance towards those of a batch, in place, as nn.BatchNorm does.
+
+    Args:
+        running: mean and variance, ``(C,)``.
+        batch: mean and biased variance, ``(2, C)``; the variance is made unbiased here.
+        number: how many values of each channel they are taken over, ``()``.
+        momentum: weight of the batch; 1 / n for an average over n batches.
+    """
+    mean, var = batch
+    for old, new in zip(running, (mean, var * (number / (number - 1))), strict=True):
+        if old.dtype is torch.float32:
+            old.lerp_(new, momentum)
+        else:
+            old.copy_(old.float().lerp(new, momentum))
+
+
+def _phases(backend: str) -> Phases:
+    phases = get(backend).phases
+    if phases is None:
+        raise RuntimeError(f"backend={backend!r} has no training kernels")
+    return phases
+
+
+def _coefficients(
+    w: MixerWeights, statistics: Tensor, s: Settings, sums: Tensor, number: Tensor
+) -> Tensor:
+    """(2, 3, C): the gradient at d is c0 gn + c1 + c2 n^."""
+    rows = []
+    for i, (gate, eps, batch) in enumerate(((w.q, s.eps_q, s.batch_q), (w.k, s.eps_k, s.batch_k))):
+        scale = (statistics[i, 1] + eps).rsqrt()
+        if gate.norm_weight is not None:
+            scale = scale * gate.norm_weight
+        rest = sums[i] * (-scale / number) if batch else torch.zeros_like(sums[i])
+        rows.append(torch.cat([scale[None], rest]))
+    return torch.stack(rows)
+
+
+# Between processes, as torch.nn.SyncBatchNorm.
+
+
+def _merge(statistics: Tensor, number: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over all processes, each with a number of its own, and their number."""
+    mean, var = statistics.double().unbind(1)
+    own = torch.stack([number.expand_as(mean), mean, var])
+    every = [torch.empty_like(own) for _ in range(_distributed().get_world_size(_group(group)))]
+    _distributed().all_gather(every, own, _group(group))
+    counts, means, variances = torch.stack(every, 1)  # each (processes, 2, C)
+    total = counts.sum(0)
+    mean = (counts * means).sum(0) / total
+    var = (counts * (variances + (means - mean).square())).sum(0) / total
+    return torch.stack([mean, var], 1).float(), total[0, 0].clone()
+
+
+def _all_reduce(sums: Tensor, group: str) -> None:
+    _distributed().all_reduce(sums, group=_group(group))
+
+
+def _distributed() -> Any:
+    import torch.distributed
+
+    return torch.distributed
+
+
+def _group(name: str) -> Any:
+    return _distributed().distributed_c10d._resolve_process_group(name)
+
+
+# The two operators, for tensors of any device: to a compiler they are opaque.
+
+
+def _mix_training(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    n = len(rest) - len(Settings._fields)
+    out, saved = forward(x, ops.unflatten(rest[:n]), Settings(*rest[n:]))
+    return (out, *saved)
+
+
+def _mix_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    *rest, needed = rest  # type: ignore[assignment]
+    m = len(rest) - len(Saved._fields)
+    n = m - len(Settings._fields)
+    weights, settings, saved = ops.unflatten(rest[:n]), Settings(*rest[n:m]), Saved(*rest[m:])
+    return backward(grad, x, weights, settings, saved, needed)
+
+
+ops.implement("mix_training", _mix_training)
+ops.implement("mix_backward", _mix_backward)
