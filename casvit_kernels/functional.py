@@ -110,11 +110,7 @@ def train(
             f"got input size {tuple(x.shape)}"
         )
     settings = ops.Settings(*eps, *batch, dtype, chosen.name, group)
-    q, k = (
-        gate._replace(norm_mean=None, norm_var=None) if own else gate
-        for gate, own in zip((w.q, w.k), batch, strict=True)
-    )
-    out, saved = ops.mix_training(x, w._replace(q=q, k=k), settings)
+    out, saved = ops.mix_training(x, w, settings)
     if b > 0 or group:
         for i, gate in enumerate((w.q, w.k)):
             mean, var = gate.norm_mean, gate.norm_var

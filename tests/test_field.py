@@ -294,6 +294,20 @@ def test_channels_last_models():
     assert all(out.is_contiguous(memory_format=torch.channels_last) for out in seen)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_norms_synchronised_before_or_after_the_swap(when):
+    plain, fused = pair()
+    if when == "before":
+        unfuse(fused)
+    fused = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
+    if when == "before":
+        report = fuse(fused, "cpu")
+        assert len(report.swapped) == 2
+        assert not report.refused
+    assert isinstance(fused.blocks[0].attn.oper_q[0].block[1], nn.SyncBatchNorm)
+    assert_same_training(plain, fused, batches())
+
+
 # DistributedDataParallel over two processes
 
 

@@ -123,22 +123,15 @@ class CpuPhases:
         need_x, need_weight, need_bias = needed
         weight = w.qkv_weight.flatten(1).float()  # (3C, C)
         grad_x = grad_weight = None
-        if ops.output_memory_format(x) is torch.channels_last:
-            if need_x:
-                rows = grad_qkv @ weight
-                grad_x = rows.view(images, height, width, channels).permute(0, 3, 1, 2)
-            if need_weight:
-                rows = x.permute(0, 2, 3, 1).reshape(-1, channels).float()
-                grad_weight = grad_qkv.t() @ rows
-        else:
-            maps = grad_qkv.view(images, height * width, 3 * channels)
-            if need_x:
-                each = weight.t().expand(images, -1, -1)
-                grad_x = torch.bmm(each, maps.transpose(1, 2)).view(x.shape)
-            if need_weight:
-                pixels = x.flatten(2).transpose(1, 2).float()  # (B, H*W, C)
-                sums = pixels.new_zeros(3 * channels, channels)
-                grad_weight = torch.addbmm(sums, maps.transpose(1, 2), pixels)
+        if need_x and ops.output_memory_format(x) is torch.channels_last:
+            rows = grad_qkv @ weight
+            grad_x = rows.view(images, height, width, channels).permute(0, 3, 1, 2)
+        elif need_x:
+            maps = grad_qkv.view(images, height * width, 3 * channels).transpose(1, 2)
+            grad_x = torch.bmm(weight.t().expand(images, -1, -1), maps).view(x.shape)
+        if need_weight:
+            pixels = x.permute(0, 2, 3, 1).reshape(-1, channels).float()
+            grad_weight = grad_qkv.t() @ pixels
         return ProjectionGradients(grad_x, grad_weight, grad_qkv.sum(0) if need_bias else None)
 
 
