@@ -48,7 +48,7 @@ def load(folder: Path) -> list[Document]:
         ReportError: a file is no results file, or one whose numbers are not for reporting.
     """
     documents = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("*-*-*.json")):  # level, model, device
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             settings, _, _ = document["settings"], document["environment"], document["cases"]

@@ -253,6 +253,8 @@ def training_candidates(
                     out = run(own_x)
                 return training_step(own, own_x, out, grad) if backward else out
 
+        with torch._dynamo.config.patch(recompile_limit=256):  # see _compiled
+            step()
         return step
 
     return _candidates(
