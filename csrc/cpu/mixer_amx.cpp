@@ -79,6 +79,14 @@ CASVIT_INLINE Split split_cut(Vec a) {
   return s;
 }
 
+// to[i] lane j = from[j * stride + i]; zero for i >= count.
+CASVIT_INLINE void columns(const float* from, int64_t stride, int64_t count, Vec (&to)[TILE]) {
+  if (count >= TILE) return load_transposed(from, stride, to);
+  const int n = count < 0 ? 0 : static_cast<int>(count);
+  for (int j = 0; j < TILE; ++j) to[j] = n ? load_first_as_float(from + j * stride, n) : zero();
+  transpose(to);
+}
+
 // Weights: [block][depth tile][16 channel pairs][16 outputs][2].
 static int64_t product_weight_bytes(int64_t C, int64_t blocks, Product kind) {
   return 3 * blocks * depth_of(C, kind).bytes();
@@ -87,28 +95,29 @@ static int64_t product_weight_bytes(int64_t C, int64_t blocks, Product kind) {
 static void product_pack_weights(const float* matrix, int64_t C, int64_t blocks, Product kind,
                                  void* to) {
   const Depth d = depth_of(C, kind);
-  std::memset(to, 0, static_cast<size_t>(product_weight_bytes(C, blocks, kind)));
-  for (int64_t block = 0; block < 3 * blocks; ++block) {
-    uint16_t* out = static_cast<uint16_t*>(to) + block * d.bytes() / 2;
-    for (int64_t c = 0; c < C; ++c) {
-      alignas(64) float column[TILE];
-      for (int64_t o = 0; o < TILE; ++o) column[o] = matrix[(block * TILE + o) * C + c];
-      const Split s = split_rounded(load(column));
-      auto put = [&](int part, int64_t tile, int64_t half) {
-        alignas(64) uint32_t bits[TILE];
-        store(reinterpret_cast<float*>(bits), s.part[part]);
-        uint16_t* pair = out + (c / DEPTH * d.parts + tile) * (TILE_BYTES / 2) + c % TILE * DEPTH;
-        for (int64_t o = 0; o < TILE; ++o)
-          pair[2 * o + half] = static_cast<uint16_t>(bits[o] >> 16);
+  unsigned char* tiles = static_cast<unsigned char*>(to);
+  for (int64_t block = 0; block < 3 * blocks; ++block)
+    for (int64_t t = 0; t < d.tiles; ++t, tiles += d.parts * TILE_BYTES) {
+      auto put = [&](int64_t tile, int pair, Vec low, Vec high) {
+        _mm512_storeu_si512(tiles + tile * TILE_BYTES + pair * 64, pairs(low, high));
       };
-      if (d.half && c / DEPTH == d.tiles - 1) {
-        put(0, 0, 0), put(1, 0, 1);
-        put(0, 1, 0), put(2, 1, 1);
-      } else {
-        for (int part = 0; part < static_cast<int>(d.parts); ++part) put(part, part, c / TILE % 2);
+      const float* row = matrix + block * TILE * C + t * DEPTH;
+      const bool half = d.half && t == d.tiles - 1;
+      Vec low[TILE], high[TILE];  // of 16 outputs each: channels i and i + 16
+      columns(row, C, C - t * DEPTH, low);
+      columns(row + TILE, C, C - t * DEPTH - TILE, high);
+      for (int i = 0; i < TILE; ++i) {
+        const Split a = split_rounded(low[i]), b = split_rounded(high[i]);
+        if (half) {
+          put(0, i, a.part[0], a.part[1]);
+          put(1, i, a.part[0], a.part[2]);
+          put(2, i, zero(), zero());
+        } else {
+          for (int part = 0; part < static_cast<int>(d.parts); ++part)
+            put(part, i, a.part[part], b.part[part]);
+        }
       }
     }
-  }
 }
 
 // Panels: [pixel tile][depth tile][16 pixels][32 channels].
