@@ -73,6 +73,9 @@ for _phase in (
     f"cpu_backward_depthwise(Tensor qkv, int[] shape, {_WEIGHTS}, Tensor statistics,"
     " Tensor spatial, Tensor channel, Tensor shift, Tensor logit, Tensor coefficients,"
     " Tensor grad_sum, Tensor(a!) grad_qkv) -> (Tensor depthwise_weight, Tensor depthwise_bias)",
+    # amx alone
+    "cpu_project_backward(Tensor grad_qkv, Tensor x, Tensor qkv_weight, bool need_x, bool need_weight)"
+    " -> (Tensor grad_x, Tensor grad_weight)",
 ):
     _library.define(_phase)
 _native.load()
@@ -119,13 +122,34 @@ def mix_training(x: Tensor, w: MixerWeights, settings: Settings) -> tuple[Tensor
 
     Running statistics of such a gate are neither read nor written: `Saved` has what updates them.
     """
-    out, *saved = torch.ops.casvit_kernels.mix_training(x, *flatten(w), *settings)
+    apply = torch.ops.casvit_kernels.mix_training if _opaque() else _Mix.apply
+    out, *saved = apply(x, *flatten(w), *settings)
     return out, Saved(*saved)
+
+
+_kernels: dict[str, Callable[..., Any]] = {}
 
 
 def implement(name: str, kernel: Callable[..., Any]) -> None:
     """Register a kernel in Python for tensors of every device."""
     _library.impl(name, kernel, "CompositeExplicitAutograd")
+    _kernels[name] = kernel
+
+
+def _call(name: str, device: str, *inputs: Any) -> Any:
+    """The kernel of an operator without the dispatcher."""
+    if torch.is_autocast_enabled(device):  # of what the kernel itself calls
+        with torch.autocast(device, enabled=False):
+            return _kernels[name](*inputs)
+    return _kernels[name](*inputs)
+
+
+def _opaque() -> bool:
+    """Whether somebody looks at operators: a compiler, a mode that records them.
+
+    Elsewhere their kernels are called directly: an operator in Python costs 0.3 ms a step.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def flatten(w: MixerWeights) -> tuple[Tensor | None, ...]:
@@ -250,8 +274,12 @@ def _gradients(
     result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if grad is not None:
         needed = ctx.needs_input_grad[: 1 + _N]
+        direct = not (torch.is_grad_enabled() or _opaque())  # enabled: it is differentiated in turn
+        inputs = (grad, x, *weights, *settings, *saved, needed)
         gradients = iter(
-            torch.ops.casvit_kernels.mix_backward(grad, x, *weights, *settings, *saved, needed)
+            _call("mix_backward", x.device.type, *inputs)
+            if direct
+            else torch.ops.casvit_kernels.mix_backward(*inputs)
         )
         result[: 1 + _N] = [next(gradients) if n else None for n in needed]
     return tuple(result)
@@ -260,6 +288,17 @@ def _gradients(
 torch.library.register_autograd(
     "casvit_kernels::mix_training", _mix_backward, setup_context=_setup_mix, lib=_library
 )
+
+
+class _Mix(torch.autograd.Function):
+    """The operator `mix_training` without the dispatcher."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return _call("mix_training", inputs[0].device.type, *inputs)
+
+    setup_context = staticmethod(_setup_mix)
+    backward = staticmethod(_mix_backward)
 
 
 def _setup_project_and_mix(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -7,6 +7,7 @@ gradients of its formulas; the symbols are those of `Phases`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,10 +69,13 @@ def backward(
     qkv = phases.project(x, w, s.dtype or x.dtype)
     combined = phases.backward_combine(grad, x, qkv, w, spatial, channel)
     by_logit = combined.channel * channel * (1 - channel)
-    pairs: dict[str, Tensor] = {"channel_weight": by_logit.transpose(1, 2) @ pooled}
+    pairs: dict[str, Sequence[Tensor] | Tensor] = {}
+    if need.q.channel_weight or need.k.channel_weight:
+        pairs["channel_weight"] = [b.t() @ p for b, p in zip(by_logit, pooled, strict=True)]
     if gate:
-        channel_weight = torch.stack([w.q.channel_weight, w.k.channel_weight]).flatten(2).float()
-        shift = (by_logit @ channel_weight) / (x.shape[2] * x.shape[3])
+        weights = (g.channel_weight.flatten(1).float() for g in (w.q, w.k))
+        shift = torch.stack([b @ c for b, c in zip(by_logit, weights, strict=True)])
+        shift /= x.shape[2] * x.shape[3]
         gated = phases.backward_gate(x, qkv, w, statistics, eps, spatial, combined.pixel, shift)
         sums = gated.sums
         pairs["spatial_weight"] = gated.spatial_weight
@@ -97,12 +101,7 @@ def backward(
     grad_x, *of_qkv = (
         phases.project_backward(combined.grad_qkv, x, w, project) if any(project) else (None,) * 3
     )
-    # Copies: no two outputs of an operator may share memory.
-    copied = {name: [t.clone() for t in pair] for name, pair in pairs.items()}
-    q, k = (
-        GateWeights(*(copied[f][i] if f in copied else None for f in GateWeights._fields))  # type: ignore[arg-type]
-        for i in range(2)
-    )
+    q, k = ([pairs[f][i] if f in pairs else None for f in GateWeights._fields] for i in range(2))
     found = (grad_x, *of_qkv, *q, *k, *combined[4:])
     return [
         g.reshape(t.shape).to(t.dtype)  # type: ignore[union-attr]
@@ -184,6 +183,11 @@ def _group(name: str) -> Any:
 # The two operators, for tensors of any device: to a compiler they are opaque.
 
 
+# A gradient may be a part of a tensor that another one shares; an operator's outputs may not.
+def _alone(t: Tensor) -> Tensor:
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
+
+
 def _mix_training(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     n = len(rest) - len(Settings._fields)
     out, saved = forward(x, ops.unflatten(rest[:n]), Settings(*rest[n:]))
@@ -195,7 +199,7 @@ def _mix_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     m = len(rest) - len(Saved._fields)
     n = m - len(Settings._fields)
     weights, settings, saved = ops.unflatten(rest[:n]), Settings(*rest[n:m]), Saved(*rest[m:])
-    return backward(grad, x, weights, settings, saved, needed)
+    return [_alone(g) for g in backward(grad, x, weights, settings, saved, needed)]
 
 
 ops.implement("mix_training", _mix_training)

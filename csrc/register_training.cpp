@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mix(const Tensor& x, const Tensor& qk
   const casvit::TrainingProblem problem = shape.problem();
   Tensor spatial = empty({B, 2, shape.H, shape.W}), pooled = empty({2, B, C}),
          channel = empty({2, B, C});
-  casvit::mix(problem, casvit::pack_mixing(problem.kernels, sources),
+  casvit::mix(problem, casvit::pack_mixing(problem.kernels, sources, problem.pool),
               read(qkv, "qkv", problem.qkv_floats()), output, write(spatial), write(pooled),
               write(channel));
   return {out, spatial, pooled, channel};
@@ -194,6 +194,24 @@ std::tuple<Tensor, Tensor> backward_depthwise(const Tensor& qkv, IntHeaderOnlyAr
   return {weight, bias};
 }
 
+std::tuple<Tensor, Tensor> project_backward(const Tensor& grad_qkv, const Tensor& x,
+                                            const Tensor& qkv_weight, bool need_x,
+                                            bool need_weight) {
+  const casvit::Input input = input_of(x, "x");
+  const Shape shape = shape_of(x.sizes(), qkv_weight);
+  const int64_t C = shape.C;
+  const casvit::Source weight = source(qkv_weight, "qkv_weight", 3 * C * C, 4);
+  const casvit::TrainingProblem problem = shape.problem();
+  STD_TORCH_CHECK(problem.kernels.input_gradient && !shape.empty(),
+                  "cpu_project_backward: expected the amx kernels and pixels");
+  const float* grad = read(grad_qkv, "grad_qkv", shape.B * shape.H * shape.W * 3 * C);
+  Tensor grad_x = need_x ? empty_output(x, x.scalar_type()) : empty({0});
+  Tensor grad_weight = empty({need_weight ? 3 * C : 0, C});
+  if (need_x) casvit::input_gradient(problem, weight, grad, output_of(grad_x, x));
+  if (need_weight) casvit::weight_gradient(problem, input, grad, write(grad_weight));
+  return {grad_x, grad_weight};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(casvit_kernels, CPU, m) {
@@ -203,4 +221,5 @@ STABLE_TORCH_LIBRARY_IMPL(casvit_kernels, CPU, m) {
   m.impl("cpu_backward_combine", TORCH_BOX(&backward_combine));
   m.impl("cpu_backward_gate", TORCH_BOX(&backward_gate));
   m.impl("cpu_backward_depthwise", TORCH_BOX(&backward_depthwise));
+  m.impl("cpu_project_backward", TORCH_BOX(&project_backward));
 }

@@ -121,6 +121,14 @@ class CpuPhases:
     ) -> ProjectionGradients:
         images, channels, height, width = x.shape
         need_x, need_weight, need_bias = needed
+        grad_bias = grad_qkv.sum(0) if need_bias else None
+        if active_instruction_set() == "amx":  # beats library products
+            of_x, of_weight = _cpu.cpu_project_backward(
+                grad_qkv, x, w.qkv_weight, need_x, need_weight
+            )
+            return ProjectionGradients(
+                of_x if need_x else None, of_weight if need_weight else None, grad_bias
+            )
         weight = w.qkv_weight.flatten(1).float()  # (3C, C)
         grad_x = grad_weight = None
         if need_x and ops.output_memory_format(x) is torch.channels_last:
@@ -132,7 +140,7 @@ class CpuPhases:
         if need_weight:
             pixels = x.permute(0, 2, 3, 1).reshape(-1, channels).float()
             grad_weight = grad_qkv.t() @ pixels
-        return ProjectionGradients(grad_x, grad_weight, grad_qkv.sum(0) if need_bias else None)
+        return ProjectionGradients(grad_x, grad_weight, grad_bias)
 
 
 _cpu = torch.ops.casvit_kernels

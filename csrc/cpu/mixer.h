@@ -149,6 +149,17 @@ struct Kernels {
   void (*backward_depthwise)(const Geometry&, const TrainingGate&, const BackwardDepthwise&,
                              int64_t which, int64_t image, int64_t block, int64_t y_begin,
                              int64_t y_end, double* sums, float* temp);
+
+  // The product's own gradients, in float32; null where library products are as good. grad: the
+  // gradient at q, k and v, [pixels][3C]; weight: [3C][C]. Pixels count through all images.
+  int64_t (*input_gradient_temp_bytes)(int64_t C) = nullptr;
+  void (*input_gradient)(const Geometry&, const float* grad, const float* weight, int64_t begin,
+                         int64_t end, const Output& grad_x, void* temp) = nullptr;
+  // Rows of [3C][C], summed over the pixels; row_begin is a multiple of 16.
+  int64_t (*weight_gradient_temp_bytes)(int64_t C, int64_t row_tiles) = nullptr;
+  void (*weight_gradient)(const Geometry&, const float* grad, const Input& x, int64_t begin,
+                          int64_t end, int64_t row_begin, int64_t row_end, float* to,
+                          void* temp) = nullptr;
 };
 
 // Strips: the unit of work of the spatial gates, fixed by the shape alone so that results do not

@@ -6,6 +6,7 @@
 // ones first, in the same accumulators. Six passes here still beat one pass of AVX-512 by far.
 #define CASVIT_ISA amx
 #include "mixer.h"
+#include "output.h"
 #include "pixels.h"
 #include "vec.h"
 
@@ -153,6 +154,17 @@ CASVIT_INLINE void gather(const T* x, int64_t channel_stride, int64_t C, const P
       for (int j = 0; j < TILE; ++j)
         to[i * stride + j] =
             c + j < C ? widen_one(x + piece.from[i] + (c + j) * channel_stride) : 0.0f;
+  }
+}
+
+static void gather_any(const Input& x, int64_t C, const Piece<TILE>& piece, int64_t c, float* to) {
+  switch (x.dtype) {
+    case DType::F32:
+      return gather(static_cast<const float*>(x.data), x.channel_stride, C, piece, c, to, TILE);
+    case DType::BF16:
+      return gather(static_cast<const Bf16*>(x.data), x.channel_stride, C, piece, c, to, TILE);
+    case DType::F16:
+      return gather(static_cast<const F16*>(x.data), x.channel_stride, C, piece, c, to, TILE);
   }
 }
 
@@ -398,6 +410,11 @@ static void product(const PixelRun& run, const WeightsView& w, Product kind, int
 }
 
 }  // namespace CASVIT_ISA
+}  // namespace casvit
+
+#include "gradient_amx.h"
+
+namespace casvit {
 
 const Kernels& amx_kernels() {
   using namespace amx;
@@ -408,6 +425,10 @@ const Kernels& amx_kernels() {
     k.product_pack_weights = product_pack_weights;
     k.product_temp_bytes = product_temp_bytes;
     k.product = product;
+    k.input_gradient_temp_bytes = input_gradient_temp_bytes;
+    k.input_gradient = input_gradient;
+    k.weight_gradient_temp_bytes = weight_gradient_temp_bytes;
+    k.weight_gradient = weight_gradient;
     return k;
   }();
   return kernels;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "mixer.h"
+#include "output.h"
 #include "vec.h"
 
 namespace casvit {
@@ -129,27 +130,6 @@ static void channel_gate(const Geometry& g, const GateView& w, const float* pool
   }
 }
 
-// Writes `count` pixels of one channel block, held as [pixel][lane], to out.
-template <class T>
-CASVIT_INLINE void write_out(const Geometry& g, const Output& out, int64_t image, int64_t block,
-                             int64_t pixel, int64_t count, const float* from) {
-  const int64_t channel = block * VL;
-  const int channels = static_cast<int>(g.C - channel < VL ? g.C - channel : VL);
-  T* to = static_cast<T*>(out.data) + image * g.C * g.pixels();
-  if (out.channels_last) {
-    for (int64_t i = 0; i < count; ++i)
-      store_first(to + (pixel + i) * g.C + channel, load(from + i * VL), channels);
-    return;
-  }
-  to += channel * g.pixels() + pixel;
-  for (int64_t i = 0; i < count; i += VL) {
-    const int n = static_cast<int>(count - i < VL ? count - i : VL);
-    Vec r[VL];
-    load_transposed(from + i * VL, VL, r);  // the buffer has VL spare pixels
-    for (int j = 0; j < channels; ++j) store_first(to + j * g.pixels() + i, r[j], n);
-  }
-}
-
 static void combine(const Geometry& g, const WeightsView& w, const float* planes, const float* s,
                     const float* const gate[2], int64_t block, int64_t y_begin, int64_t y_end,
                     const Output& out, int64_t image, float* temp) {
@@ -222,9 +202,15 @@ static void combine(const Geometry& g, const WeightsView& w, const float* planes
     if (++gathered < most && y + 1 < y_end) continue;
     const int64_t first = (y + 1 - gathered) * g.W;
     switch (out.dtype) {
-      case DType::F32: write_out<float>(g, out, image, block, first, gathered * g.W, result); break;
-      case DType::BF16: write_out<Bf16>(g, out, image, block, first, gathered * g.W, result); break;
-      case DType::F16: write_out<F16>(g, out, image, block, first, gathered * g.W, result); break;
+      case DType::F32:
+        write_out<float>(g, out, image, block, first, gathered * g.W, result, VL);
+        break;
+      case DType::BF16:
+        write_out<Bf16>(g, out, image, block, first, gathered * g.W, result, VL);
+        break;
+      case DType::F16:
+        write_out<F16>(g, out, image, block, first, gathered * g.W, result, VL);
+        break;
     }
     gathered = 0;
   }

@@ -47,10 +47,11 @@ void copy_row(const Source& s, int64_t row, int64_t n, float* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = at(s, row, i);
 }
 // to[i][o] = s[o][i] of an n by n matrix, in tiles that stay in the first-level cache.
-void transpose(const Source& s, int64_t n, int64_t row, float* to) {
+void transpose(const Source& s, int64_t n, int64_t row, float* to, const Pool& pool) {
   constexpr int64_t tile = 32;
-  float rows[tile][tile];
-  for (int64_t o = 0; o < n; o += tile)
+  run(pool, divide_up(n, tile), [&](int64_t strip) {
+    float rows[tile][tile];
+    const int64_t o = strip * tile;
     for (int64_t i = 0; i < n; i += tile) {
       const int64_t height = n - o < tile ? n - o : tile, width = n - i < tile ? n - i : tile;
       Source corner = s;
@@ -60,6 +61,7 @@ void transpose(const Source& s, int64_t n, int64_t row, float* to) {
       for (int64_t x = 0; x < width; ++x)
         for (int64_t y = 0; y < height; ++y) to[(i + x) * row + o + y] = rows[y][x];
     }
+  });
 }
 
 // Where each array begins, in bytes from the start: the product's, then the others.
@@ -208,7 +210,8 @@ float* floats(void* base, int64_t offset) {
   return reinterpret_cast<float*>(static_cast<char*>(base) + offset);
 }
 
-// `base`: zeros. Packed weights are block after block, so threads may pack three blocks each.
+// `base`: zeros where the bias goes. Packed weights are block after block, so threads may pack
+// three blocks each.
 void fill_product(const Kernels& k, int64_t C, const Source& weight, const Source& bias,
                   Product kind, const ProductLayout& layout, void* base, const Pool& pool) {
   const int64_t blocks = (C + k.lanes - 1) / k.lanes, padded = blocks * k.lanes;
@@ -245,7 +248,8 @@ void fill_combine(const Kernels& k, const Sources& s, const MixingLayout& layout
   pack_depthwise(s.proj_weight, s.proj_bias, s.C, k.lanes, floats(base, layout.proj),
                  floats(base, layout.proj_bias), one, nothing);
 }
-void fill_mixing(const Kernels& k, const Sources& s, const MixingLayout& layout, void* base) {
+void fill_mixing(const Kernels& k, const Sources& s, const MixingLayout& layout, void* base,
+                 const Pool& pool) {
   const int64_t C = s.C, padded = (C + k.lanes - 1) / k.lanes * k.lanes;
   for (int i = 0; i < 2; ++i) {
     const GateSources& g = s.gate[i];
@@ -255,7 +259,7 @@ void fill_mixing(const Kernels& k, const Sources& s, const MixingLayout& layout,
         [&](int64_t c) { return gamma(g, c) * reciprocal_deviation(g, c); },
         [&](int64_t c, double scale) { return beta(g, c) - at(g.norm_mean, c) * scale; });
     copy_row(g.spatial_weight, 0, C, floats(base, layout.gate[i][2]));
-    transpose(g.channel_weight, C, padded, floats(base, layout.gate[i][3]));
+    transpose(g.channel_weight, C, padded, floats(base, layout.gate[i][3]), pool);
   }
   fill_combine(k, s, layout, base);
 }
@@ -295,7 +299,7 @@ void pack(const Kernels& k, const Sources& s, Product kind, void* packed) {
   const PackedHeader h = header_of(k, s, kind);
   std::memcpy(packed, &h, sizeof h);
   fill_product(k, s.C, s.qkv_weight, s.qkv_bias, kind, layout.product, packed, {1, nullptr});
-  fill_mixing(k, s, layout.mixing, packed);
+  fill_mixing(k, s, layout.mixing, packed, {1, nullptr});
 }
 
 bool is_current(const Kernels& k, const Sources& s, Product kind, void* packed, int64_t bytes) {
@@ -318,20 +322,26 @@ WeightsView view(const Kernels& k, int64_t C, Product kind, const void* packed) 
   return v;
 }
 
+void pack_matrix(const Source& s, int64_t rows, int64_t columns, float* to) {
+  for (int64_t row = 0; row < rows; ++row) copy_row(s, row, columns, to + row * columns);
+}
+
 WeightsView pack_product(const Kernels& k, int64_t C, const Source& weight, const Source& bias,
                          Product kind, const Pool& pool) {
   const ProductLayout layout(k, C, kind, 0);
-  void* to = zeroed(layout.end);
+  void* to = training_buffer.get(layout.end);
+  std::memset(floats(to, layout.qkv_bias), 0, static_cast<size_t>(layout.end - layout.qkv_bias));
   fill_product(k, C, weight, bias, kind, layout, to, pool);
   WeightsView v{};
   view_product(layout, to, v);
   return v;
 }
 
-WeightsView pack_mixing(const Kernels& k, const Sources& s) {
+WeightsView pack_mixing(const Kernels& k, const Sources& s, const Pool& pool) {
   const MixingLayout layout(k, s.C, 0);
-  void* to = zeroed(layout.end);
-  fill_mixing(k, s, layout, to);
+  const bool padded = s.C % k.lanes != 0;
+  void* to = padded ? zeroed(layout.end) : training_buffer.get(layout.end);
+  fill_mixing(k, s, layout, to, pool);
   return view_mixing(layout, to);
 }
 

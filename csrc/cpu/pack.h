@@ -50,10 +50,12 @@ WeightsView view(const Kernels&, int64_t C, Product, const void* packed);
 // Parts of that for the phases of training, in scratch of the calling thread until the next call.
 // Absent in a view is what its phase does not read.
 // The qkv product alone.
+// A (rows, columns) matrix as dense floats.
+void pack_matrix(const Source&, int64_t rows, int64_t columns, float* to);
 WeightsView pack_product(const Kernels&, int64_t C, const Source& qkv_weight,
                          const Source& qkv_bias, Product, const Pool&);
 // Everything but the product.
-WeightsView pack_mixing(const Kernels&, const Sources&);
+WeightsView pack_mixing(const Kernels&, const Sources&, const Pool&);
 // The depthwise convolutions dwc and proj.
 WeightsView pack_combine(const Kernels&, const Sources&);
 // The gates, with the statistics among the sources.

@@ -383,4 +383,47 @@ void backward_depthwise(const TrainingProblem& p, const TrainingGates& w, const 
   });
 }
 
+void input_gradient(const TrainingProblem& p, const Source& weight, const float* grad,
+                    const Output& grad_x) {
+  const Geometry& g = p.geometry;
+  float* matrix = Arrays(Arrays::bytes<float>(3 * g.C * g.C)).take<float>(3 * g.C * g.C);
+  pack_matrix(weight, 3 * g.C, g.C, matrix);
+  const int64_t pixels = p.images * g.pixels();
+  const int64_t part = divide_up(divide_up(pixels, p.pool.threads), 16) * 16;
+  run(p.pool, divide_up(pixels, part), [&](int64_t i) {
+    const int64_t end = (i + 1) * part < pixels ? (i + 1) * part : pixels;
+    p.kernels.input_gradient(g, grad, matrix, i * part, end, grad_x,
+                             task_buffer.get(p.kernels.input_gradient_temp_bytes(g.C)));
+  });
+}
+
+void weight_gradient(const TrainingProblem& p, const Input& x, const float* grad, float* to) {
+  const Geometry& g = p.geometry;
+  const int64_t rows = 3 * g.C, size = rows * g.C, pixels = p.images * g.pixels();
+  // Sums over parts of the pixels, cut by the shape alone, then the rows for the threads.
+  int64_t parts = pixels / 4096 < 1 ? 1 : pixels / 4096 > 8 ? 8 : pixels / 4096;
+  const int64_t part = divide_up(pixels, parts);
+  parts = divide_up(pixels, part);
+  const int64_t band = divide_up(divide_up(rows, divide_up(p.pool.threads, parts)), 32) * 32;
+  const int64_t bands = divide_up(rows, band);
+  float* sums =
+      parts == 1 ? to : Arrays(Arrays::bytes<float>(parts * size)).take<float>(parts * size);
+  run(p.pool, parts * bands, [&](int64_t i) {
+    const int64_t first = i / bands, begin = first * part, row = i % bands * band;
+    const int64_t end = begin + part < pixels ? begin + part : pixels;
+    const int64_t row_end = row + band < rows ? row + band : rows;
+    p.kernels.weight_gradient(
+        g, grad, x, begin, end, row, row_end, sums + first * size,
+        task_buffer.get(p.kernels.weight_gradient_temp_bytes(g.C, divide_up(row_end - row, 16))));
+  });
+  if (parts == 1) return;
+  run(p.pool, p.pool.threads, [&](int64_t i) {
+    for (int64_t j = i * size / p.pool.threads; j < (i + 1) * size / p.pool.threads; ++j) {
+      float sum = sums[j];
+      for (int64_t n = 1; n < parts; ++n) sum += sums[n * size + j];
+      to[j] = sum;
+    }
+  });
+}
+
 }  // namespace casvit

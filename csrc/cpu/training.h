@@ -62,4 +62,9 @@ void backward_depthwise(const TrainingProblem&, const TrainingGates&, const floa
                         const float* logit, const float* coefficients, const float* grad_sum,
                         const DepthwiseGradients&);
 
+// Only where the kernels have them. grad: what the phases left in grad_qkv; weight: (3C, C).
+void input_gradient(const TrainingProblem&, const Source& weight, const float* grad,
+                    const Output& grad_x);
+void weight_gradient(const TrainingProblem&, const Input& x, const float* grad, float* to);
+
 }  // namespace casvit
