@@ -45,7 +45,7 @@ class Training:
     reference: Run
     fused: Run
     largest_loss_difference: float
-    same_predictions: int  # of test_images, fused inference against reference inference
+    same_predictions: int  # of test_images, the fused network against the reference
 
 
 class Digits:
