@@ -18,6 +18,7 @@ from xml.sax.saxutils import escape
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COMMAND = "pytest bench/ --benchmark-only --json-dir bench/results && python bench/report.py"
 NOT_MEASURED = "not measured"
+KEPT = "saved_bytes.json"  # written by saved_bytes.py
 MODELS = ("xs", "t")
 
 Document = dict[str, Any]
@@ -64,6 +65,23 @@ def load(folder: Path) -> list[Document]:
     return documents
 
 
+def load_kept(folder: Path) -> Document | None:
+    """What mixers keep for the backward; None where that was not measured.
+
+    Raises:
+        ReportError: the file is not one of `saved_bytes.py`.
+    """
+    path = folder / KEPT
+    if not path.is_file():
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        _kept_table(document)
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise ReportError(f"{KEPT}: expected what bench/saved_bytes.py writes: {error!r}") from None
+    return dict(document)
+
+
 def judge(case: Case | None) -> Verdict | str:
     """The figures of one case, or in words why there are none."""
     if case is None:
@@ -103,7 +121,7 @@ def readme_table(documents: list[Document]) -> str:
     return "\n".join(lines)
 
 
-def complete_tables(documents: list[Document]) -> str:
+def complete_tables(documents: list[Document], kept: Document | None) -> str:
     """bench/results/README.md."""
     lines = [
         "# Results",
@@ -120,6 +138,8 @@ def complete_tables(documents: list[Document]) -> str:
             cases = [c for c in document["cases"] if c["dtype"] == dtype]
             if cases:
                 lines += ["", f"### {dtype}", "", *_matrix(cases)]
+    if kept is not None:
+        lines += ["", "## Memory kept for the backward", "", *_kept_table(kept)]
     return "\n".join(lines) + "\n"
 
 
@@ -204,11 +224,12 @@ def outputs(root: Path) -> dict[Path, str]:
     readme = root / "README.md"
     if not readme.is_file():
         raise ReportError(f"README.md: expected a file at {readme}")
-    documents = load(root / "bench" / "results")
+    results = root / "bench" / "results"
+    documents, kept = load(results), load_kept(results)
     return {
         readme: with_table(readme.read_text(encoding="utf-8"), readme_table(documents)),
         root / "docs" / "bench.svg": picture(documents),
-        root / "bench" / "results" / "README.md": complete_tables(documents),
+        results / "README.md": complete_tables(documents, kept),
     }
 
 
@@ -314,6 +335,22 @@ def _title(case: Case) -> str:
     stage = "whole model" if case["stage"] is None else f"stage {case['stage']}"
     shape = f"({case['batch']}, {case['channels']}, {case['size']}, {case['size']})"
     return f"{case['model']} {stage}, {shape}"
+
+
+def _kept_table(kept: Document) -> list[str]:
+    """Mixers down; bytes of plain PyTorch and of the fused CPU backend across."""
+    lines = [
+        "Bytes that autograd keeps between forward and backward of a mixer in training mode: float32, "
+        f"the input counted, parameters not. By `python bench/saved_bytes.py`, torch {kept['torch']}.",
+        "",
+        "| mixer | plain PyTorch | fused | times less |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in kept["rows"]:
+        title = f"{row['model']} stage {row['stage']}, ({', '.join(map(str, row['shape']))})"
+        eager, fused = row["eager_bytes"], row["fused_bytes"]
+        lines.append(f"| {title} | {eager:,} | {fused:,} | {eager / fused:.1f}x |")
+    return lines
 
 
 def _matrix(cases: list[Case]) -> list[str]:

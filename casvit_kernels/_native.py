@@ -14,7 +14,7 @@ import torch
 
 ISA_ENVIRONMENT = "CASVIT_KERNELS_CPU_ISA"
 REMEDY = (
-    "install a C++17 compiler (g++ 11 or later, or clang) and, in the source tree, run "
+    "install a C++17 compiler, such as g++ or clang, and, in the source tree, run "
     "'pip install --no-cache-dir --force-reinstall --no-deps .' or 'make setup'"
 )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from casvit_kernels.demo.extras import need
+from casvit_kernels.extras import need
 
 
 def write(root: Path, side: int = 32, limit: int | None = None) -> None:

@@ -197,6 +197,33 @@ def test_table_shows_the_medians_the_best_baseline_and_both_ratios(checkout, cap
     assert _run(checkout, "--check") == 0
 
 
+KEPT = {
+    "model": "xs",
+    "stage": 1,
+    "shape": [2, 48, 56, 56],
+    "eager_bytes": 3000,
+    "fused_bytes": 400,
+}
+
+
+def test_the_memory_kept_for_the_backward_has_a_table(checkout, capsys):
+    results = checkout / "bench" / "results"
+    results.mkdir(parents=True)
+    assert _run(checkout) == 0
+    complete = results / "README.md"
+    assert "Memory" not in complete.read_text()
+    path = results / report.KEPT
+    path.write_text(json.dumps({"torch": "2.15.0", "rows": [KEPT]}))
+    assert _run(checkout, "--check") == 1
+    assert _run(checkout) == 0
+    assert "## Memory kept for the backward" in complete.read_text()
+    assert "| xs stage 1, (2, 48, 56, 56) | 3,000 | 400 | 7.5x |" in complete.read_text()
+    path.write_text('{"torch": "2.15.0"}')
+    capsys.readouterr()
+    assert _run(checkout) == 2
+    assert report.KEPT in capsys.readouterr().err
+
+
 def test_absent_baselines_are_shown_with_the_reason(checkout):
     _publish(checkout, _measured(eager=8.0, compile=5.0, onnxruntime=None, fused=2.0))
     assert _run(checkout) == 0

@@ -214,6 +214,7 @@ def test_training_is_the_same_fused_and_repeats():
     assert first.same_predictions >= first.test_images - 2
     again = train.train_both(3, True, lambda: None)
     assert again.reference.losses == first.reference.losses
+    assert again.fused.losses == first.fused.losses
     assert train.train_both(4, True, lambda: None).reference.losses != first.reference.losses
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from .. import __version__, timing
 from ..backends import select
 from ..backends.base import Problem
+from ..extras import need
 from ..swap import fuse
 from . import check, files, gates, images, network, report, results, speed, training
-from .extras import need
 from .progress import phase
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import models
+from ..extras import need
 from ..swap import fuse
-from .extras import need
 
 CONFIG = models.Config(layers=(1, 1, 2, 1), dims=(32, 40, 64, 96))
 SIDE = 32  # pixels: the 8x8 digits, upscaled
@@ -45,7 +45,7 @@ class Training:
     reference: Run
     fused: Run
     largest_loss_difference: float
-    same_predictions: int  # of test_images, fused inference against reference inference
+    same_predictions: int  # of test_images, the fused network against the reference
 
 
 class Digits:

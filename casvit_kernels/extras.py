@@ -13,6 +13,10 @@ class MissingExtra(ImportError):
 def need(name: str, extra: str = "demo") -> Any:
     """The module `name`.
 
+    Args:
+        name: as in an import statement, dots included.
+        extra: the extra of this package that brings it.
+
     Raises:
         MissingExtra: it is not installed.
     """
