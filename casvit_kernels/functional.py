@@ -14,6 +14,7 @@ from .backends import get, select
 from .backends.base import Backend, Problem
 from .reference import GateWeights, MixerWeights
 from .training import update_running
+from .weights import autocasts, check_alike
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,6 +71,7 @@ def catm(
         BackendUnavailable: the backend that was asked for cannot serve this call, with the reason.
     """
     chosen, dtype = check(x, weights, backend)
+    check_alike(weights)
     batch = _pair(training)
     momenta = _pair(momentum)
     norms = list(map(ops.formula_norm, (weights.q, weights.k), eps, batch, momenta))
@@ -155,7 +157,7 @@ def check(x: Tensor, w: MixerWeights, backend: str | None) -> tuple[Backend | No
         )
     dtype = x.dtype
     device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    autocast = autocasts(w)
     if dtype != weight.dtype and (not autocast or torch.float64 in (dtype, weight.dtype)):
         raise TypeError(
             f"x: expected the dtype of the parameters, {weight.dtype}, got {dtype} "

@@ -11,6 +11,7 @@ from .backends import check_name
 from .functional import GateWeights, MixerWeights, check, group_name, train, trains
 from .packing import PackedWeights
 from .reference import AdditiveTokenMixer
+from .weights import check_alike
 
 
 class FusedCATM(AdditiveTokenMixer):
@@ -89,6 +90,8 @@ class FusedCATM(AdditiveTokenMixer):
         norms = norm_q, norm_k = q[1], k[1]
         eps = (norm_q.eps, norm_k.eps)
         batch = (_uses_batch_statistics(norm_q), _uses_batch_statistics(norm_k))
+        if True in batch:  # without, the packed weights see to it
+            check_alike(w)
         if chosen is not None and trains(chosen, batch):
             momentum = (_momentum(norm_q), _momentum(norm_k))
             out = train(chosen, x, w, eps, batch, momentum, _group(norms), dtype)
