@@ -115,9 +115,11 @@ def train(
     out, saved = ops.mix_training(x, w, settings)
     if b > 0 or group:
         for i, gate in enumerate((w.q, w.k)):
-            mean, var = gate.norm_mean, gate.norm_var
+            mean, var, weight = gate.norm_mean, gate.norm_var, momentum[i]
             if batch[i] and mean is not None and var is not None:
-                update_running((mean, var), saved.statistics[i], saved.number, momentum[i])
+                if group:  # all processes may be without an image
+                    weight = weight * (saved.number > 0)
+                update_running((mean, var), saved.statistics[i], saved.number, weight)
     return out
 
 

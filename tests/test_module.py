@@ -514,6 +514,17 @@ def test_hooks_of_children_with_weights_run(mixer, x, name):
     assert seen == [1]
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_backward_hooks_of_children_with_weights_run(mixer, x, training):
+    mixer.train(training)
+    seen = []
+    mixer.dwc.register_full_backward_hook(lambda *_: seen.append("after"))
+    mixer.oper_q[0].block[0].register_full_backward_pre_hook(lambda *_: seen.append("before"))
+    mixer(x).sum().backward()
+    assert sorted(seen) == ["after", "before"]
+    assert_right(mixer, x)
+
+
 def test_computed_weights_are_not_kept(mixer, x):
     nn.utils.parametrizations.weight_norm(mixer.dwc)
     made = []
