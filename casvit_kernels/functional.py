@@ -14,6 +14,7 @@ from .backends import get, select
 from .backends.base import Backend, Problem
 from .reference import GateWeights, MixerWeights
 from .training import update_running
+from .weights import autocasts, check_alike
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,6 +71,7 @@ def catm(
         BackendUnavailable: the backend that was asked for cannot serve this call, with the reason.
     """
     chosen, dtype = check(x, weights, backend)
+    check_alike(weights)
     batch = _pair(training)
     momenta = _pair(momentum)
     norms = list(map(ops.formula_norm, (weights.q, weights.k), eps, batch, momenta))
@@ -113,9 +115,11 @@ def train(
     out, saved = ops.mix_training(x, w, settings)
     if b > 0 or group:
         for i, gate in enumerate((w.q, w.k)):
-            mean, var = gate.norm_mean, gate.norm_var
+            mean, var, weight = gate.norm_mean, gate.norm_var, momentum[i]
             if batch[i] and mean is not None and var is not None:
-                update_running((mean, var), saved.statistics[i], saved.number, momentum[i])
+                if group:  # all processes may be without an image
+                    weight = weight * (saved.number > 0)
+                update_running((mean, var), saved.statistics[i], saved.number, weight)
     return out
 
 
@@ -155,7 +159,7 @@ def check(x: Tensor, w: MixerWeights, backend: str | None) -> tuple[Backend | No
         )
     dtype = x.dtype
     device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    autocast = autocasts(w)
     if dtype != weight.dtype and (not autocast or torch.float64 in (dtype, weight.dtype)):
         raise TypeError(
             f"x: expected the dtype of the parameters, {weight.dtype}, got {dtype} "

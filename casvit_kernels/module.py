@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import reference
@@ -11,6 +12,7 @@ from .backends import check_name
 from .functional import GateWeights, MixerWeights, check, group_name, train, trains
 from .packing import PackedWeights
 from .reference import AdditiveTokenMixer
+from .weights import check_alike
 
 
 class FusedCATM(AdditiveTokenMixer):
@@ -38,8 +40,8 @@ class FusedCATM(AdditiveTokenMixer):
     the values, which may miss a change of single elements of a 1x1 convolution: call `refresh` after
     such an edit.
 
-    A forward hook on a child that has weights (pruning by ``torch.nn.utils.prune`` adds one) makes the
-    call run the children one by one, unfused, whatever the backend. Hooks on the other children
+    A forward or backward hook on a child that has weights (``torch.nn.utils.prune`` adds one) makes
+    the call run the children one by one, unfused, whatever the backend. Hooks on the other children
     (containers, activations, the dropout in eval) do not run.
 
     Raises:
@@ -89,6 +91,8 @@ class FusedCATM(AdditiveTokenMixer):
         norms = norm_q, norm_k = q[1], k[1]
         eps = (norm_q.eps, norm_k.eps)
         batch = (_uses_batch_statistics(norm_q), _uses_batch_statistics(norm_k))
+        if True in batch:  # without, the packed weights see to it
+            check_alike(w)
         if chosen is not None and trains(chosen, batch):
             momentum = (_momentum(norm_q), _momentum(norm_k))
             out = train(chosen, x, w, eps, batch, momentum, _group(norms), dtype)
@@ -161,8 +165,11 @@ def _get(module: Any, name: str) -> Any:
 
 
 def _hooked(modules: tuple[Any, ...]) -> bool:
-    for m in modules:  # noqa: SIM110 (any() takes twice as long)
+    backward = torch.is_grad_enabled()  # only then hooks of the backward can run
+    for m in modules:
         if m._forward_pre_hooks or m._forward_hooks:
+            return True
+        if backward and (m._backward_hooks or m._backward_pre_hooks):
             return True
     return False
 

@@ -273,6 +273,12 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if grad is not None:
+        if _batched(grad):
+            raise NotImplementedError(
+                "the fused mixer has no gradients for a batch of vectors at once "
+                "(is_grads_batched=True, or torch.vmap over torch.autograd.grad): call "
+                "torch.autograd.grad for each, or use torch.func.vjp or backend='reference'"
+            )
         needed = ctx.needs_input_grad[: 1 + _N]
         direct = not (torch.is_grad_enabled() or _opaque())  # enabled: it is differentiated in turn
         inputs = (grad, x, *weights, *settings, *saved, needed)
@@ -283,6 +289,11 @@ def _gradients(
         )
         result[: 1 + _N] = [next(gradients) if n else None for n in needed]
     return tuple(result)
+
+
+def _batched(t: Tensor) -> bool:
+    functorch: Any = torch._C._functorch
+    return bool(functorch.is_legacy_batchedtensor(t) or functorch.is_batchedtensor(t))
 
 
 torch.library.register_autograd(

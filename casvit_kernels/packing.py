@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops
 from .backends.base import Backend
 from .reference import MixerWeights
-from .weights import check_alike
+from .weights import autocasts, check_alike
 
 _Key = tuple[str, tuple[float, float], torch.dtype]  # backend, eps, dtype computed in
 
@@ -39,14 +39,14 @@ class PackedWeights:
             TypeError, ValueError: the weights differ in dtype or device, see `weights.check_alike`.
         """
         if torch.compiler.is_compiling() or backend.name == "reference":
-            check_alike(w, _autocast(w))
+            check_alike(w)
             return None
         sources = ops.flatten(w)
         key = (backend.name, eps, dtype)
         entry = self._entries.get(key)
-        if entry is not None and entry.is_current(sources) and (entry.alike or _autocast(w)):
+        if entry is not None and entry.is_current(sources) and (entry.alike or autocasts(w)):
             return entry.packed
-        alike = check_alike(w, _autocast(w))
+        alike = check_alike(w)
         if any(t is not None and t.grad_fn is not None for t in sources):
             return None  # computed for this call: to keep them would keep their graph
         with torch.no_grad():
@@ -57,11 +57,6 @@ class PackedWeights:
             # One assignment: safe between threads.
             self._entries = {**dict(kept), key: _Entry(sources, packed, alike)}
         return packed
-
-
-def _autocast(w: MixerWeights) -> bool:
-    device = w.qkv_weight.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 class _Entry:

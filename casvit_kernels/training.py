@@ -160,10 +160,15 @@ def _merge(statistics: Tensor, number: Tensor, group: str) -> tuple[Tensor, Tens
     every = [torch.empty_like(own) for _ in range(_distributed().get_world_size(_group(group)))]
     _distributed().all_gather(every, own, _group(group))
     counts, means, variances = torch.stack(every, 1)  # each (processes, 2, C)
-    total = counts.sum(0)
-    mean = (counts * means).sum(0) / total
-    var = (counts * (variances + (means - mean).square())).sum(0) / total
-    return torch.stack([mean, var], 1).float(), total[0, 0].clone()
+    total = counts.sum(0)[0, 0]
+    if total == 1:  # on every process alike
+        raise ValueError(
+            "x: expected more than 1 value per channel over all processes when training, got 1"
+        )
+    parts = counts / total.clamp(min=1)  # all may be empty
+    mean = (parts * means).sum(0)
+    var = (parts * (variances + (means - mean).square())).sum(0)
+    return torch.stack([mean, var], 1).float(), total
 
 
 def _all_reduce(sums: Tensor, group: str) -> None:

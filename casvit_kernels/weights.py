@@ -13,7 +13,13 @@ _HALVES = (torch.bfloat16, torch.float16)
 _CAST = (torch.float32, *_HALVES)  # what autocast brings to one dtype
 
 
-def check_alike(w: MixerWeights, autocast: bool) -> bool:
+def autocasts(w: MixerWeights) -> bool:
+    """Whether autocast is on where these weights are."""
+    device = w.qkv_weight.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def check_alike(w: MixerWeights) -> bool:
     """Raise unless one call can compute with all of these weights, as plain PyTorch would.
 
     All must be on the device of ``qkv_weight`` and of its dtype; those of a BatchNorm may be float32
@@ -26,7 +32,7 @@ def check_alike(w: MixerWeights, autocast: bool) -> bool:
         ValueError: a weight is on another device (the message names it).
         TypeError: a weight is of another dtype (the message names it).
     """
-    device, dtype = w.qkv_weight.device, w.qkv_weight.dtype
+    device, dtype, autocast = w.qkv_weight.device, w.qkv_weight.dtype, autocasts(w)
     alike = True
     for name, t in _named(w):
         if t.device != device:

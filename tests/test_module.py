@@ -166,6 +166,27 @@ def test_one_value_per_channel_is_refused_as_by_batch_norm():
         FusedCATM(3).train()(torch.randn(1, 3, 1, 1))
 
 
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("proj", "proj_weight"),
+        ("oper_k.1.block.1", r"k\.channel_weight"),
+        ("oper_q.0.block.1", r"q\.norm_weight"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_one_weight_of_another_dtype_in_training(mixer, x, part, name, dtype):
+    mixer.train().get_submodule(part).to(dtype)
+    before = copy.deepcopy(mixer.state_dict())
+    message = rf"weights\.{name}: expected the dtype of weights\.qkv_weight, .* got {dtype}"
+    with pytest.raises(TypeError, match=message):
+        mixer(x)
+    for training in (False, True):
+        with pytest.raises(TypeError, match=message):
+            catm(x, weights_of(mixer), training=training, backend=mixer.backend)
+    assert all(torch.equal(v, before[k]) for k, v in mixer.state_dict().items())
+
+
 def test_an_empty_batch_in_training(backend):
     mixer = FusedCATM(3, backend=backend).train()
     x = torch.empty(0, 3, 4, 5, requires_grad=True)
@@ -493,6 +514,17 @@ def test_hooks_of_children_with_weights_run(mixer, x, name):
     assert seen == [1]
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_backward_hooks_of_children_with_weights_run(mixer, x, training):
+    mixer.train(training)
+    seen = []
+    mixer.dwc.register_full_backward_hook(lambda *_: seen.append("after"))
+    mixer.oper_q[0].block[0].register_full_backward_pre_hook(lambda *_: seen.append("before"))
+    mixer(x).sum().backward()
+    assert sorted(seen) == ["after", "before"]
+    assert_right(mixer, x)
+
+
 def test_computed_weights_are_not_kept(mixer, x):
     nn.utils.parametrizations.weight_norm(mixer.dwc)
     made = []
@@ -593,11 +625,13 @@ def test_the_function_equals_the_module(mixer, x):
     assert torch.equal(catm(x, weights, backend=mixer.backend), mixer(x))
     norms(mixer)[0].eps, norms(mixer)[1].eps = 0.1, 0.4
     assert torch.equal(catm(x, weights, eps=(0.1, 0.4), backend=mixer.backend), mixer(x))
-    # With norms given, they are called and may keep statistics.
-    twin = copy.deepcopy(mixer).train()
-    out = catm(x, weights, norms=norms(twin), backend=mixer.backend)
-    torch.testing.assert_close(out, copy.deepcopy(mixer).train()(x), rtol=1e-5, atol=1e-6)
-    assert norms(twin)[0].num_batches_tracked == norms(mixer)[0].num_batches_tracked + 1
+    # In training it updates the running statistics that it is given.
+    twin = copy.deepcopy(mixer)
+    out = catm(x, weights_of(twin), eps=(0.1, 0.4), training=True, backend=mixer.backend)
+    torch.testing.assert_close(out, mixer.train()(x), rtol=1e-5, atol=1e-6)
+    for norm, own in zip(norms(twin), norms(mixer), strict=True):
+        torch.testing.assert_close(norm.running_mean, own.running_mean)
+        torch.testing.assert_close(norm.running_var, own.running_var)
 
 
 @pytest.mark.parametrize("dim", [64, 220])

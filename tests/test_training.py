@@ -430,6 +430,32 @@ def test_gradients_of_each_sample_with_frozen_norms(mixer, x):
         assert_close({k: g[i] for k, g in found.items()}, {k: expected[k] for k in found})
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_batch_of_vectors_is_refused(mixer, x, training):
+    """`is_grads_batched` and vmap over `torch.autograd.grad`; torch.func.vjp serves them."""
+    mixer.train(training)
+    x.requires_grad_()
+    out = mixer(x)
+    vectors = torch.randn(2, *out.shape)
+
+    def product(vector, **batched):
+        return torch.autograd.grad(out, x, vector, retain_graph=True, **batched)[0]
+
+    for call in (
+        lambda: product(vectors, is_grads_batched=True),
+        lambda: torch.vmap(product)(vectors),
+    ):
+        with pytest.raises(NotImplementedError, match=r"batch of vectors.*torch\.func\.vjp"):
+            call()
+    expected = torch.stack([product(v) for v in vectors])
+    for norm in norms(mixer):
+        norm.track_running_stats = False  # a transform may not write them
+    mixer.requires_grad_(False)
+    _, pull = torch.func.vjp(mixer, x.detach())
+    (found,) = torch.vmap(pull)(vectors)
+    assert_close({"x": found}, {"x": expected})
+
+
 # torch.compile
 
 
@@ -617,6 +643,7 @@ def _process(rank, folder):
     try:
         results = {parts: _synchronised(rank, parts) for parts in _PARTS}
         results["refused"] = _refusals(rank)
+        results["few"] = _few(rank)
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -633,6 +660,16 @@ def _synchronised(rank, parts):
     # Frozen in one gate, without a gradient of x in the other.
     norms(mixer)[0].eval()
     return found, step(mixer, _batch().split(parts)[rank])
+
+
+def _few(rank):
+    """Statistics of an empty batch, and of a single value, over all processes."""
+    mixer = nn.SyncBatchNorm.convert_sync_batchnorm(filled(FusedCATM(5, True, backend="cpu")))
+    found = step(mixer, _batch()[:0])
+    before = copy.deepcopy(mixer.state_dict())
+    with pytest.raises(ValueError, match="more than 1 value per channel over all processes"):
+        mixer(_batch()[: 1 - rank, :, :1, :1])
+    return found, all(torch.equal(v, before[k]) for k, v in mixer.state_dict().items())
 
 
 def _refusals(rank):
@@ -670,7 +707,12 @@ def test_synchronised_batch_norm(tmp_path):
             found |= {k: a[k] for k, _ in mixer.named_buffers()}
             assert_close(found, expected)
             assert all(torch.equal(a[k], b[k]) for k, _ in mixer.named_buffers())
+    empty = step(filled(FusedCATM(5, True, backend="cpu")), _batch()[:0])
+    del empty["out"], empty["x"]
     for r in ranks:
+        assert r["few"][0].pop("out").shape == r["few"][0].pop("x").shape == (0, 5, 6, 7)
+        assert_close(r["few"][0], empty)
+        assert r["few"][1]
         apart, second = r["refused"]
         assert "expected BatchNorms synchronised over the same processes" in apart
         assert "second derivatives" in second
