@@ -202,6 +202,36 @@ def test_the_function_without_running_statistics(x):
         catm(x, w, training=(False, True), backend="cpu")
 
 
+@pytest.mark.parametrize("missing", ["norm_mean", "norm_var"])
+def test_half_of_the_running_statistics(x, missing):
+    w = weights()
+    w = w._replace(k=w.k._replace(**{missing: None}))
+    before = copy.deepcopy(w)
+    with pytest.raises(ValueError, match=rf"weights\.k: expected both .* got no {missing}"):
+        catm(x, w, training=True, backend="cpu")
+    assert torch.equal(w.q.norm_mean, before.q.norm_mean)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"training": [True, True]},
+        {"training": (True,)},
+        {"training": "q"},
+        {"momentum": (0.1,)},
+        {"momentum": None},
+        {"momentum": (0.1, 0.1, 0.1)},
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_the_function(x, wrong):
+    w = weights()
+    before = copy.deepcopy(w)
+    with pytest.raises(TypeError, match=rf"{next(iter(wrong))}: expected a .* got"):
+        catm(x, w, **{"training": True, "backend": "cpu", **wrong})
+    assert torch.equal(w.q.norm_mean, before.q.norm_mean)
+
+
 # What is kept for the backward, what is computed in it
 
 
