@@ -387,6 +387,20 @@ def test_gradients_of_any_strides(mixer, x, expand):
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("images", [0, 3])
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_have_the_strides_of_their_weights(mixer, x, images, training):
+    """DistributedDataParallel compares them to the last, in models that are channels last too."""
+    expected = step(copy.deepcopy(mixer).train(training), x[:images])
+    mixer.to(memory_format=torch.channels_last).train(training)
+    mixer.proj.weight = nn.Parameter(mixer.proj.weight.mT.contiguous().mT)
+    assert mixer.qkv.weight.stride() == (5, 1, 5, 5)
+    found = step(mixer, x[:images])
+    for name, p in mixer.named_parameters():
+        assert found[name].stride() == p.stride(), name
+        assert torch.equal(found[name], expected[name]), name
+
+
 # Second derivatives, torch.func
 
 
