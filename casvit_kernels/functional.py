@@ -63,8 +63,9 @@ def catm(
         and the weights are kept, and nothing else of the size of ``x``.
 
     Raises:
-        TypeError: ``x`` is no floating tensor, or its dtype and that of the weights differ (under
-            autocast: one of them is float64, which autocast leaves alone, and the other is not).
+        TypeError: ``x`` is no floating tensor, ``training`` or ``momentum`` is not as above, or ``x``
+            and the weights differ in dtype (under autocast: one of them is float64, which autocast
+            leaves alone, and another is not). BatchNorm's may be float32 beside narrower ones.
         ValueError: a shape, a device or the backend's name does not fit, running statistics are
             missing, there is one value per channel to take statistics of, or the reference formulas
             must serve a call with a process group.
@@ -72,8 +73,8 @@ def catm(
     """
     chosen, dtype = check(x, weights, backend)
     check_alike(weights)
-    batch = _pair(training)
-    momenta = _pair(momentum)
+    batch = _pair("training", training, bool)
+    momenta = _pair("momentum", momentum, (int, float))
     norms = list(map(ops.formula_norm, (weights.q, weights.k), eps, batch, momenta))
     if trains(chosen, batch):
         assert chosen is not None
@@ -111,6 +112,12 @@ def train(
             "x: expected more than 1 value per channel when training, "
             f"got input size {tuple(x.shape)}"
         )
+    for name, gate in (("q", w.q), ("k", w.k)):
+        if (gate.norm_mean is None) != (gate.norm_var is None):
+            missing = "norm_mean" if gate.norm_mean is None else "norm_var"
+            raise ValueError(
+                f"weights.{name}: expected both running statistics or none, got no {missing}"
+            )
     settings = ops.Settings(*eps, *batch, dtype, chosen.name, group)
     out, saved = ops.mix_training(x, w, settings)
     if b > 0 or group:
@@ -207,5 +214,9 @@ def _choose(backend: str | None, device: str, dtype: torch.dtype) -> str:
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _pair(value: _T | tuple[_T, _T]) -> tuple[_T, _T]:
-    return value if isinstance(value, tuple) else (value, value)
+def _pair(name: str, value: _T | tuple[_T, _T], kind: type | tuple[type, ...]) -> tuple[_T, _T]:
+    pair = value if isinstance(value, tuple) else (value, value)
+    if len(pair) != 2 or not all(isinstance(v, kind) for v in pair):
+        what = "bool" if kind is bool else "number"
+        raise TypeError(f"{name}: expected a {what} or a tuple of two, got {value!r}")
+    return pair

@@ -188,12 +188,13 @@ def empty_output(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def empty_gradients(x: Tensor, weights: Sequence[Any], needed: Sequence[bool]) -> list[Tensor]:
-    """Memory for what `mix_backward` returns. needed: of x and each of the flat weights."""
+    """Memory for what `mix_backward` returns. needed: of x and each of the flat weights.
+
+    A weight's gradient has its strides, of dimensions of size 1 too: DistributedDataParallel compares.
+    """
     of_x, *of_weights = needed
     return ([empty_output(x, None)] if of_x else []) + [
-        torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        for t, n in zip(weights, of_weights, strict=True)
-        if n
+        torch.empty_like(t) for t, n in zip(weights, of_weights, strict=True) if n
     ]
 
 

@@ -102,12 +102,10 @@ def backward(
         phases.project_backward(combined.grad_qkv, x, w, project) if any(project) else (None,) * 3
     )
     q, k = ([pairs[f][i] if f in pairs else None for f in GateWeights._fields] for i in range(2))
-    found = (grad_x, *of_qkv, *q, *k, *combined[4:])
-    return [
-        g.reshape(t.shape).to(t.dtype)  # type: ignore[union-attr]
-        for g, t, n in zip(found, (x, *ops.flatten(w)), needed, strict=True)
-        if n
-    ]
+    found: tuple[Any, ...] = (*of_qkv, *q, *k, *combined[4:])
+    of_weights = zip(found, ops.flatten(w), needed[1:], strict=True)
+    of_x = [] if grad_x is None else [grad_x.to(x.dtype)]
+    return of_x + [_like(g, t) for g, t, n in of_weights if n]
 
 
 def update_running(
@@ -134,6 +132,14 @@ def _phases(backend: str) -> Phases:
     if phases is None:
         raise RuntimeError(f"backend={backend!r} has no training kernels")
     return phases
+
+
+def _like(grad: Tensor, weight: Any) -> Tensor:
+    """The gradient in the shape, dtype and strides of the weight; see `ops.empty_gradients`."""
+    grad = grad.to(weight.dtype)
+    if weight.is_contiguous():
+        return grad.as_strided(weight.shape, weight.stride())
+    return torch.empty_like(weight).copy_(grad.reshape(weight.shape))
 
 
 def _coefficients(

@@ -202,6 +202,36 @@ def test_the_function_without_running_statistics(x):
         catm(x, w, training=(False, True), backend="cpu")
 
 
+@pytest.mark.parametrize("missing", ["norm_mean", "norm_var"])
+def test_half_of_the_running_statistics(x, missing):
+    w = weights()
+    w = w._replace(k=w.k._replace(**{missing: None}))
+    before = copy.deepcopy(w)
+    with pytest.raises(ValueError, match=rf"weights\.k: expected both .* got no {missing}"):
+        catm(x, w, training=True, backend="cpu")
+    assert torch.equal(w.q.norm_mean, before.q.norm_mean)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"training": [True, True]},
+        {"training": (True,)},
+        {"training": "q"},
+        {"momentum": (0.1,)},
+        {"momentum": None},
+        {"momentum": (0.1, 0.1, 0.1)},
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_the_function(x, wrong):
+    w = weights()
+    before = copy.deepcopy(w)
+    with pytest.raises(TypeError, match=rf"{next(iter(wrong))}: expected a .* got"):
+        catm(x, w, **{"training": True, "backend": "cpu", **wrong})
+    assert torch.equal(w.q.norm_mean, before.q.norm_mean)
+
+
 # What is kept for the backward, what is computed in it
 
 
@@ -355,6 +385,20 @@ def test_gradients_of_any_strides(mixer, x, expand):
         mixer, x, lambda out: (out * 1).backward(grad) or out.new_zeros((), requires_grad=True)
     )
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("images", [0, 3])
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_have_the_strides_of_their_weights(mixer, x, images, training):
+    """DistributedDataParallel compares them to the last, in models that are channels last too."""
+    expected = step(copy.deepcopy(mixer).train(training), x[:images])
+    mixer.to(memory_format=torch.channels_last).train(training)
+    mixer.proj.weight = nn.Parameter(mixer.proj.weight.mT.contiguous().mT)
+    assert mixer.qkv.weight.stride() == (5, 1, 5, 5)
+    found = step(mixer, x[:images])
+    for name, p in mixer.named_parameters():
+        assert found[name].stride() == p.stride(), name
+        assert torch.equal(found[name], expected[name]), name
 
 
 # Second derivatives, torch.func

@@ -37,7 +37,7 @@ CASVIT_INLINE Vec max_keep_nan(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 CASVIT_INLINE Vec min_keep_nan(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 // a where condition > 0, else 0.
 CASVIT_INLINE Vec where_positive(Vec condition, Vec a) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(condition, zero(), _CMP_GT_OQ), a);
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(condition, zero(), _CMP_NLE_UQ), a);
 }
 CASVIT_INLINE Vec round_even(Vec a) {
   return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -179,7 +179,7 @@ CASVIT_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 CASVIT_INLINE Vec max_keep_nan(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 CASVIT_INLINE Vec min_keep_nan(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 CASVIT_INLINE Vec where_positive(Vec condition, Vec a) {
-  return _mm256_and_ps(_mm256_cmp_ps(condition, zero(), _CMP_GT_OQ), a);
+  return _mm256_and_ps(_mm256_cmp_ps(condition, zero(), _CMP_NLE_UQ), a);
 }
 CASVIT_INLINE Vec round_even(Vec a) {
   return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -286,7 +286,7 @@ CASVIT_INLINE Vec fma(Vec a, Vec b, Vec c) { CASVIT_LANES(a.v[i] * b.v[i] + c.v[
 CASVIT_INLINE Vec max_keep_nan(Vec a, Vec b) { CASVIT_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 CASVIT_INLINE Vec min_keep_nan(Vec a, Vec b) { CASVIT_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 CASVIT_INLINE Vec where_positive(Vec condition, Vec a) {
-  CASVIT_LANES(condition.v[i] > 0.0f ? a.v[i] : 0.0f);
+  CASVIT_LANES(condition.v[i] <= 0.0f ? 0.0f : a.v[i]);
 }
 CASVIT_INLINE Vec round_even(Vec a) { CASVIT_LANES(__builtin_rintf(a.v[i])); }
 CASVIT_INLINE float power_of_two(float n) {
