@@ -35,7 +35,7 @@ CASVIT_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 // Both return b where b is NaN, so that a NaN input stays one.
 CASVIT_INLINE Vec max_keep_nan(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 CASVIT_INLINE Vec min_keep_nan(Vec a, Vec b) { return _mm512_min_ps(a, b); }
-// a where condition > 0, else 0.
+// a where condition > 0 or NaN, else 0.
 CASVIT_INLINE Vec where_positive(Vec condition, Vec a) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(condition, zero(), _CMP_NLE_UQ), a);
 }
