@@ -43,5 +43,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         getattr(library, f"casvit_cpu_isa_{name}").restype = ctypes.c_char_p
     library.casvit_cpu_isa_reason.argtypes = [ctypes.c_char_p]
     library.casvit_cpu_isa_select.argtypes = [ctypes.c_char_p]
+    for name in ("qkv", "grad_sum"):
+        function = getattr(library, f"casvit_cpu_{name}_floats")
+        function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * 4
     library.casvit_build_info.restype = ctypes.c_char_p
     return library

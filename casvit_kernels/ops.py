@@ -61,13 +61,14 @@ _library.define(
 # The phases on the CPU, called by backends/cpu.py alone. qkv, grad_sum and grad_qkv are in layouts
 # of their own; shape is (B, C, H, W).
 for _phase in (
-    "cpu_project(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, ScalarType dtype) -> Tensor",
+    "cpu_project(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, ScalarType dtype, Tensor(a!) qkv)"
+    " -> ()",
     f"cpu_statistics(Tensor qkv, int[] shape, {_WEIGHTS}) -> Tensor",
     f"cpu_mix(Tensor x, Tensor qkv, {_WEIGHTS}, Tensor statistics, ScalarType dtype)"
     " -> (Tensor out, Tensor spatial, Tensor pooled, Tensor channel)",
-    f"cpu_backward_combine(Tensor grad, Tensor qkv, {_WEIGHTS}, Tensor spatial, Tensor channel)"
-    " -> (Tensor grad_qkv, Tensor grad_sum, Tensor pixel, Tensor channel_sum, Tensor dwc_weight,"
-    " Tensor dwc_bias, Tensor proj_weight, Tensor proj_bias)",
+    f"cpu_backward_combine(Tensor grad, Tensor qkv, {_WEIGHTS}, Tensor spatial, Tensor channel,"
+    " Tensor(a!) grad_qkv, Tensor(b!) grad_sum) -> (Tensor pixel, Tensor channel_sum,"
+    " Tensor dwc_weight, Tensor dwc_bias, Tensor proj_weight, Tensor proj_bias)",
     f"cpu_backward_gate(Tensor qkv, int[] shape, {_WEIGHTS}, Tensor statistics, Tensor spatial,"
     " Tensor pixel, Tensor shift) -> (Tensor logit, Tensor spatial_weight, Tensor sums)",
     f"cpu_backward_depthwise(Tensor qkv, int[] shape, {_WEIGHTS}, Tensor statistics,"

@@ -73,21 +73,20 @@ casvit::Sources with_statistics(casvit::Sources s, const Tensor& statistics) {
   return s;
 }
 
-Tensor project(const Tensor& x, const Tensor& qkv_weight, const Optional& qkv_bias,
-               ScalarType dtype) {
+void project(const Tensor& x, const Tensor& qkv_weight, const Optional& qkv_bias, ScalarType dtype,
+             Tensor qkv) {
   const casvit::Input input = input_of(x, "x");
   const Shape shape = shape_of(x.sizes(), qkv_weight);
   const int64_t C = shape.C;
   const casvit::Source weight = source(qkv_weight, "qkv_weight", 3 * C * C, 4);
   const casvit::Source bias = source(qkv_bias, "qkv_bias", 3 * C, 1);
-  if (shape.empty()) return empty({0});
+  if (shape.empty()) return;
   const casvit::TrainingProblem problem = shape.problem();
-  Tensor qkv = empty({problem.qkv_floats()});
+  check_floats(qkv, "qkv", problem.qkv_floats());
   const casvit::Product kind = product_for(dtype);
   casvit::project(problem,
                   casvit::pack_product(problem.kernels, C, weight, bias, kind, problem.pool), kind,
                   input, write(qkv));
-  return qkv;
 }
 
 Tensor statistics(const Tensor& qkv, IntHeaderOnlyArrayRef sizes, WEIGHT_PARAMETERS) {
@@ -122,30 +121,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mix(const Tensor& x, const Tensor& qk
   return {out, spatial, pooled, channel};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_combine(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_combine(
     const Tensor& grad, const Tensor& qkv, WEIGHT_PARAMETERS, const Tensor& spatial,
-    const Tensor& channel) {
+    const Tensor& channel, Tensor grad_qkv, Tensor grad_sum) {
   const casvit::Input input = input_of(grad, "grad");
   const Shape shape = shape_of(grad.sizes(), qkv_weight);
   const int64_t B = shape.B, C = shape.C, pixels = shape.H * shape.W;
   const casvit::Sources sources WEIGHT_SOURCES;
   if (shape.empty())
-    return {empty({B * pixels, 3 * C}), empty({0}),          zeros({B, 2, shape.H, shape.W}),
-            zeros({2, B, C}),           zeros({C, 1, 3, 3}), zeros({C}),
-            zeros({C, 1, 3, 3}),        zeros({C})};
+    return {zeros({B, 2, shape.H, shape.W}),
+            zeros({2, B, C}),
+            zeros({C, 1, 3, 3}),
+            zeros({C}),
+            zeros({C, 1, 3, 3}),
+            zeros({C})};
   const casvit::TrainingProblem problem = shape.problem();
   const float* from_qkv = read(qkv, "qkv", problem.qkv_floats());
   const float* from_spatial = read(spatial, "spatial", B * 2 * pixels);
   const float* from_channel = read(channel, "channel", 2 * B * C);
-  Tensor grad_qkv = empty({B * pixels, 3 * C}), grad_sum = empty({problem.grad_sum_floats()}),
-         pixel = empty({B, 2, shape.H, shape.W}), channel_sum = empty({2, B, C}),
+  check_floats(grad_qkv, "grad_qkv", B * pixels * 3 * C);
+  check_floats(grad_sum, "grad_sum", problem.grad_sum_floats());
+  Tensor pixel = empty({B, 2, shape.H, shape.W}), channel_sum = empty({2, B, C}),
          dwc = empty({C, 1, 3, 3}), dwc_b = empty({C}), proj = empty({C, 1, 3, 3}),
          proj_b = empty({C});
   casvit::backward_combine(problem, casvit::pack_combine(problem.kernels, sources), input, from_qkv,
                            from_spatial, from_channel,
                            {write(grad_qkv), write(grad_sum), write(pixel), write(channel_sum),
                             write(dwc), write(dwc_b), write(proj), write(proj_b)});
-  return {grad_qkv, grad_sum, pixel, channel_sum, dwc, dwc_b, proj, proj_b};
+  return {pixel, channel_sum, dwc, dwc_b, proj, proj_b};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_gate(const Tensor& qkv, IntHeaderOnlyArrayRef sizes,

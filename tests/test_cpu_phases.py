@@ -44,6 +44,20 @@ def instruction_set(request):
     library.casvit_cpu_isa_select(before.encode())
 
 
+def cpu_project(x, weight, bias, dtype):
+    planes = torch.full((cpu.floats("qkv", x.shape),), torch.nan)
+    OPS.cpu_project(x, weight, bias, dtype, planes)
+    return planes
+
+
+def cpu_backward_combine(grad, planes, *arguments):
+    b, c, height, width = grad.shape
+    grad_qkv = torch.full((b * height * width, 3 * c), torch.nan)
+    grad_sum = torch.full((cpu.floats("grad_sum", grad.shape),), torch.nan)
+    found = OPS.cpu_backward_combine(grad, planes, *arguments, grad_qkv, grad_sum)
+    return (grad_qkv, grad_sum, *found)
+
+
 class Problem:
     """A mixer, its input, and the arguments of every phase; float32 as the kernels take it."""
 
@@ -52,7 +66,7 @@ class Problem:
         self.w = weights(C, bias=affine, affine=affine)
         self.x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
         self.grad = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
-        self.planes = OPS.cpu_project(self.x, self.w.qkv_weight, self.w.qkv_bias, torch.float32)
+        self.planes = cpu_project(self.x, self.w.qkv_weight, self.w.qkv_bias, torch.float32)
         self.qkv = from_planes(self.planes, shape)
         mixed = phases.mix(self.qkv, self.w, phases.statistics(self.qkv, self.w) + 0.1, EPS)
         self.statistics = (phases.statistics(self.qkv, self.w) + 0.1).contiguous()
@@ -105,7 +119,7 @@ def from_rows(rows, shape):
 
 
 def kernel_project(p):
-    planes = OPS.cpu_project(p.x, p.w.qkv_weight, p.w.qkv_bias, torch.float32)
+    planes = cpu_project(p.x, p.w.qkv_weight, p.w.qkv_bias, torch.float32)
     return (from_planes(planes, p.shape),)
 
 
@@ -118,7 +132,7 @@ def kernel_mix(p):
 
 
 def kernel_combine(p):
-    found = OPS.cpu_backward_combine(p.grad, p.planes, *p.arguments, p.spatial, p.channel)
+    found = cpu_backward_combine(p.grad, p.planes, *p.arguments, p.spatial, p.channel)
     grad_v = from_rows(found[0], p.shape)[2]
     return (grad_v, from_blocks(found[1], p.shape), *found[2:])
 
@@ -273,7 +287,7 @@ def test_a_small_variance_beside_a_large_mean(instruction_set):
     p.x.mul_(1e-4).add_(1.0)
     p.w.qkv_weight.copy_(torch.eye(5).repeat(3, 1).view(15, 5, 1, 1))
     p.w.qkv_bias.zero_()
-    p.planes = OPS.cpu_project(p.x, p.w.qkv_weight, p.w.qkv_bias, torch.float32)
+    p.planes = cpu_project(p.x, p.w.qkv_weight, p.w.qkv_bias, torch.float32)
     p.qkv = from_planes(p.planes, p.shape)
     (found,) = kernel_statistics(p)
     (truth,) = plain_statistics(p, caster(torch.float64))
@@ -297,7 +311,7 @@ def test_out_is_of_the_dtype_and_layout_asked_for(dtype, memory_format):
 def test_the_product_in_bfloat16():
     p = Problem((2, 48, 9, 7), dtype=torch.bfloat16)
     half = ops.unflatten(tuple(t.bfloat16() for t in ops.flatten(p.w)))
-    planes = OPS.cpu_project(p.x, half.qkv_weight, half.qkv_bias, torch.bfloat16)
+    planes = cpu_project(p.x, half.qkv_weight, half.qkv_bias, torch.bfloat16)
     torch.testing.assert_close(
         from_planes(planes, p.shape).double(),
         phases.project(p.x.double(), caster(torch.float64)(half)),
@@ -311,12 +325,12 @@ def test_nothing_to_do(shape):
     B, C, H, W = shape
     w, x = weights(C), torch.randn(shape)
     arguments = (*ops.flatten(w), *EPS)
-    planes = OPS.cpu_project(x, w.qkv_weight, w.qkv_bias, torch.float32)
+    planes = cpu_project(x, w.qkv_weight, w.qkv_bias, torch.float32)
     statistics = torch.ones(2, 2, C)
     assert OPS.cpu_statistics(planes, shape, *arguments).shape == (2, 2, C)
     mixed = OPS.cpu_mix(x, planes, *arguments, statistics, torch.float32)
     assert [tuple(t.shape) for t in mixed] == [shape, (B, 2, H, W), (2, B, C), (2, B, C)]
-    b1 = OPS.cpu_backward_combine(x, planes, *arguments, mixed[1], mixed[3])
+    b1 = cpu_backward_combine(x, planes, *arguments, mixed[1], mixed[3])
     b2 = OPS.cpu_backward_gate(planes, shape, *arguments, statistics, *mixed[1:2], b1[2], b1[3])
     b3 = OPS.cpu_backward_depthwise(
         *(planes, shape, *arguments, statistics, mixed[1], mixed[3], b1[3], b2[0]),

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "isa.h"
 #include "scratch.h"
 
 namespace casvit {
@@ -427,3 +428,18 @@ void weight_gradient(const TrainingProblem& p, const Input& x, const float* grad
 }
 
 }  // namespace casvit
+
+// Plain C functions, called from Python through ctypes: how much memory a phase is to be given.
+extern "C" {
+
+__attribute__((visibility("default"))) int64_t casvit_cpu_qkv_floats(int64_t B, int64_t C,
+                                                                     int64_t H, int64_t W) {
+  return casvit::TrainingProblem(casvit::active_kernels(), B, C, H, W, {1, nullptr}).qkv_floats();
+}
+__attribute__((visibility("default"))) int64_t casvit_cpu_grad_sum_floats(int64_t B, int64_t C,
+                                                                          int64_t H, int64_t W) {
+  return casvit::TrainingProblem(casvit::active_kernels(), B, C, H, W, {1, nullptr})
+      .grad_sum_floats();
+}
+
+}  // extern "C"
