@@ -768,3 +768,16 @@ def test_converted_on_one_process(mixer, x):
     assert isinstance(norms(converted)[0], nn.SyncBatchNorm)
     found = step(converted, x)
     assert all(torch.equal(found[k], v) for k, v in expected.items())
+
+
+def test_nan_in_the_input_reaches_every_gradient_that_plain_pytorch_fills_with_it():
+    torch.manual_seed(0)
+    require_native()
+    plain = reference.AdditiveTokenMixer(5).train()
+    fused = FusedCATM.from_mixer(copy.deepcopy(plain), backend="cpu").train()
+    x = torch.randn(2, 5, 6, 6)
+    x[0, 0, 2, 2] = torch.nan
+    for mixer in (plain, fused):
+        mixer(x).sum().backward()
+    for (name, p), q in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        assert torch.equal(p.grad.isnan(), q.grad.isnan()), name
