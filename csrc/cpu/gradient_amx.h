@@ -8,23 +8,25 @@ namespace CASVIT_ISA {
 
 constexpr int64_t PARTS_BYTES = 3 * TILE_BYTES;  // a depth tile: high, middle, low
 
-// One depth tile of 16 rows: first[i], second[i] are channels 0 to 15 and 16 to 31 of row i.
-CASVIT_INLINE void put_rows(const Vec (&first)[TILE], const Vec (&second)[TILE],
-                            unsigned char* to) {
+// One depth tile of 16 lines. Of the left operand (split_cut) line i is a row, first[i] and
+// second[i] its channels 0 to 15 and 16 to 31; of the right one (split_rounded) rows i and i + 16
+// of the depth.
+template <class SplitBy>
+CASVIT_INLINE void put_parts(const Vec (&first)[TILE], const Vec (&second)[TILE],
+                             const SplitBy& split, unsigned char* to) {
   for (int i = 0; i < TILE; ++i) {
-    const Split a = split_cut(first[i]), b = split_cut(second[i]);
+    const Split a = split(first[i]), b = split(second[i]);
     for (int part = 0; part < 3; ++part)
       _mm512_store_si512(to + part * TILE_BYTES + i * 64, pairs(a.part[part], b.part[part]));
   }
 }
-// The same of the right operand, rounded: see split_rounded. Rows i and i + 16 of the depth.
+CASVIT_INLINE void put_rows(const Vec (&first)[TILE], const Vec (&second)[TILE],
+                            unsigned char* to) {
+  put_parts(first, second, [](Vec a) { return split_cut(a); }, to);
+}
 CASVIT_INLINE void put_depth(const Vec (&first)[TILE], const Vec (&second)[TILE],
                              unsigned char* to) {
-  for (int i = 0; i < TILE; ++i) {
-    const Split a = split_rounded(first[i]), b = split_rounded(second[i]);
-    for (int part = 0; part < 3; ++part)
-      _mm512_store_si512(to + part * TILE_BYTES + i * 64, pairs(a.part[part], b.part[part]));
-  }
+  put_parts(first, second, [](Vec a) { return split_rounded(a); }, to);
 }
 CASVIT_INLINE Vec load_some(const float* p, int64_t n) {
   return n >= TILE ? load(p) : n <= 0 ? zero() : load_first_as_float(p, static_cast<int>(n));
@@ -35,7 +37,6 @@ CASVIT_INLINE Vec load_some(const float* p, int64_t n) {
 template <int ROWS, int COLUMNS>
 static void multiply_add(const unsigned char* x, const unsigned char* w, int64_t depth, bool add_up,
                          float* sums, int64_t row_floats) {
-  constexpr int64_t HIGH = 0, MIDDLE = TILE_BYTES, LOW = 2 * TILE_BYTES;
   const Operands<ROWS, COLUMNS> o{depth * PARTS_BYTES, depth * PARTS_BYTES};
   const int64_t stride = row_floats * 4;
   float* below = sums + TILE * row_floats;
@@ -53,11 +54,7 @@ static void multiply_add(const unsigned char* x, const unsigned char* w, int64_t
   o.load_x(x + LOW);
   o.load_w(w + HIGH);
   for (int64_t t = 0; t < depth; ++t) {
-    o.then_x(x + MIDDLE);
-    o.then_w(w + MIDDLE);
-    o.then_x(x + HIGH);
-    o.then_w(w + LOW);
-    o.then_w(w + HIGH);
+    o.all_but_last(x, w);
     x += t + 1 < depth ? PARTS_BYTES : 0;  // the last load is idle
     w += t + 1 < depth ? PARTS_BYTES : 0;
     o.then_both(x + LOW, w);

@@ -220,6 +220,9 @@ struct Target {
   int64_t stride;
 };
 
+// Where the parts lie in a depth tile.
+constexpr int64_t HIGH = 0, MIDDLE = TILE_BYTES, LOW = 2 * TILE_BYTES;
+
 // Up to 2 pixel tiles times 2 blocks: accumulators in tiles 0 to 3 (pixel tile * 2 + block), x in 4
 // and 5, weights in 6 and 7. A tile can be loaded anew only when the products that read it have
 // begun, so a step orders its products by what the next step replaces.
@@ -264,6 +267,16 @@ struct Operands {
     _tile_loadd(6, w, 64);
     if (PIXEL_TILES > 1) _tile_loadd(5, x + x_next, 64);
   }
+  // Five of the six passes over a depth tile whose low part of x and high part of the weights are
+  // loaded; the last is then_both, which loads the next.
+  inline __attribute__((always_inline)) void all_but_last(const unsigned char* x,
+                                                          const unsigned char* w) const {
+    then_x(x + MIDDLE);
+    then_w(w + MIDDLE);
+    then_x(x + HIGH);
+    then_w(w + LOW);
+    then_w(w + HIGH);
+  }
 };
 
 // The depth tiles [begin, begin + length) of one pair of pixel tiles and blocks.
@@ -274,7 +287,6 @@ static void multiply(const unsigned char* x, const unsigned char* w, const Depth
   const int64_t each = depth.parts * TILE_BYTES, length = depth.length(begin);
   const bool half = depth.half && begin + length == depth.tiles;
   const int64_t whole = half ? length - 1 : length;
-  constexpr int64_t HIGH = 0, MIDDLE = TILE_BYTES, LOW = 2 * TILE_BYTES;
   x += begin * each;
   w += begin * each;
   if (bias) {
@@ -300,11 +312,7 @@ static void multiply(const unsigned char* x, const unsigned char* w, const Depth
     o.load_x(x + LOW);
     o.load_w(whole ? w + HIGH : w + TILE_BYTES);
     for (int64_t t = 0; t < whole; ++t) {
-      o.then_x(x + MIDDLE);
-      o.then_w(w + MIDDLE);
-      o.then_x(x + HIGH);
-      o.then_w(w + LOW);
-      o.then_w(w + HIGH);
+      o.all_but_last(x, w);
       const bool last = t + 1 == whole;
       x += last && !half ? 0 : each;
       w += last && !half ? 0 : each;
