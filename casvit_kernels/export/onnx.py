@@ -25,7 +25,7 @@ from ._common import (
 )
 
 OLDEST_OPSET = 17
-_EXPORTER = 18  # what torch's exporter writes by itself
+_EXPORTER = 18  # the oldest that torch's exporter writes
 MOST = 32  # images of the calibration that an 8-bit file is checked on
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -37,7 +37,7 @@ def to_onnx(
     *,
     batch: int | Literal["dynamic"] = 1,
     dynamic_size: bool = False,
-    opset: int = 18,
+    opset: int = 20,
     precision: str = "fp32",
     fold: bool = True,
     normalize: Normalization | bool = False,
