@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .backends import BackendStatus, BackendUnavailable, backends, use_backend
+from .folding import Fold, FoldReport, Unfolded, fold_for_inference
 from .functional import GateWeights, MixerWeights, catm
 from .module import FusedCATM
 from .reference import AdditiveTokenMixer
@@ -11,15 +12,19 @@ __all__ = [
     "AdditiveTokenMixer",
     "BackendStatus",
     "BackendUnavailable",
+    "Fold",
+    "FoldReport",
     "FuseReport",
     "FusedCATM",
     "GateWeights",
     "MixerWeights",
     "Refusal",
+    "Unfolded",
     "UnfuseReport",
     "__version__",
     "backends",
     "catm",
+    "fold_for_inference",
     "fuse",
     "unfuse",
     "use_backend",

@@ -16,23 +16,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from ..module import FusedCATM
-from ..swap import unfuse, unfused
+from .._version import __version__
+from ..demo import images
+from ..demo.images import MEAN, STD
+from ..extras import MissingExtra
+from ..folding import FoldReport, fold_for_inference, plain_copy
+
+UNTRAINED = (
+    "the weights look untrained: every BatchNorm has its initial mean of 0 "
+    "(was a checkpoint loaded?)"
+)
 
 
 class ExportError(RuntimeError):
     """A file was written that fails its check (and was removed), or could not be written at all."""
 
 
+class UntrainedWeights(UserWarning):
+    """The exported model looks as if it had never been trained."""
+
+
 @dataclass(frozen=True)
 class ExportReport:
     """What was written and how far it is from the float64 reference.
 
-    ``max_error`` and ``mean_error`` are absolute, over all outputs, for random input; None where
-    the file cannot be run on this machine. ``notes`` say what the caller may not expect.
+    ``max_error`` and ``mean_error`` are absolute, over all outputs, for random input and photographs;
+    None where the numbers were not checked. ``top1`` is the share of the ``images`` whose largest
+    output is the same as in float64, None where the model gives no class scores. ``notes`` say what
+    was done to the model, and what the caller may not expect.
     """
 
     path: Path
@@ -41,6 +56,8 @@ class ExportReport:
     max_error: float | None
     mean_error: float | None
     notes: tuple[str, ...]
+    top1: float | None = None
+    images: int = 0
 
     def __str__(self) -> str:
         lines = [f"{self.path} ({self.format}, {self.bytes / 1e6:.1f} MB)"]
@@ -48,37 +65,95 @@ class ExportReport:
             lines.append(
                 f"  error against float64: max {self.max_error:.2g}, mean {self.mean_error:.2g}"
             )
+        if self.top1 is not None:
+            lines.append(f"  same top class as float64: {self.top1:.1%} of {self.images} images")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """``(pixel / top - mean) / std`` by channel, done inside the file; its input is 0 to ``top``."""
+
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    top: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.mean or len(self.mean) != len(self.std) or min(*self.std, self.top) <= 0:
+            raise ValueError(
+                "normalize: expected as many means as standard deviations, these and top above 0, "
+                f"got {self.mean}, {self.std} and {self.top}"
+            )
 
 
 class Flat(nn.Module):
     """A model with one input, called ``input``, and a flat tuple of tensors as its output."""
 
-    def __init__(self, model: nn.Module) -> None:
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, normalize: Normalization | None = None) -> None:
         super().__init__()
         self.model = model
+        self.normalized = normalize is not None
+        if normalize is not None:
+            like = next(iter(model.parameters()))
+            mean, std = (
+                torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
+                for values in (normalize.mean, normalize.std)
+            )
+            self.register_buffer("scale", (1 / (std * normalize.top)).to(like.dtype))
+            self.register_buffer("shift", (-mean / std).to(like.dtype))
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
-        leaves = _pytree.tree_leaves(self.model(input))
+        x = input * self.scale + self.shift if self.normalized else input
+        leaves = _pytree.tree_leaves(self.model(x))
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Copies of the caller's model in eval mode on the CPU, and an input for them."""
+    """Copies of the caller's model in eval mode on the CPU, and an input for them.
 
-    exported: Flat  # float32, fused as the caller's model is
-    plain: Flat  # float32, unfused
-    truth: Flat  # float64, unfused
+    All three compute mixers by the plain formulas and normalise their input where asked to.
+    """
+
+    exported: Flat  # float32, folded if asked
+    plain: Flat  # float32, not folded
+    truth: Flat  # float64, not folded
     example: Tensor  # float32
     outputs: tuple[tuple[int, ...], ...]  # shapes for `example`
+    output_names: list[str]
     notes: tuple[str, ...]
+    metadata: dict[str, str]  # to be written into the file
+    normalize: Normalization | None
 
-    @property
-    def output_names(self) -> list[str]:
-        if len(self.outputs) == 1:
-            return ["output"]
-        return [f"output{i}" for i in range(len(self.outputs))]
+    def pictures(self) -> tuple[Tensor | None, str]:
+        """Photographs as an input, ``(N, 3, H, W)``, and a note; None and why there are none."""
+        if self.example.dim() != 4 or self.example.shape[1] != 3:
+            return None, "checked on random input: photographs need 3 channels"
+        try:
+            found = images.load(None)
+        except (MissingExtra, ValueError) as error:
+            return None, f"checked on random input alone, without photographs: {error}"
+        x = resized(found.pixels, self.example.shape[2:], self.normalize)
+        return x, f"checked on random input and {len(x)} photographs"
+
+
+def resized(
+    pixels: Tensor, size: tuple[int, ...] | torch.Size, normalize: Normalization | None
+) -> Tensor:
+    """uint8 ``(N, h, w, 3)`` to the model's input ``(N, 3, H, W)``, float32.
+
+    Normalised as in the published training, or 0 to ``normalize.top`` where the file does that.
+    """
+    x = pixels.permute(0, 3, 1, 2).float() / 255
+    if tuple(x.shape[2:]) != tuple(size):
+        x = F.interpolate(x, size=tuple(size), mode="bilinear", antialias=True)
+    if normalize is not None:
+        return (x * normalize.top).contiguous()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return ((x - mean) / std).contiguous()
 
 
 def require(package: str) -> Any:
@@ -92,30 +167,48 @@ def require(package: str) -> Any:
 
 
 def prepare(
-    model: nn.Module, input_size: int | tuple[int, int], batch: int, example_input: Tensor | None
+    model: nn.Module,
+    input_size: int | tuple[int, int],
+    batch: int,
+    example_input: Tensor | None,
+    *,
+    fold: bool = True,
+    normalize: Normalization | bool = False,
 ) -> Prepared:
-    """Check the arguments, copy the model and run it once in float64."""
+    """Check the arguments, copy the model and run it once in float64.
+
+    Warns `UntrainedWeights` where every BatchNorm has its initial statistics.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or the model cannot compute such an input.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     tensors = [*model.parameters(), *model.buffers()]
     if any(t.is_meta for t in tensors):
         raise ValueError("model: expected parameters with values, got some on the meta device")
+    inside = (Normalization() if normalize else None) if isinstance(normalize, bool) else normalize
+    if not isinstance(inside, Normalization | None):
+        raise TypeError(f"normalize: expected a bool or a Normalization, got {normalize!r}")
     example = _example(model, input_size, batch, example_input)
-    notes = []
-    if any(m.training for m in model.modules()):
-        notes.append("exported in eval mode; the model itself was left in training mode")
-    dtypes = {t.dtype for t in tensors if t.is_floating_point()} - {torch.float32}
-    if dtypes:
-        names = ", ".join(sorted(str(d) for d in dtypes))
-        notes.append(f"exported from a float32 copy; the model has parameters in {names}")
+    if inside is not None and (example.dim() != 4 or example.shape[1] != len(inside.mean)):
+        raise ValueError(
+            f"normalize: expected {len(inside.mean)} channels in dimension 1 of the input, "
+            f"got shape {tuple(example.shape)}"
+        )
+    notes = _remarks(model)
 
-    exported = copy.deepcopy(model).eval().cpu().float()
-    exported.requires_grad_(False)
-    plain = _unfused(copy.deepcopy(exported))
-    truth = Flat(copy.deepcopy(plain).double())
+    source = plain_copy(model).eval()
+    source.requires_grad_(False)
+    plain = Flat(copy.deepcopy(source).float(), inside)
+    truth = Flat(copy.deepcopy(source).double(), inside)
     try:
-        with torch.no_grad():
+        with _strides_fit(truth), torch.no_grad():
             outputs = truth(example.double())
+    except _TooSmall as error:
+        raise ValueError(
+            f"input_size: {tuple(example.shape[2:])} is too small for this model: {error}"
+        ) from None
     except Exception as error:
         raise ValueError(
             f"input_size: the model cannot compute an input of shape {tuple(example.shape)}: "
@@ -123,15 +216,101 @@ def prepare(
         ) from error
     if not outputs:
         raise ValueError("model: expected an output with at least one tensor, got none")
-    shapes = tuple(tuple(out.shape) for out in outputs)
-    return Prepared(Flat(exported), Flat(plain), truth, example, shapes, tuple(notes))
+    exported = source.float()
+    if fold:
+        exported = _folded(exported, example)
+        report: FoldReport = vars(exported)["fold_report"]
+        notes += [f"{len(report.folded)} norms folded, {len(report.left)} left as they are"]
+    return Prepared(
+        Flat(exported, inside),
+        plain,
+        truth,
+        example,
+        tuple(tuple(out.shape) for out in outputs),
+        _output_names(model, len(outputs)),
+        tuple(notes),
+        _metadata(model, outputs, inside),
+        inside,
+    )
 
 
-def _unfused(model: nn.Module) -> nn.Module:
-    if isinstance(model, FusedCATM):
-        return unfused(model)
-    unfuse(model)
-    return model
+def _folded(model: nn.Module, example: Tensor) -> nn.Module:
+    """Folded by a probe of a size that tells a mean from a pixel, or else of the example's."""
+    try:
+        return fold_for_inference(model)
+    except ValueError:  # the model takes its own size alone
+        return fold_for_inference(model, example)
+
+
+def _remarks(model: nn.Module) -> list[str]:
+    notes = []
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(m.training for m in model.modules()):
+        notes.append("exported in eval mode; the model itself was left in training mode")
+    dtypes = {t.dtype for t in tensors if t.is_floating_point()} - {torch.float32}
+    if dtypes:
+        names = ", ".join(sorted(str(d) for d in dtypes))
+        notes.append(f"exported from a float32 copy; the model has parameters in {names}")
+    devices = {t.device.type for t in tensors} - {"cpu"}
+    if devices:
+        notes.append(f"exported from a copy on the CPU; the model is on {', '.join(devices)}")
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    means = [m.running_mean for m in norms if m.running_mean is not None]
+    # Not the variances: an identity that folding leaves in place has mean 0, too, but no weight.
+    if means and any(m.affine for m in norms) and not any(bool(t.any()) for t in means):
+        notes.append(UNTRAINED)
+        warnings.warn(UNTRAINED, UntrainedWeights, stacklevel=4)
+    return notes
+
+
+def _output_names(model: nn.Module, count: int) -> list[str]:
+    if count == 1:
+        return ["output"]
+    if getattr(model, "fork_feat", False):  # a dense backbone, the published one too
+        return [f"stage{i + 1}" for i in range(count)]
+    return [f"output{i}" for i in range(count)]
+
+
+def _metadata(
+    model: nn.Module, outputs: tuple[Tensor, ...], normalize: Normalization | None
+) -> dict[str, str]:
+    if normalize is not None:
+        expects = f"0 to {normalize.top:g}; normalised inside"
+    else:
+        expects = "normalised by the caller, as in training"
+    metadata = {"model": type(model).__name__, "input range": expects}
+    if len(outputs) == 1 and outputs[0].dim() == 2:
+        metadata["classes"] = str(outputs[0].shape[1])
+    return {**metadata, "casvit_kernels": __version__, "torch": torch.__version__}
+
+
+class _TooSmall(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def _strides_fit(model: nn.Module) -> Iterator[None]:
+    """Inside, a convolution raises `_TooSmall` if its stride is larger than its input.
+
+    It would compute, from padding mostly: five strides of 2 need more than 16 pixels.
+    """
+
+    def check(conv: nn.Module, arguments: tuple[Any, ...]) -> None:
+        stride, size = conv.stride, tuple(arguments[0].shape[-2:])
+        if any(s > n for s, n in zip(stride, size, strict=True)):  # type: ignore[arg-type]
+            strided = sum(isinstance(m, nn.Conv2d) and max(m.stride) > 1 for m in model.modules())
+            raise _TooSmall(
+                f"of its {strided} convolutions with stride, one gets a map of {size} pixels"
+            )
+
+    handles = [
+        m.register_forward_pre_hook(check) for m in model.modules() if isinstance(m, nn.Conv2d)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _example(
