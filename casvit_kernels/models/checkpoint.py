@@ -270,7 +270,7 @@ def _check_architecture(
     weights: Mapping[str, Tensor], own: Mapping[str, Tensor], strict: bool, source: str
 ) -> None:
     """Raise when the checkpoint belongs to another size of the family, or to another network."""
-    theirs, ours = config_of(weights), _config(own)
+    theirs, ours = config_of(weights), config_of(own)
     if theirs is not None and ours is not None and theirs != ours:
         raise CheckpointError(
             f"{source}: this is {_describe(theirs)} file, the model is {_describe(ours)}"

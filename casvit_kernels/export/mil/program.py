@@ -27,11 +27,11 @@ class Feature(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """One operation: parameters are names of earlier results, or constants of its own."""
+    """One operation; a parameter is an earlier result or constant by name, a value, or several."""
 
     type: str
     name: str
-    parameters: dict[str, tuple[str | None, Value]]  # (name, None) or (None, constant)
+    parameters: dict[str, list[tuple[str | None, Value]]]  # each (name, None) or (None, constant)
     outputs: tuple[tuple[str, TensorType | None], ...]  # None: no tensor
 
 
@@ -72,6 +72,15 @@ class Program:
         self.operations: list[Operation] = []  # without constants
         for operation in block.operations:
             self._take(operation, values)
+
+    def constant(self, operation: Operation, parameter: str) -> Value:
+        """The value of a parameter that is a constant.
+
+        Raises:
+            KeyError: the operation has no such parameter, or it is a result of another operation.
+        """
+        ((name, value),) = operation.parameters[parameter]
+        return value if name is None else self.constants[name]
 
     def _take(self, spec: Any, values: Values) -> None:
         if spec.type == "const":
@@ -150,7 +159,7 @@ class Program:
             rounded[name] = value
         return rounded
 
-    def _argument(self, bindings: Value, known: dict[str, Value]) -> Value:
+    def _argument(self, bindings: list[tuple[str | None, Value]], known: dict[str, Value]) -> Value:
         values = [
             constant if name is None else known[name] if name in known else self.constants[name]
             for name, constant in bindings
