@@ -66,10 +66,11 @@ def to_coreml(
 ) -> ExportReport:
     """Write ``model`` in eval mode as a Core ML package (ML program).
 
-    The model, fused or not, is copied and left as it is. The package is written under another name and
-    read again; its program is evaluated on the CPU, operation by operation with fp16 rounding, on random
-    input and photographs, and compared with the unfolded model in float64. On a Mac Core ML predicts, too.
-    Only then the package is moved to ``path``: what does not match, or was not finished, is removed.
+    The model, fused or not, is copied and left as it is. The package is written under another name
+    and read again; its program is evaluated on the CPU, operation by operation with fp16 rounding, on
+    random input and photographs, and compared with the unfolded model in float64. On a Mac Core ML
+    predicts, too. Only then the package is moved to ``path``: what does not match, or was not
+    finished, is removed.
 
     Args:
         model: as for `casvit_kernels.export.to_onnx`, also the names of input and outputs.
@@ -233,9 +234,7 @@ def _sizes(
     return tuple(sizes)
 
 
-def _labels(
-    labels: Sequence[str] | None, prepared: Prepared, batch: int
-) -> tuple[str, ...] | None:
+def _labels(labels: Sequence[str] | None, prepared: Prepared, batch: int) -> tuple[str, ...] | None:
     if labels is None:
         return None
     if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
@@ -273,9 +272,9 @@ def _for_neural_engine(
     prepared: Prepared, model: nn.Module, options: _Options, fold: bool, pad: bool
 ) -> tuple[Prepared, tuple[str, ...]]:
     """The model as it is converted, and what was done for the Neural Engine."""
-    done = ["plain formulas in NCHW with four dimensions; no transpose or reshape"]
+    done = []
     if fold:
-        done.append("BatchNorm folded into convolutions and linear layers")
+        done.append("BatchNorm folded into convolutions and linear layers where it can be")
     if options.precision != "fp32":
         done.append("fp16 arithmetic")
     if options.batch[0] == options.batch[1] and len(options.sizes) == 1:
@@ -311,14 +310,15 @@ def _converted(coremltools: Any, prepared: Prepared, options: _Options) -> Any:
     extra: dict[str, Any] = {}
     if options.labels is None:
         extra["outputs"] = [
-            coremltools.TensorType(name=name, dtype=numpy.float32)
-            for name in prepared.output_names
+            coremltools.TensorType(name=name, dtype=numpy.float32) for name in prepared.output_names
         ]
     else:
         model = _Softmax(prepared.exported)
         extra["classifier_config"] = coremltools.ClassifierConfig(list(options.labels))
-    floats = coremltools.precision.FLOAT32 if options.precision == "fp32" else (
-        coremltools.precision.FLOAT16
+    floats = (
+        coremltools.precision.FLOAT32
+        if options.precision == "fp32"
+        else (coremltools.precision.FLOAT16)
     )
     try:
         with quiet(), torch.no_grad():

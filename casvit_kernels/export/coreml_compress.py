@@ -49,7 +49,10 @@ def compress(
             entries = optimize.OpPalettizerConfig(mode="kmeans", nbits=PALETTE_BITS)
             config = optimize.OptimizationConfig(global_config=entries, op_name_configs=kept)
             small = optimize.palettize_weights(package, config)
-            return small, f"weights of {PALETTE_BITS} bits, {len(gates)} gates' convolutions in fp16"
+            return (
+                small,
+                f"weights of {PALETTE_BITS} bits, {len(gates)} gates' convolutions in fp16",
+            )
         scaled = optimize.OpLinearQuantizerConfig(mode="linear_symmetric")
         config = optimize.OptimizationConfig(global_config=scaled, op_name_configs=kept)
         note = f"weights of 8 bits, {len(gates)} gates' convolutions in fp16"

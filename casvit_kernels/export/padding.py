@@ -79,14 +79,14 @@ def padded(model: nn.Module, multiple: int = MULTIPLE) -> tuple[nn.Module, PadRe
             f"pad_channels: expected an RCViT or a mixer, got {type(model).__name__} with another "
             "state dict"
         )
-    dims = [_up(dim, multiple) for dim in config.dims]
-    report = PadReport(config.dims, (dims[0], dims[1], dims[2], dims[3]))
+    a, b, c, d = (_up(dim, multiple) for dim in config.dims)
+    report = PadReport(config.dims, (a, b, c, d))
     if not report.changed:
         return copy.deepcopy(model).eval(), report
     dense = "norm.weight" not in state
     classes = state["head.weight"].shape[0] if "head.weight" in state else 0
     wide = RCViT(
-        Config(config.layers, report.after),
+        Config(config.layers, (a, b, c, d)),
         num_classes=classes,
         in_chans=state["patch_embed.0.weight"].shape[1],
         fork_feat=dense,
@@ -117,7 +117,9 @@ def _fill(wide: nn.Module, state: dict[str, Tensor], what: str) -> None:
     target = wide.state_dict()
     if set(target) != set(state):
         difference = sorted(set(target) ^ set(state))
-        raise ValueError(f"{what}: expected the published keys, got a difference in {difference[:4]}")
+        raise ValueError(
+            f"{what}: expected the published keys, got a difference in {difference[:4]}"
+        )
     filled = {}
     for key, value in state.items():
         shape = target[key].shape
@@ -142,5 +144,3 @@ def _take_eps(wide: nn.Module, model: nn.Module) -> None:
 
 def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-

@@ -189,11 +189,11 @@ def reduce_mean(a: Arguments) -> Tensor:
 def split(a: Arguments) -> tuple[Tensor, ...]:
     x, axis = a.tensor("x"), a.integer("axis")
     if "split_sizes" in a.unread:
-        return x.split(a.integers("split_sizes"), axis)
+        return tuple(x.split(a.integers("split_sizes"), axis))
     count = a.integer("num_splits")
     if x.shape[axis] % count:
         raise Unsupported(f"parameter num_splits = {count} of size {x.shape[axis]}")
-    return x.chunk(count, axis)
+    return tuple(x.chunk(count, axis))
 
 
 @operation
@@ -334,7 +334,7 @@ def _repeated(blocks: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
 
 
 @operation
-def classify(a: Arguments) -> tuple[list[Value], list[dict[Value, float]]]:
+def classify(a: Arguments) -> tuple[Value, dict[Value, float]]:
     """The label with the largest probability, and all labels with theirs; one image."""
     probabilities = a.tensor("probabilities").reshape(-1)
     labels = a.value("classes")

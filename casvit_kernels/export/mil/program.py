@@ -147,7 +147,9 @@ class Program:
         if not isinstance(results, tuple):
             results = (results,)
         if len(results) != len(operation.outputs):
-            raise Unsupported(f"{where}: {len(operation.outputs)} outputs, evaluates {len(results)}")
+            raise Unsupported(
+                f"{where}: {len(operation.outputs)} outputs, evaluates {len(results)}"
+            )
         rounded: dict[str, Value] = {}
         for value, (name, declared) in zip(results, operation.outputs, strict=True):
             if declared is not None:
