@@ -104,6 +104,8 @@ def to_coreml(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if calibration is not None and not isinstance(calibration, Tensor):
+        raise TypeError(f"calibration: expected a tensor, got {type(calibration).__name__}")
     if calibration is not None and precision != "int8":
         raise ValueError(f"calibration: expected None with precision={precision!r}, got a tensor")
     low, high = _batch(batch)
@@ -127,6 +129,7 @@ def to_coreml(
             _labels(class_labels, prepared, high),
         )
         _check_input(prepared, options)
+        _check_calibration(calibration, prepared)
         prepared, done = _for_neural_engine(prepared, model, options, fold, pad_channels)
         package = _converted(coremltools, prepared, options)
         notes = [*prepared.notes]
@@ -144,9 +147,12 @@ def to_coreml(
             if check is not None:
                 program = Program(draft)
                 compressed_constants(program, original, precision)
-                errors = _evaluated(check, program, precision, options)
+                name = "int8 with activations" if calibration is not None else precision
+                errors = _evaluated(check, program, name, options)
         elif check is None:
             _saved(coremltools, package, prepared, options, draft)
+        if check is None:
+            notes.append("not verified: the program was not evaluated")
         _reload(coremltools, prepared, options, draft)
         notes.append(_on_a_mac(coremltools, prepared, options, draft))
         engine = _examined(draft, done)
@@ -262,6 +268,15 @@ def _check_input(prepared: Prepared, options: _Options) -> None:
         raise ValueError(
             "image_input: expected one image with 1 or 3 channels, "
             f"got an input of shape {tuple(prepared.example.shape)}, batch {options.batch}"
+        )
+
+
+def _check_calibration(images: Tensor | None, prepared: Prepared) -> None:
+    expected = prepared.example.shape[1:]
+    if images is not None and (len(images) == 0 or images.shape[1:] != expected):
+        raise ValueError(
+            f"calibration: expected images of shape (N, {', '.join(map(str, expected))}), "
+            f"got {tuple(images.shape)}"
         )
 
 
