@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from casvit_kernels import AdditiveTokenMixer, FusedCATM, fuse
+from casvit_kernels.demo.network import calibrate
 from casvit_kernels.export import ExportError, Normalization, UntrainedWeights, coreml, to_coreml
 from casvit_kernels.export import coreml_check as check_module
 from casvit_kernels.export.coreml_compress import gate_convolutions
@@ -28,27 +29,27 @@ TINY = Config(layers=(1, 1, 1, 1), dims=(16, 16, 24, 20))
 SIZE = 48
 
 
-def as_trained(model, seed=0):
-    """Weights and statistics under which outputs depend on the image; in eval mode."""
+def as_trained(model, x=None, seed=0):
+    """BatchNorm with statistics (of an image ``x`` if given) and a head that tells images apart."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for m in model.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.running_mean.normal_(0, 0.3, generator=generator)
-                m.running_var.uniform_(0.3, 1.5, generator=generator)
+                m.running_var.uniform_(0.5, 1.5, generator=generator)
                 m.weight.uniform_(0.5, 1.5, generator=generator)
                 m.bias.normal_(0, 0.3, generator=generator)
             elif isinstance(m, nn.Linear):
                 m.weight.normal_(0, m.in_features**-0.5, generator=generator)
-            elif isinstance(m, nn.Conv2d):
-                fan = m.weight[0].numel()
-                m.weight.normal_(0, fan**-0.5, generator=generator)
+    if x is not None:
+        calibrate(model, x)
     return model.eval()
 
 
 def network(**options):
     torch.manual_seed(0)
-    return as_trained(RCViT(TINY, **{"num_classes": 5, **options}))
+    model = RCViT(TINY, **{"num_classes": 5, **options})
+    return as_trained(model, random(16, model.in_chans, SIZE, SIZE, seed=3))
 
 
 def random(*shape, seed=1):
@@ -466,6 +467,14 @@ def test_overflow_in_fp16_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_more_error_than_tolerated(tmp_path):
+    with pytest.raises(ExportError, match=r"expected at most 0% of int8 \(tolerance\)"):
+        to_coreml(
+            network(), tmp_path / "m.mlpackage", input_size=SIZE, precision="int8", tolerance=1e-4
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_wrong_compressed_weight_is_not_kept(exported):
     _, _, original = exported("fp16")
     for precision in ("int8", "palettized"):
@@ -574,13 +583,14 @@ class _Untouchable(nn.Module):
     [
         ({"precision": "int4"}, ValueError, "precision: expected one of fp16, .*, got 'int4'"),
         ({"deployment_target": "iOS14"}, ValueError, "deployment_target: .* iOS15, .*'iOS14'"),
-        ({"deployment_target": "iOS15", "precision": "int8"}, ValueError, "precision='int8' needs iOS16"),
+        ({"deployment_target": "iOS15", "precision": "int8"}, ValueError, "'int8' needs iOS16"),
         (
             {"deployment_target": "iOS16", "precision": "int8", "calibration": torch.ones(1)},
             ValueError,
             "calibration needs iOS17",
         ),
         ({"calibration": torch.ones(1)}, ValueError, "calibration: expected None .*'fp16'"),
+        ({"tolerance": -1.0}, ValueError, "tolerance: expected a number above 0"),
         ({"batch": (3, 2)}, ValueError, r"batch: .*pair \(smallest, largest\), got \(3, 2\)"),
         ({"batch": 0}, ValueError, "batch: expected a positive integer"),
         ({"image_input": True, "normalize": True}, ValueError, "normalize: expected a Normalization"),
@@ -624,7 +634,7 @@ def test_a_module_that_cannot_be_converted_is_named(tmp_path):
         def forward(self, x):
             return torch.linalg.matrix_exp(self.conv(x))
 
-    with pytest.raises(ExportError, match="Strange cannot be converted to Core ML: .*matrix_exp"):
+    with pytest.raises(ExportError, match=r"Strange cannot be converted to Core ML: .*matrix_exp"):
         to_coreml(Strange(), tmp_path / "m.mlpackage", input_size=4)
     assert list(tmp_path.iterdir()) == []
 

@@ -60,6 +60,7 @@ def to_coreml(
     fold: bool = True,
     pad_channels: bool = False,
     calibration: Tensor | None = None,
+    tolerance: float | None = None,
     verify: bool = True,
     overwrite: bool = False,
     example_input: Tensor | None = None,
@@ -93,6 +94,9 @@ def to_coreml(
         calibration: with ``precision="int8"``: input images ``(N, C, H, W)`` as the model takes them
             (0 to 255 for ``image_input``); the inputs of convolutions and linear layers, but for the
             gates', are then 8-bit, too.
+        tolerance: error of a compressed program that passes, root mean square over that of the outputs;
+            None: 0.2 for int8, 0.3 for palettized, 0.5 with ``calibration``. fp16 and fp32 are held to
+            PyTorch's own rounding.
         verify: False skips evaluation and comparison, not coremltools' own checks.
 
     Raises:
@@ -108,6 +112,8 @@ def to_coreml(
         raise TypeError(f"calibration: expected a tensor, got {type(calibration).__name__}")
     if calibration is not None and precision != "int8":
         raise ValueError(f"calibration: expected None with precision={precision!r}, got a tensor")
+    if tolerance is not None and not (isinstance(tolerance, float) and tolerance > 0):
+        raise ValueError(f"tolerance: expected a number above 0 or None, got {tolerance!r}")
     low, high = _batch(batch)
     coremltools = _coremltools()
     target = _target(coremltools, deployment_target, precision, calibration is not None)
@@ -135,7 +141,7 @@ def to_coreml(
         notes = [*prepared.notes]
         errors, check = None, None
         if verify:
-            check = Check(prepared, _shapes(prepared, options), options.labels)
+            check = Check(prepared, _shapes(prepared, options), options.labels, tolerance)
             original = Program(_saved(coremltools, package, prepared, options, draft))
             float_precision = "fp32" if precision == "fp32" else "fp16"
             errors = _evaluated(check, original, float_precision, options)

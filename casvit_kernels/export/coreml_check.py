@@ -17,7 +17,7 @@ from .mil import Operation, Program
 
 # A compressed program may differ from the model by this much of the outputs' size (root mean
 # square). A wrong program differs by about 1; what is usual is in docs/coreml.md.
-LOOSEST = {"int8": 0.1, "palettized": 0.2, "int8 with activations": 0.5}
+LOOSEST = {"int8": 0.2, "palettized": 0.3, "int8 with activations": 0.5}
 
 
 class Errors(NamedTuple):
@@ -59,12 +59,18 @@ class Check:
         prepared: the model.
         shapes: of the inputs to try.
         labels: the program is a classifier with these labels; what is compared are probabilities.
+        tolerance: of compressed programs, in place of `LOOSEST`.
     """
 
     def __init__(
-        self, prepared: Prepared, shapes: list[tuple[int, ...]], labels: tuple[str, ...] | None
+        self,
+        prepared: Prepared,
+        shapes: list[tuple[int, ...]],
+        labels: tuple[str, ...] | None,
+        tolerance: float | None = None,
     ) -> None:
         self._prepared = prepared
+        self._tolerance = tolerance
         self._shapes = shapes
         self._labels = labels
         self._pictures, self.note = prepared.pictures()
@@ -200,13 +206,13 @@ class Check:
                     f"{what}, expected no more than {bound:.3g} of {precision}"
                 )
 
-    @staticmethod
-    def _bound_size(name: str, difference: Tensor, expected: Tensor, precision: str) -> None:
+    def _bound_size(self, name: str, difference: Tensor, expected: Tensor, precision: str) -> None:
+        allowed = LOOSEST[precision] if self._tolerance is None else self._tolerance
         relative = float(difference.square().mean().sqrt() / expected.square().mean().sqrt())
-        if not relative <= LOOSEST[precision]:
+        if not relative <= allowed:
             raise ExportError(
                 f"{name}: the exported program differs from the float64 reference by {relative:.1%} "
-                f"of its size, expected at most {LOOSEST[precision]:.0%} of {precision}"
+                f"of its size, expected at most {allowed:.0%} of {precision} (tolerance)"
             )
 
 
