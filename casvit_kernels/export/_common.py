@@ -135,6 +135,10 @@ class Prepared:
     metadata: dict[str, str]  # to be written into the file
     normalize: Normalization | None
 
+    def noise(self, *shape: int) -> Tensor:
+        """Random float32 input; within the range of pixels where the file normalises."""
+        return _noise(shape, self.normalize)
+
     def pictures(self) -> tuple[Tensor | None, str]:
         """Photographs as an input, ``(N, 3, H, W)``, and a note; None and why there are none."""
         if self.example.dim() != 4 or self.example.shape[1] != 3:
@@ -197,7 +201,7 @@ def prepare(
     inside = (Normalization() if normalize else None) if isinstance(normalize, bool) else normalize
     if not isinstance(inside, Normalization | None):
         raise TypeError(f"normalize: expected a bool or a Normalization, got {normalize!r}")
-    example = _example(model, input_size, batch, example_input)
+    example = _example(model, input_size, batch, example_input, inside)
     if inside is not None and (example.dim() != 4 or example.shape[1] != len(inside.mean)):
         raise ValueError(
             f"normalize: expected {len(inside.mean)} channels in dimension 1 of the input, "
@@ -321,7 +325,11 @@ def _strides_fit(model: nn.Module) -> Iterator[None]:
 
 
 def _example(
-    model: nn.Module, input_size: int | tuple[int, int], batch: int, example_input: Tensor | None
+    model: nn.Module,
+    input_size: int | tuple[int, int],
+    batch: int,
+    example_input: Tensor | None,
+    normalize: Normalization | None,
 ) -> Tensor:
     if example_input is not None:
         if not isinstance(example_input, Tensor) or not example_input.dtype.is_floating_point:
@@ -345,20 +353,18 @@ def _example(
             "model: expected a Conv2d to read the number of input channels from, got none: "
             "pass example_input"
         )
-    return _noise((batch, first.in_channels, *size))
+    return _noise((batch, first.in_channels, *size), normalize)
 
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _noise(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def noise_like(example: Tensor, batch: int) -> Tensor:
-    """Random float32 input of the example's shape but for the batch."""
-    return _noise((batch, *example.shape[1:]))
+def _noise(shape: tuple[int, ...], normalize: Normalization | None) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if normalize is None:
+        return torch.randn(shape, generator=generator)
+    return torch.rand(shape, generator=generator) * normalize.top
 
 
 @contextlib.contextmanager
