@@ -138,12 +138,20 @@ def test_compression_leaves_the_gates(exported):
         assert small
         gates = gate_convolutions(program)
         assert len(gates) == 16 == len(gate_convolutions(original))
-        quantised = {op.outputs[0][0] for op in program.operations if op.type == "dequantize"}
-        assert bool(quantised) == (precision == "w8a8")
         for operation in program.operations:
             if operation.name in gates:
                 assert operation.parameters["weight"][0][0] not in small
-                assert operation.parameters["x"][0][0] not in quantised
+
+
+def test_activations_of_eight_bits(exported):
+    for precision in ("int8", "w8a8"):
+        _, _, program = exported(precision)
+        small = {op.outputs[0][0] for op in program.operations if op.type == "dequantize"}
+        for operation in program.operations:
+            if operation.type in ("conv", "linear"):
+                assert (operation.parameters["x"][0][0] in small) == (precision == "w8a8")
+    used = {op.type: [p[0][0] for p in op.parameters.values()] for op in program.operations}
+    assert {"sigmoid", "mul"} <= set(used)
 
 
 def test_nothing_is_left_of_batch_norm(exported):

@@ -27,6 +27,7 @@ from ._common import (
     require,
     staged,
 )
+from ._quantize import images
 from .coreml_check import Check, Errors, compressed_constants, predicted
 from .coreml_compress import PRECISIONS, compress, oldest_target
 from .mil import Program, Unsupported
@@ -59,7 +60,7 @@ def to_coreml(
     normalize: Normalization | bool = False,
     fold: bool = True,
     pad_channels: bool = False,
-    calibration: Tensor | None = None,
+    calibration: Tensor | str | os.PathLike[str] | None = None,
     tolerance: float | None = None,
     verify: bool = True,
     overwrite: bool = False,
@@ -91,9 +92,9 @@ def to_coreml(
         class_labels: names of the classes: makes the package a classifier, with the outputs
             ``classLabel`` and ``classLabel_probs`` after a softmax.
         pad_channels: widen maps with zeros to a multiple of 8 channels (220 to 224).
-        calibration: with ``precision="int8"``: input images ``(N, C, H, W)`` as the model takes them
-            (0 to 255 for ``image_input``); the inputs of convolutions and linear layers, but for the
-            gates', are then 8-bit, too.
+        calibration: with ``precision="int8"``: images ``(N, C, H, W)`` as the package takes them (0 to
+            255 for ``image_input``), or a directory of pictures; the inputs of convolutions and linear
+            layers are then of 8 bits, too (not of additions and products).
         tolerance: error of a compressed program that passes, root mean square over that of the outputs;
             None: 0.2 for int8, 0.3 for palettized, 0.5 with ``calibration``. fp16 and fp32 are held to
             PyTorch's own rounding.
@@ -108,10 +109,11 @@ def to_coreml(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if calibration is not None and not isinstance(calibration, Tensor):
-        raise TypeError(f"calibration: expected a tensor, got {type(calibration).__name__}")
     if calibration is not None and precision != "int8":
-        raise ValueError(f"calibration: expected None with precision={precision!r}, got a tensor")
+        raise ValueError(
+            f"calibration: expected None with precision={precision!r}, "
+            f"got {type(calibration).__name__}"
+        )
     if tolerance is not None and not (isinstance(tolerance, float) and tolerance > 0):
         raise ValueError(f"tolerance: expected a number above 0 or None, got {tolerance!r}")
     low, high = _batch(batch)
@@ -135,7 +137,7 @@ def to_coreml(
             _labels(class_labels, prepared, high),
         )
         _check_input(prepared, options)
-        _check_calibration(calibration, prepared)
+        chosen = None if calibration is None else images(prepared, calibration)
         prepared, done = _for_neural_engine(prepared, model, options, fold, pad_channels)
         package = _converted(coremltools, prepared, options)
         notes = [*prepared.notes]
@@ -147,7 +149,7 @@ def to_coreml(
             errors = _evaluated(check, original, float_precision, options)
             notes.append(f"evaluated on the CPU from the saved package; {check.note}")
         if precision in ("int8", "palettized"):
-            package, how = compress(coremltools, package, draft, precision, calibration)
+            package, how = compress(package, draft, precision, chosen)
             notes.append(how)
             _saved(coremltools, package, prepared, options, draft)
             if check is not None:
@@ -274,15 +276,6 @@ def _check_input(prepared: Prepared, options: _Options) -> None:
         raise ValueError(
             "image_input: expected one image with 1 or 3 channels, "
             f"got an input of shape {tuple(prepared.example.shape)}, batch {options.batch}"
-        )
-
-
-def _check_calibration(images: Tensor | None, prepared: Prepared) -> None:
-    expected = prepared.example.shape[1:]
-    if images is not None and (len(images) == 0 or images.shape[1:] != expected):
-        raise ValueError(
-            f"calibration: expected images of shape (N, {', '.join(map(str, expected))}), "
-            f"got {tuple(images.shape)}"
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._common import ExportError, Flat, Prepared, noise_like
+from ._common import ExportError, Flat, Prepared
 from .mil import Operation, Program
 
 # A compressed program may differ from the model by this much of the outputs' size (root mean
@@ -77,7 +77,7 @@ class Check:
 
     def inputs(self) -> list[tuple[Tensor, int]]:
         """Batches to try, each with how many of its images are photographs (the first ones)."""
-        batches = [(self._random(shape), 0) for shape in self._shapes]
+        batches = [(self._prepared.noise(*shape), 0) for shape in self._shapes]
         if self._pictures is not None:
             size = self._shapes[0][0]
             for part in self._pictures.split(size):
@@ -86,13 +86,6 @@ class Check:
                     (torch.cat([part, self._pictures[:1].expand(missing, -1, -1, -1)]), len(part))
                 )
         return batches
-
-    def _random(self, shape: tuple[int, ...]) -> Tensor:
-        x = noise_like(torch.empty(shape), shape[0])
-        normalize = self._prepared.normalize
-        if normalize is None:
-            return x
-        return (x * normalize.top / 4 + normalize.top / 2).clamp(0, normalize.top)
 
     def program(self, program: Program, precision: str, whole_pixels: bool) -> Errors:
         """Compare a program.

@@ -25,14 +25,14 @@ def oldest_target(precision: str, calibrated: bool) -> str:
 
 
 def compress(
-    coremltools: Any, package: Any, draft: Path, precision: str, calibration: Tensor | None
+    package: Any, draft: Path, precision: str, calibration: tuple[Tensor, str] | None
 ) -> tuple[Any, str]:
     """Compress the weights of a package in fp16, and with images its activations.
 
     Args:
         package: coremltools' model.
         draft: where it was or will be saved; written to if it is not there.
-        calibration: images, or None for weights alone.
+        calibration: images and a note about them, or None for weights alone.
 
     Returns:
         The compressed model, and a note about it.
@@ -57,8 +57,9 @@ def compress(
         config = optimize.OptimizationConfig(global_config=scaled, op_name_configs=kept)
         note = f"weights of 8 bits, {len(gates)} gates' convolutions in fp16"
         if calibration is not None:
-            package = _quantized_activations(optimize, package, program, calibration, gates)
-            note += f"; activations of 8 bits, calibrated on {len(calibration)} images"
+            images, said = calibration
+            package = _quantized_activations(optimize, package, program, images)
+            note += f"; activations of 8 bits, {said}"
         return optimize.linear_quantize_weights(package, config), note
 
 
@@ -77,15 +78,15 @@ def gate_convolutions(program: Program) -> list[str]:
     ]
 
 
-def _quantized_activations(
-    optimize: Any, package: Any, program: Program, images: Tensor, gates: list[str]
-) -> Any:
-    ranges = activation_ranges(program, images)
+def _quantized_activations(optimize: Any, package: Any, program: Program, images: Tensor) -> Any:
+    """Inputs of convolutions and linear layers in 8 bits.
+
+    Not of additions, which coremltools would quantise, too: that costs half as much error again
+    (docs/coreml.md). Products and sigmoids stay in fp16 in any case.
+    """
     scaled = optimize.OpLinearQuantizerConfig(mode="linear_symmetric")
-    config = optimize.OptimizationConfig(
-        op_type_configs={"conv": scaled, "linear": scaled}, op_name_configs=dict.fromkeys(gates)
-    )
-    with _calibrated_by(ranges):
+    config = optimize.OptimizationConfig(op_type_configs={"conv": scaled, "linear": scaled})
+    with _calibrated_by(activation_ranges(program, images)):
         return optimize.linear_quantize_activations(package, config, [])
 
 
