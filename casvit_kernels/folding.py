@@ -192,8 +192,9 @@ class _Recording:
     """One forward, with every tensor it made kept alive: identities stay unique."""
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
+        x = x.clone()
         with _Recorder() as recorder:
-            result = model(x.clone())
+            result = model(x)
         self.calls = recorder.calls
         self.nodes = len(recorder.calls)
         self.outputs = _tensors(result)

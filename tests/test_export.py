@@ -4,17 +4,13 @@ import copy
 import pathlib
 import warnings
 
-import published_mixer
 import pytest
 import torch
-from mixers import filled
 from torch import nn
 
-from casvit_kernels import AdditiveTokenMixer, FusedCATM, fuse
+from casvit_kernels import AdditiveTokenMixer, FusedCATM
 from casvit_kernels.backends.cpu import CpuBackend
-from casvit_kernels.export import ExportError, to_coreml, to_onnx
-from casvit_kernels.export import onnx as onnx_module
-from casvit_kernels.models import Config, RCViT
+from casvit_kernels.export import to_coreml, to_onnx
 
 
 def fused_mixer(dim=8, **options):
@@ -113,153 +109,10 @@ def test_torch_onnx_export(backend, dynamo, tmp_path):
     torch.testing.assert_close(torch.from_numpy(out).double(), reference(mixer, x))
 
 
-# to_onnx
-
-
 @pytest.fixture
 def onnx_extra():
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-
-
-def run_onnx(path, x):
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return [torch.from_numpy(out) for out in session.run(None, {"input": x.numpy()})]
-
-
-@pytest.mark.parametrize("kind", ["plain", "fused", "user's", "user's fused"])
-def test_to_onnx(onnx_extra, tmp_path, kind, capfd):
-    model = filled(
-        published_mixer.Net(
-            {"plain": AdditiveTokenMixer, "fused": FusedCATM}.get(
-                kind, published_mixer.RewrittenMixer
-            )
-        )
-    ).eval()
-    if kind == "user's fused":
-        fuse(model)
-    before = copy.deepcopy(model.state_dict())
-    modules = dict(model.named_modules())
-    report = to_onnx(model, tmp_path / "net.onnx", input_size=(12, 9), batch=2)
-    assert capfd.readouterr() == ("", "")
-    assert report.path == tmp_path / "net.onnx"
-    assert report.format == "onnx"
-    assert report.bytes == report.path.stat().st_size
-    assert 0 <= report.mean_error <= report.max_error < 1e-5
-    assert "6 norms folded, 0 left" in report.notes[-1]
-    assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
-    assert dict(model.named_modules()) == modules
-    assert all(p.requires_grad for p in model.parameters())
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    x = torch.randn(2, 3, 12, 9)
-    with torch.no_grad():
-        torch.testing.assert_close(run_onnx(report.path, x)[0], model(x))
-
-
-def test_to_onnx_of_a_model_in_training(onnx_extra, tmp_path):
-    model = filled(published_mixer.Net(FusedCATM, proj_drop=0.5)).bfloat16().train()
-    report = to_onnx(model, str(tmp_path / "net.onnx"), input_size=8)
-    assert all(m.training for m in model.modules())
-    assert all(p.dtype is torch.bfloat16 for p in model.parameters())
-    assert "left in training mode" in report.notes[0]
-    assert "bfloat16" in report.notes[1]
-    assert "net.onnx" in str(report)
-    assert "max" in str(report)
-    x = torch.randn(1, 3, 8, 8)
-    expected = copy.deepcopy(model).eval().double()(x.double())
-    torch.testing.assert_close(run_onnx(report.path, x)[0].double(), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_to_onnx_of_a_single_mixer_with_any_batch(onnx_extra, tmp_path):
-    mixer = fused_mixer()
-    report = to_onnx(
-        mixer, tmp_path / "mixer.onnx", input_size=(5, 7), dynamic_batch=True, opset=20
-    )
-    for batch in (1, 2, 5):
-        x = torch.randn(batch, 8, 5, 7)
-        torch.testing.assert_close(run_onnx(report.path, x)[0].double(), reference(mixer, x))
-
-
-def test_to_onnx_takes_the_shape_of_an_example(onnx_extra, tmp_path):
-    mixer = fused_mixer()
-    report = to_onnx(mixer, tmp_path / "m.onnx", example_input=torch.randn(3, 8, 4, 6).double())
-    (out,) = run_onnx(report.path, torch.randn(3, 8, 4, 6))
-    assert out.shape == (3, 8, 4, 6)
-
-
-class _Pyramid(nn.Module):
-    """Several outputs, like a detection backbone."""
-
-    def __init__(self):
-        super().__init__()
-        self.low = FusedCATM(4)
-        self.down = nn.Conv2d(4, 6, 3, 2, 1)
-        self.high = FusedCATM(6)
-
-    def forward(self, x):
-        low = self.low(x)
-        return [low, {"high": self.high(self.down(low))}]
-
-
-def test_to_onnx_of_several_outputs(onnx_extra, tmp_path):
-    import onnx
-
-    model = filled(_Pyramid())
-    report = to_onnx(model, tmp_path / "p.onnx", input_size=9)
-    graph = onnx.load(report.path).graph
-    assert [v.name for v in graph.input] == ["input"]
-    assert [v.name for v in graph.output] == ["output0", "output1"]
-    x = torch.randn(1, 4, 9, 9)
-    low, high = run_onnx(report.path, x)
-    model.eval()
-    torch.testing.assert_close(low, model(x)[0])
-    torch.testing.assert_close(high, model(x)[1]["high"])
-
-
-@pytest.mark.parametrize("fork_feat", [False, True])
-def test_to_onnx_of_the_model_family(onnx_extra, tmp_path, fork_feat):
-    config = Config(
-        layers=(1, 1, 1, 1), dims=(4, 4, 8, 8)
-    )  # the sizes of the family take 15 s each
-    model = filled(RCViT(config, num_classes=5, fork_feat=fork_feat, fused=True))
-    report = to_onnx(model, tmp_path / "model.onnx", input_size=32)
-    x = torch.randn(1, 3, 32, 32)
-    expected = model.eval()(x)
-    expected = list(expected) if fork_feat else [expected]
-    outputs = run_onnx(report.path, x)
-    assert len(outputs) == len(expected)
-    for got, wanted in zip(outputs, expected, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
-
-
-def test_a_wrong_file_is_not_kept(onnx_extra, tmp_path, monkeypatch):
-    write = onnx_module._write
-
-    def write_another(prepared, *arguments):
-        wrong = copy.deepcopy(prepared)
-        wrong.exported.model.dwc.weight.data[0] += 1e-3
-        write(wrong, *arguments)
-
-    monkeypatch.setattr(onnx_module, "_write", write_another)
-    (tmp_path / "m.onnx").write_text("earlier")
-    with pytest.raises(ExportError, match=r"output: the exported file differs .* expected at most"):
-        to_onnx(fused_mixer(), tmp_path / "m.onnx", input_size=5, overwrite=True)
-    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
-    assert (tmp_path / "m.onnx").read_text() == "earlier"
-
-
-def test_an_interrupted_export_leaves_nothing(onnx_extra, tmp_path, monkeypatch):
-    def interrupted(prepared, draft, *arguments):
-        draft.write_text("half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(onnx_module, "_write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        to_onnx(fused_mixer(), tmp_path / "m.onnx", input_size=5)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -348,12 +201,6 @@ def test_bad_arguments(export, arguments, error, message):
     with pytest.raises(error, match=message):
         function(options.pop("model"), path, **options)
     assert list(path.parent.iterdir()) == []
-
-
-@pytest.mark.parametrize("opset", [17, 999, True, "18"])
-def test_bad_opset(onnx_extra, tmp_path, opset):
-    with pytest.raises(ValueError, match="opset: expected an integer from 18"):
-        to_onnx(_Untouchable(), tmp_path / "m.onnx", opset=opset)
 
 
 def test_wrong_suffix(export):

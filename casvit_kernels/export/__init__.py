@@ -2,9 +2,10 @@
 
 from ._common import ExportError, ExportReport, Normalization, UntrainedWeights
 from .coreml import to_coreml
-from .onnx import to_onnx
+from .onnx import PRECISIONS, to_onnx
 
 __all__ = [
+    "PRECISIONS",
     "ExportError",
     "ExportReport",
     "Normalization",
