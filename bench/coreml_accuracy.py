@@ -3,8 +3,8 @@
     python bench/coreml_accuracy.py    about 10 minutes, into bench/results/coreml_accuracy.json
 
 rcvit_xs at 224x224, photographs that ship with packages: weights from a seed, BatchNorm with the
-photographs' statistics, a head whose outputs differ between images. And the demo's network of handwritten
-digits, trained here, on all its test images: the share of right answers.
+photographs' statistics, a head whose outputs differ between images. And the demo's network of
+handwritten digits, trained here, on all its test images: how many answers are right.
 """
 
 from __future__ import annotations
