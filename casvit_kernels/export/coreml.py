@@ -27,7 +27,6 @@ from ._common import (
     require,
     staged,
 )
-from ._quantize import images
 from .coreml_check import Check, Errors, compressed_constants, predicted
 from .coreml_compress import PRECISIONS, compress, oldest_target
 from .mil import Program, Unsupported
@@ -137,7 +136,7 @@ def to_coreml(
             _labels(class_labels, prepared, high),
         )
         _check_input(prepared, options)
-        chosen = None if calibration is None else images(prepared, calibration)
+        chosen = None if calibration is None else _images(prepared, calibration)
         prepared, done = _for_neural_engine(prepared, model, options, fold, pad_channels)
         package = _converted(coremltools, prepared, options)
         notes = [*prepared.notes]
@@ -277,6 +276,12 @@ def _check_input(prepared: Prepared, options: _Options) -> None:
             "image_input: expected one image with 1 or 3 channels, "
             f"got an input of shape {tuple(prepared.example.shape)}, batch {options.batch}"
         )
+
+
+def _images(prepared: Prepared, calibration: Any) -> tuple[Tensor, str]:
+    from ._quantize import images  # needs numpy
+
+    return images(prepared, calibration)
 
 
 # Conversion --------------------------------------------------------------------------------------

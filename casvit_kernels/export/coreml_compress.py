@@ -81,8 +81,8 @@ def gate_convolutions(program: Program) -> list[str]:
 def _quantized_activations(optimize: Any, package: Any, program: Program, images: Tensor) -> Any:
     """Inputs of convolutions and linear layers in 8 bits.
 
-    Not of additions, which coremltools would quantise, too: that costs half as much error again
-    (docs/coreml.md). Products and sigmoids stay in fp16 in any case.
+    Not of additions, which coremltools would quantise, too: they carry what all blocks before have
+    summed up. Products and sigmoids stay in fp16 in any case.
     """
     scaled = optimize.OpLinearQuantizerConfig(mode="linear_symmetric")
     config = optimize.OptimizationConfig(op_type_configs={"conv": scaled, "linear": scaled})

@@ -306,8 +306,7 @@ def constexpr_lut_to_dense(a: Arguments) -> Tensor:
         shape = a.integers("shape")
         count = int(torch.tensor(shape).prod())
         bits = (len(table) - 1).bit_length()
-        flat = torch.from_numpy(bit_fields(indices.numpy(), bits, count))
-        return table[flat.long()].reshape(shape)
+        return table[bit_fields(indices, bits, count)].reshape(shape)
     if table.shape[-1] != 1:
         raise Unsupported(f"parameter lut with vectors of {table.shape[-1]} values")
     a.unread.discard("vector_axis")  # without effect on single values

@@ -6,10 +6,10 @@ ships them compiled.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,14 +31,14 @@ class TensorType(NamedTuple):
 
 # How the elements lie in memory, in the weights file as in immediate bytes.
 _STORED = {
-    "FLOAT16": np.float16,
-    "FLOAT32": np.float32,
-    "INT8": np.int8,
-    "UINT8": np.uint8,
-    "INT16": np.int16,
-    "UINT16": np.uint16,
-    "INT32": np.int32,
-    "UINT32": np.uint32,
+    "FLOAT16": torch.float16,
+    "FLOAT32": torch.float32,
+    "INT8": torch.int8,
+    "UINT8": torch.uint8,
+    "INT16": torch.int16,
+    "UINT16": torch.uint16,
+    "INT32": torch.int32,
+    "UINT32": torch.uint32,
 }
 _BITS = {"UINT1": 1, "UINT2": 2, "UINT3": 3, "UINT4": 4, "UINT6": 6, "INT4": 4}  # packed
 _READERS = {"FLOAT32": "read_float_data"}  # the others are called after their type
@@ -109,25 +109,22 @@ class Values:
             return torch.empty(_fixed(declared), dtype=TORCH_DTYPES[declared.dtype])
         if field == "bytes":
             return self._tensor(declared, _unpacked(declared, immediate.tensor.bytes.values))
-        return self._tensor(declared, np.array(getattr(immediate.tensor, field).values))
+        return self._tensor(declared, torch.tensor(list(getattr(immediate.tensor, field).values)))
 
-    def _from_file(self, spec: Any) -> np.ndarray[Any, Any]:
+    def _from_file(self, spec: Any) -> Tensor:
         name = Path(spec.blobFileValue.fileName).name
         if name not in self._files:
             storage = require("coremltools.libmilstoragepython")
             self._files[name] = storage._BlobStorageReader(str(self._weights / name))
         dtype = tensor_type(spec.type).dtype
         reader = _READERS.get(dtype, f"read_{dtype.lower().replace('float', 'fp')}_data")
-        data = np.asarray(getattr(self._files[name], reader)(spec.blobFileValue.offset))
-        return data.view(np.float16) if dtype == "FLOAT16" else data
+        # A copy: the readers hand out memory of their own, and halves as 16-bit integers.
+        data = torch.tensor(getattr(self._files[name], reader)(spec.blobFileValue.offset))
+        return data.view(torch.float16) if dtype == "FLOAT16" else data
 
     @staticmethod
-    def _tensor(declared: TensorType, data: np.ndarray[Any, Any]) -> Tensor:
-        if data.dtype in (np.uint16, np.uint32):
-            data = data.astype(np.int64)
-        # A copy: the readers hand out memory of their own.
-        held = torch.tensor(data).to(TORCH_DTYPES[declared.dtype])
-        return held.reshape(_fixed(declared))
+    def _tensor(declared: TensorType, data: Tensor) -> Tensor:
+        return data.to(TORCH_DTYPES[declared.dtype]).reshape(_fixed(declared))
 
 
 def _fixed(declared: TensorType) -> tuple[int, ...]:
@@ -137,20 +134,20 @@ def _fixed(declared: TensorType) -> tuple[int, ...]:
     return shape
 
 
-def _unpacked(declared: TensorType, data: bytes) -> np.ndarray[Any, Any]:
+def _unpacked(declared: TensorType, data: bytes) -> Tensor:
     if declared.dtype not in _BITS:
-        return np.frombuffer(data, _STORED[declared.dtype])
-    bits, count = _BITS[declared.dtype], int(np.prod(_fixed(declared)))
-    values = bit_fields(np.frombuffer(data, np.uint8), bits, count)
-    if declared.dtype == "INT4":
-        values = (values.astype(np.int8) ^ 8) - 8  # the sign
-    return values
+        return torch.frombuffer(bytearray(data), dtype=_STORED[declared.dtype])
+    count = math.prod(_fixed(declared))
+    packed = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    values = bit_fields(packed, _BITS[declared.dtype], count)
+    return (values ^ 8) - 8 if declared.dtype == "INT4" else values  # the sign
 
 
-def bit_fields(data: np.ndarray[Any, Any], bits: int, count: int) -> np.ndarray[Any, Any]:
+def bit_fields(data: Tensor, bits: int, count: int) -> Tensor:
     """``count`` unsigned numbers of ``bits`` bits, packed from the lowest bit of each byte up."""
-    flat = np.unpackbits(data, bitorder="little")[: bits * count].reshape(count, bits)
-    return np.packbits(flat, axis=1, bitorder="little").reshape(count)
+    single = (data.long()[:, None] >> torch.arange(8)) & 1
+    fields = single.flatten()[: bits * count].reshape(count, bits)
+    return (fields << torch.arange(bits)).sum(1)
 
 
 def _one_or_all(strings: list[str], declared: Any) -> Value:
