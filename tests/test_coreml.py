@@ -314,22 +314,25 @@ def test_a_padded_mixer_is_the_same_function(bias):
     torch.testing.assert_close(wide.double()(x), exact(mixer, x), rtol=1e-12, atol=1e-12)
 
 
-def test_a_padded_program(tmp_path):
-    model = network()
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_padded_program(tmp_path, dense):
+    model = network(fork_feat=dense)
     report = to_coreml(model, tmp_path / "m.mlpackage", input_size=SIZE, pad_channels=True)
     program = Program(report.path)
     channels = {
         declared.shape[1]
         for op in program.operations
-        for _, declared in op.outputs
-        if declared is not None and len(declared.shape) == 4
+        for name, declared in op.outputs
+        if declared is not None and len(declared.shape) == 4 and op.type in ("conv", "mul")
     }
     assert 20 not in channels
     assert 24 in channels
     assert any("(16, 16, 24, 24)" in done for done in report.neural_engine.done)
     x = random(1, 3, SIZE, SIZE)
-    (got,) = program({"input": x}).values()
-    assert_near(got, exact(model, x), USUAL["fp16"])
+    got, expected = program({"input": x}), exact(model, x)
+    for name, value in zip(got, expected if dense else [expected], strict=True):
+        assert got[name].shape == value.shape
+        assert_near(got[name], value, USUAL["fp16"])
 
 
 def test_padding_of_something_else(tmp_path):

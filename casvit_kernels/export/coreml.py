@@ -162,7 +162,7 @@ def to_coreml(
             notes.append("not verified: the program was not evaluated")
         _reload(coremltools, prepared, options, draft)
         notes.append(_on_a_mac(coremltools, prepared, options, draft))
-        engine = _examined(draft, done)
+        engine = _examined(draft, done, notes)
         size = sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
     return ExportReport(
         path=final,
@@ -354,7 +354,7 @@ def _converted(coremltools: Any, prepared: Prepared, options: _Options) -> Any:
         raise
     except Exception as error:
         raise ExportError(
-            f"{type(prepared.exported.model).__name__} cannot be converted to Core ML: "
+            f"{prepared.metadata['model']} cannot be converted to Core ML: "
             f"{type(error).__name__}: {error}"
         ) from error
 
@@ -464,8 +464,9 @@ def _on_a_mac(coremltools: Any, prepared: Prepared, options: _Options, draft: Pa
     return f"Core ML on this Mac: max error {worst:.2g}"
 
 
-def _examined(draft: Path, done: tuple[str, ...]) -> NeuralEngineReport | None:
+def _examined(draft: Path, done: tuple[str, ...], notes: list[str]) -> NeuralEngineReport | None:
     try:
         return examine(Program(draft), done)
-    except Unsupported:  # without verification an export may have more than can be evaluated
+    except Unsupported as error:  # without verification it may have more than can be evaluated
+        notes.append(f"no report on the Neural Engine: {error}")
         return None

@@ -173,7 +173,7 @@ def _findings(
     if odd:
         found.append(
             f"channels that are no multiple of {_CHANNELS}: {', '.join(map(str, odd))} "
-            "(pad_channels=True pads those of stages)"
+            "(pad_channels=True pads those of stages; outputs keep theirs)"
         )
     narrow = sorted({(w.shape[-1], w.padding) for w in widths if w.padding > 2})
     if narrow:

@@ -49,8 +49,13 @@ class Cropped(nn.Module):
         if self.channels is None:
             return out
         if isinstance(out, Tensor):
-            return out[:, : self.channels[0]]
-        return [y[:, :n] for y, n in zip(out, self.channels, strict=True)]
+            return _first(out, self.channels[0])
+        return [_first(y, n) for y, n in zip(out, self.channels, strict=True)]
+
+
+def _first(x: Tensor, channels: int) -> Tensor:
+    # A slice that takes all is an alias, which coremltools does not convert.
+    return x if x.shape[1] == channels else x[:, :channels]
 
 
 def padded(model: nn.Module, multiple: int = MULTIPLE) -> tuple[nn.Module, PadReport]:
