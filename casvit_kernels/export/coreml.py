@@ -198,9 +198,8 @@ def _batch(batch: int | tuple[int, int]) -> tuple[int, int]:
         and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers)
         and numbers[0] <= numbers[1]
     ):
-        raise ValueError(
-            f"batch: expected a positive integer or a pair (smallest, largest), got {batch!r}"
-        )
+        what = "a pair (smallest, largest)" if isinstance(batch, tuple) else "a positive integer"
+        raise ValueError(f"batch: expected {what}, got {batch!r}")
     return numbers[0], numbers[1]
 
 
