@@ -13,6 +13,12 @@ from pathlib import Path
 
 from casvit_kernels.extras import need
 
+# What the recipe must leave out: digits must not be mirrored, or cut to a twelfth of their area.
+OPTIONS = [
+    *("--input-size", 32, "--crop-pct", 1, "--crop-scale", 0.7, 1, "--hflip", 0),
+    *("--auto-augment", "none", "--no-tensorboard", "--device", "cpu"),
+]
+
 
 def write(root: Path, side: int = 32, limit: int | None = None) -> None:
     """``root/{train,val}/<digit>/<number>.png``, grey, ``side`` pixels; the first ``limit`` only."""

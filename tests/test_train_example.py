@@ -32,11 +32,7 @@ import digits_as_images  # noqa: E402
 import train_classification  # noqa: E402
 from recipe import checkpoint, data, processes  # noqa: E402
 
-# The recipe on 32 pixels: digits must not be mirrored, or cut to a twelfth of their area.
-DIGITS = [
-    *("--input-size", 32, "--crop-pct", 1, "--crop-scale", 0.7, 1, "--hflip", 0),
-    *("--auto-augment", "none", "--no-tensorboard", "--device", "cpu"),
-]
+DIGITS = digits_as_images.OPTIONS
 SMALL = ["--layers", "1,1,1,1", "--dims", "16,24,32,48"]
 TINY = [*DIGITS, "--layers", "1,1,1,1", "--dims", "8,8,8,8", "--lr", 0.5, "--workers", 0]
 # 60 digits, 10 steps an epoch of 8 or 4 digits in two sizes.

@@ -138,24 +138,20 @@ def _join_heads(graph: Graph) -> bool:
         assert other is not None
         if one is other or one.input[0] != other.input[0]:
             continue
-        values = [graph.value(name) for g in (one, other) for name in g.input[1:]]
         factor = graph.value(divide.input[1])
-        if factor is None or factor.size != 1 or any(v is None for v in values):
+        first, second = _weights(graph, one), _weights(graph, other)
+        if factor is None or factor.size != 1 or first is None or second is None:
             continue
-        scale = (
-            float(factor.reshape(())) if divide.op_type == "Mul" else 1 / float(factor.reshape(()))
-        )
-        w, b, w2, b2 = (v.astype(numpy.float64) for v in values)  # type: ignore[union-attr]
-        if w.shape != w2.shape or b.shape != b2.shape:
+        if first[0].shape != second[0].shape:
             continue
-        kind = values[0].dtype  # type: ignore[union-attr]
+        scale = float(factor.reshape(()))
+        if divide.op_type == "Div":
+            scale = 1 / scale
         node = _copy(one)
-        node.input[1] = graph.add_constant(
-            f"{one.input[1]}_joined", ((w + w2) * scale).astype(kind)
-        )
-        node.input[2] = graph.add_constant(
-            f"{one.input[2]}_joined", ((b + b2) * scale).astype(kind)
-        )
+        del node.input[1:]
+        for kind, w, w2 in zip(("weight", "bias"), first, second, strict=True):
+            joined = (w.astype(numpy.float64) + w2) * scale
+            node.input.append(graph.add_constant(f"{one.name}_{kind}", joined.astype(w.dtype)))
         node.output[0] = divide.output[0]
         graph.replace([one, other, add, divide], [node])
         return True
@@ -190,13 +186,21 @@ def _reorder_gelu(graph: Graph) -> bool:
     return False
 
 
+def _weights(graph: Graph, node: Any) -> list[numpy.ndarray[Any, Any]] | None:
+    """Constant weight and bias of a linear layer; exporters leave out a bias of zeros."""
+    found = [graph.value(name) for name in node.input[1:]]
+    if len(found) == 1 and found[0] is not None:
+        found.append(numpy.zeros_like(found[0], shape=found[0].shape[0]))
+    arrays = [value for value in found if value is not None]
+    return arrays if len(arrays) == 2 else None
+
+
 def _is_linear(graph: Graph, node: Any) -> bool:
     """Whether it is ``x @ w.T + b`` and read once."""
     plain = {"transA": 0, "transB": 0, "alpha": 1.0, "beta": 1.0}
     return (
         node is not None
         and node.op_type == "Gemm"
-        and len(node.input) == 3
         and {**plain, **_attributes(node)} == {**plain, "transB": 1}
         and graph.only_reader(node.output[0]) is not None
     )

@@ -93,7 +93,7 @@ def to_onnx(
         dynamic = _Dynamic(batch == "dynamic", dynamic_size)
         count = 1 if isinstance(batch, str) else batch
         prepared = prepare(model, input_size, count, example_input, fold=fold, normalize=normalize)
-        notes = list(prepared.notes)
+        notes = [f"{precision}, opset {opset}", *prepared.notes]
         images = None
         if precision == "int8":  # before the slow part: it may be refused
             images, note = _quantize.images(prepared, calibration)
@@ -114,7 +114,7 @@ def to_onnx(
         size = draft.stat().st_size
     return ExportReport(
         path=final,
-        format=f"onnx {precision}, opset {opset}",
+        format="onnx",
         bytes=size,
         max_error=found.worst,
         mean_error=found.mean,
