@@ -212,17 +212,30 @@ def run_export(arguments: argparse.Namespace) -> Outcome:
 
 def _coreml(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a Core ML package takes of the options."""
-    if not isinstance(arguments.batch, int) or arguments.dynamic_size:
-        if arguments.coreml is not None:
-            raise Refused("--coreml: expected a fixed --batch and size")
+    if arguments.coreml is None:
         return {}
+    if not isinstance(arguments.batch, int) or arguments.dynamic_size:
+        raise Refused("--coreml: expected a fixed --batch and size")
     options = {
         "input_size": arguments.input_size,
         "batch": arguments.batch,
+        "fold": not arguments.no_fold,
+        "normalize": arguments.normalize and not arguments.image_input,
+        "image_input": arguments.image_input,
+        "pad_channels": arguments.pad_channels,
+        "deployment_target": arguments.deployment_target,
+        "calibration": arguments.calibration,
+        "verify": not arguments.no_verify,
         "overwrite": arguments.overwrite,
     }
     if arguments.precision is not None:
         options["precision"] = arguments.precision
+    if arguments.class_labels is not None:
+        try:
+            text = arguments.class_labels.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise Refused(f"--class-labels: {error}") from None
+        options["class_labels"] = text.splitlines()
     return options
 
 
@@ -368,7 +381,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--dynamic-size", action="store_true", help="take any height and width")
     verb.add_argument(
         "--precision", metavar="NAME",
-        help=f"{', '.join(export.PRECISIONS)} (default: fp32; in a Core ML package fp16)",
+        help=f"{', '.join(export.PRECISIONS)} (default: fp32), or for Core ML also palettized "
+        "(default: fp16)",
     )  # fmt: skip
     verb.add_argument(
         "--calibration", type=Path, metavar="DIR",
@@ -378,6 +392,22 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--normalize", action="store_true",
         help="put ImageNet's normalisation into the file: its input is pixels from 0 to 1",
+    )  # fmt: skip
+    verb.add_argument(
+        "--image-input", action="store_true",
+        help="Core ML: the input is an image, normalised inside",
+    )  # fmt: skip
+    verb.add_argument(
+        "--class-labels", type=Path, metavar="FILE",
+        help="Core ML: a classifier; one label a line",
+    )  # fmt: skip
+    verb.add_argument(
+        "--pad-channels", action="store_true",
+        help="Core ML: widen maps with zeros to a multiple of 8 channels",
+    )  # fmt: skip
+    verb.add_argument(
+        "--deployment-target", metavar="NAME",
+        help="Core ML: oldest system that must run it (default: iOS15; iOS16 if compressed)",
     )  # fmt: skip
     verb.add_argument("--no-fold", action="store_true", help="leave BatchNorms as they are")
     verb.add_argument(

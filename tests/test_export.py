@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from mixers import filled
 from torch import nn
 
 from casvit_kernels import AdditiveTokenMixer, FusedCATM
@@ -110,27 +109,10 @@ def test_torch_onnx_export(backend, dynamo, tmp_path):
     torch.testing.assert_close(torch.from_numpy(out).double(), reference(mixer, x))
 
 
-class _Pyramid(nn.Module):
-    """Several outputs, like a detection backbone."""
-
-    def __init__(self):
-        super().__init__()
-        self.low = FusedCATM(4)
-        self.down = nn.Conv2d(4, 6, 3, 2, 1)
-        self.high = FusedCATM(6)
-
-    def forward(self, x):
-        low = self.low(x)
-        return [low, {"high": self.high(self.down(low))}]
-
-
 @pytest.fixture
 def onnx_extra():
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-
-
-# to_coreml
 
 
 @pytest.fixture
@@ -138,45 +120,6 @@ def coreml_extra():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip("coremltools")
-
-
-@pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_to_coreml(coreml_extra, tmp_path, precision, capfd):
-    model = filled(_Pyramid()).train()
-    report = to_coreml(model, tmp_path / "p.mlpackage", input_size=(9, 8), precision=precision)
-    assert capfd.readouterr() == ("", "")
-    assert all(m.training for m in model.modules())
-    assert [file.name for file in tmp_path.iterdir()] == ["p.mlpackage"]
-    assert report.format == "coreml"
-    assert report.bytes > 1000
-    assert report.max_error is None
-    assert "training mode" in report.notes[0]
-    assert f"ML program in {precision}" in report.notes[-1]
-    assert "on a Mac only" in report.notes[-1]
-    package = coreml_extra.models.MLModel(str(report.path), skip_model_load=True)
-    spec = package.get_spec()
-    assert spec.WhichOneof("Type") == "mlProgram"
-    shapes = {
-        feature.name: tuple(feature.type.multiArrayType.shape)
-        for feature in (*spec.description.input, *spec.description.output)
-    }
-    assert shapes == {"input": (1, 4, 9, 8), "output0": (1, 4, 9, 8), "output1": (1, 6, 5, 4)}
-    operations = spec.mlProgram.functions["main"].block_specializations.popitem()[1].operations
-    assert "cast" in {op.type for op in operations} or precision == "fp32"
-    assert {"conv", "sigmoid"} <= {op.type for op in operations}
-
-
-def test_to_coreml_replaces_a_package(coreml_extra, tmp_path):
-    path = tmp_path / "m.mlpackage"
-    path.mkdir()
-    (path / "old").write_text("old")
-    with pytest.raises(FileExistsError, match=r"m\.mlpackage exists already"):
-        to_coreml(fused_mixer(4), path, input_size=4)
-    assert (path / "old").exists()
-    to_coreml(fused_mixer(4), path, input_size=4, overwrite=True)
-    assert not (path / "old").exists()
-    assert (path / "Manifest.json").exists()
-    assert [file.name for file in tmp_path.iterdir()] == ["m.mlpackage"]
 
 
 # Arguments
@@ -258,11 +201,6 @@ def test_bad_arguments(export, arguments, error, message):
     with pytest.raises(error, match=message):
         function(options.pop("model"), path, **options)
     assert list(path.parent.iterdir()) == []
-
-
-def test_bad_precision(tmp_path):
-    with pytest.raises(ValueError, match="precision: expected one of fp16, fp32, got 'int8'"):
-        to_coreml(_Untouchable(), tmp_path / "m.mlpackage", precision="int8")
 
 
 def test_wrong_suffix(export):

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from ..demo import images
 from ..demo.images import MEAN, STD
 from ..extras import MissingExtra
 from ..folding import FoldReport, fold_for_inference, plain_copy
+
+if TYPE_CHECKING:
+    from .neural_engine import NeuralEngineReport
 
 UNTRAINED = (
     "the weights look untrained: every BatchNorm has its initial mean of 0 "
@@ -58,6 +61,7 @@ class ExportReport:
     notes: tuple[str, ...]
     top1: float | None = None
     images: int = 0
+    neural_engine: NeuralEngineReport | None = None  # of a Core ML package
 
     def __str__(self) -> str:
         lines = [f"{self.path} ({self.format}, {self.bytes / 1e6:.1f} MB)"]
@@ -67,7 +71,10 @@ class ExportReport:
             )
         if self.top1 is not None:
             lines.append(f"  same top class as float64: {self.top1:.1%} of {self.images} images")
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+        lines += [f"  {note}" for note in self.notes]
+        if self.neural_engine is not None:
+            lines += [f"  {line}" for line in str(self.neural_engine).splitlines()]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ def _skipped(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[s
         if key not in own:
             if name == "dist_head" and "head.weight" in own:
                 skipped[key] = "the model has no dist_head (distillation=False)"
-            elif _config(own) is not None:
+            elif config_of(own) is not None:
                 skipped[key] = "the model has no classifier (fork_feat=True or num_classes=0)"
         else:
             theirs, ours = weights[key].shape, own[key].shape
@@ -236,10 +236,10 @@ def _skipped(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[s
 
 
 def _is_dense(own: Mapping[str, Tensor]) -> bool:
-    return _config(own) is not None and "norm.weight" not in own
+    return config_of(own) is not None and "norm.weight" not in own
 
 
-def _config(state: Mapping[str, Tensor]) -> Config | None:
+def config_of(state: Mapping[str, Tensor]) -> Config | None:
     """The size of the RCViT that a state dict belongs to, None when it is no RCViT."""
     layers, dims = [], []
     for index in range(0, 8, 2):
@@ -270,7 +270,7 @@ def _check_architecture(
     weights: Mapping[str, Tensor], own: Mapping[str, Tensor], strict: bool, source: str
 ) -> None:
     """Raise when the checkpoint belongs to another size of the family, or to another network."""
-    theirs, ours = _config(weights), _config(own)
+    theirs, ours = config_of(weights), config_of(own)
     if theirs is not None and ours is not None and theirs != ours:
         raise CheckpointError(
             f"{source}: this is {_describe(theirs)} file, the model is {_describe(ours)}"

@@ -1,0 +1,262 @@
+"""Is a saved Core ML package the model it was made from? By evaluating its program on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ._common import ExportError, Flat, Prepared
+from .mil import Operation, Program
+
+# A compressed program may differ from the model by this much of the outputs' size (root mean
+# square). A wrong program differs by about 1; what is usual is in docs/coreml.md.
+LOOSEST = {"int8": 0.2, "palettized": 0.3, "int8 with activations": 0.5}
+
+
+class Errors(NamedTuple):
+    """Against float64, over all outputs and inputs."""
+
+    max: float
+    mean: float
+    top1: float | None  # share of the images with the same largest output
+    images: int
+
+
+class _RoundedToHalf(TorchDispatchMode):
+    """Every floating result of PyTorch is rounded to fp16 and goes on as it was."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def rounded(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return value.half().to(value.dtype)
+            return value
+
+        return _pytree.tree_map(rounded, func(*args, **(kwargs or {})))
+
+
+def in_half(model: Flat) -> Flat:
+    """A float32 copy of ``model`` with weights rounded to fp16."""
+    halved = copy.deepcopy(model)
+    for tensor in (*halved.parameters(), *halved.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.copy_(tensor.data.half())
+    return halved
+
+
+class Check:
+    """Compares programs with one prepared model.
+
+    Args:
+        prepared: the model.
+        shapes: of the inputs to try.
+        labels: the program is a classifier with these labels; what is compared are probabilities.
+        tolerance: of compressed programs, in place of `LOOSEST`.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        shapes: list[tuple[int, ...]],
+        labels: tuple[str, ...] | None,
+        tolerance: float | None = None,
+    ) -> None:
+        self._prepared = prepared
+        self._tolerance = tolerance
+        self._shapes = shapes
+        self._labels = labels
+        self._pictures, self.note = prepared.pictures()
+
+    def inputs(self) -> list[tuple[Tensor, int]]:
+        """Batches to try, each with how many of its images are photographs (the first ones)."""
+        batches = [(self._prepared.noise(*shape), 0) for shape in self._shapes]
+        if self._pictures is not None:
+            size = self._shapes[0][0]
+            for part in self._pictures.split(size):
+                missing = size - len(part)
+                batches.append(
+                    (torch.cat([part, self._pictures[:1].expand(missing, -1, -1, -1)]), len(part))
+                )
+        return batches
+
+    def program(self, program: Program, precision: str, whole_pixels: bool) -> Errors:
+        """Compare a program.
+
+        Args:
+            program: as saved.
+            precision: ``"fp32"``, ``"fp16"``, or a compressed one.
+            whole_pixels: its input is an image, so whole numbers.
+
+        Raises:
+            ExportError: it gives other outputs than the model, other than by rounding.
+        """
+        errors = []
+        for x, photographs in self.inputs():
+            x = x.round() if whole_pixels else x
+            overflow: list[str] = []
+
+            def notice(operation: Operation, value: Tensor, overflow: list[str] = overflow) -> None:
+                if value.is_floating_point() and not bool(value.isfinite().all()):
+                    overflow.append(f"{operation.type} ({operation.name})")
+
+            results = program({"input": x}, notice)
+            if overflow:
+                raise ExportError(
+                    f"the exported program overflows in {precision} at operation {overflow[0]}: "
+                    'its result is not finite; precision="fp32" has more range'
+                )
+            errors.append(self._compare(self._outputs(results), x, photographs, precision))
+        return _combined(errors)
+
+    def _outputs(self, results: dict[str, Any]) -> list[Tensor]:
+        names = self._prepared.output_names
+        if self._labels is None:
+            if set(results) != set(names):
+                raise ExportError(
+                    f"the exported program: expected outputs {names}, got {sorted(results)}"
+                )
+            return [results[name].double() for name in names]
+        ranked = next(value for value in results.values() if isinstance(value, dict))
+        if tuple(ranked) != self._labels:
+            raise ExportError(
+                f"the exported program: expected classes {self._labels[:4]} ..., "
+                f"got {tuple(ranked)[:4]} ..."
+            )
+        return [torch.tensor([list(ranked.values())], dtype=torch.float64)]
+
+    def _compare(
+        self, results: list[Tensor], x: Tensor, photographs: int, precision: str
+    ) -> tuple[float, float, int, int, int]:
+        """Largest error, sum of errors, their number, photographs alike, photographs."""
+        prepared = self._prepared
+        with torch.no_grad():
+            truth = self._final(prepared.truth(x.double()))
+            own = self._final(self._own(x, precision))
+        worst, total, count, alike = 0.0, 0.0, 0, 0
+        for name, got, eager, expected in zip(
+            prepared.output_names, results, own, truth, strict=True
+        ):
+            if got.shape != expected.shape:
+                raise ExportError(
+                    f"{name}: expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
+                )
+            difference = (got - expected).abs()
+            if precision in LOOSEST:
+                self._bound_size(name, difference, expected, precision)
+            else:
+                self._bound(
+                    name, difference, (eager.double() - expected).abs(), expected, precision
+                )
+            worst = max(worst, float(difference.max()))
+            total, count = total + float(difference.sum()), count + difference.numel()
+        if photographs and self._classifies(truth):
+            same = results[0].argmax(1) == truth[0].argmax(1)
+            alike = int(same[:photographs].sum())
+        else:
+            photographs = 0
+        return worst, total, count, alike, photographs
+
+    def _own(self, x: Tensor, precision: str) -> tuple[Tensor, ...]:
+        """What PyTorch computes with the same weights, rounded as often."""
+        if precision != "fp16":
+            plain: tuple[Tensor, ...] = self._prepared.exported(x)
+            return plain
+        if not hasattr(self, "_half"):
+            self._half = in_half(self._prepared.exported)
+        with _RoundedToHalf():  # type: ignore[no-untyped-call]
+            rounded: tuple[Tensor, ...] = self._half(x)
+        return rounded
+
+    def _final(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return outputs if self._labels is None else (outputs[0].softmax(1),)
+
+    def _classifies(self, truth: tuple[Tensor, ...]) -> bool:
+        return len(truth) == 1 and truth[0].dim() == 2 and truth[0].shape[1] > 1
+
+    @staticmethod
+    def _bound(
+        name: str, difference: Tensor, own: Tensor, expected: Tensor, precision: str
+    ) -> None:
+        size = float(expected.abs().max())
+        step = torch.finfo(torch.float16 if precision == "fp16" else torch.float32).eps
+        # Roundings differ in order from PyTorch's; a wrong number anywhere moves the mean further.
+        for what, got, least in (
+            ("at most", float(difference.max()), 10 * float(own.max())),
+            ("on average", float(difference.mean()), 3 * float(own.mean())),
+        ):
+            bound = max(least, 2 * step * size)
+            if not got <= bound:
+                raise ExportError(
+                    f"{name}: the exported program differs from the float64 reference by {got:.3g} "
+                    f"{what}, expected no more than {bound:.3g} of {precision}"
+                )
+
+    def _bound_size(self, name: str, difference: Tensor, expected: Tensor, precision: str) -> None:
+        allowed = LOOSEST[precision] if self._tolerance is None else self._tolerance
+        relative = float(difference.square().mean().sqrt() / expected.square().mean().sqrt())
+        if not relative <= allowed:
+            raise ExportError(
+                f"{name}: the exported program differs from the float64 reference by {relative:.1%} "
+                f"of its size, expected at most {allowed:.0%} of {precision} (tolerance)"
+            )
+
+
+def compressed_constants(program: Program, original: Program, precision: str) -> None:
+    """Hold every compressed constant to the one it was made from.
+
+    int8: within half a step of its channel; palettized: no other entry of its table is nearer.
+
+    Raises:
+        ExportError: a constant is farther off, or has no original.
+    """
+    for operation in program.operations:
+        if not operation.type.startswith("constexpr_"):
+            continue
+        name = operation.outputs[0][0]
+        source = name.removesuffix("_quantized").removesuffix("_palettized")
+        if source not in original.constants:
+            raise ExportError(f"the compressed constant {name} stands for none of the program's")
+        got = program.constants[name].double()
+        wanted = original.constants[source].double()
+        rounding = 2.0**-10 * float(wanted.abs().max())
+        if precision == "int8":
+            allowed = wanted.abs().flatten(1).amax(1) / 127 / 2 + rounding
+            far = (got - wanted).abs().flatten(1).amax(1) - allowed
+        else:
+            table = got.unique()
+            nearest = torch.cat(
+                [(part[:, None] - table).abs().amin(1) for part in wanted.flatten().split(1 << 16)]
+            )
+            far = (got - wanted).abs().flatten() - nearest - rounding
+        if float(far.max()) > 0:
+            raise ExportError(
+                f"the compressed constant {name} is {float(far.max()):.3g} farther from the "
+                f"model's weights than {precision} allows"
+            )
+
+
+def predicted(coremltools: Any, draft: Path, x: Tensor, names: list[str]) -> list[Tensor] | None:
+    """What Core ML itself computes, on a Mac; None elsewhere. Tensors in and out only."""
+    if sys.platform != "darwin":
+        return None
+    package = coremltools.models.MLModel(str(draft))
+    results = package.predict({"input": x.numpy()})
+    return [torch.from_numpy(results[name]).double() for name in names]
+
+
+def _combined(errors: list[tuple[float, float, int, int, int]]) -> Errors:
+    images = sum(e[4] for e in errors)
+    return Errors(
+        max(e[0] for e in errors),
+        sum(e[1] for e in errors) / sum(e[2] for e in errors),
+        sum(e[3] for e in errors) / images if images else None,
+        images,
+    )
