@@ -39,10 +39,16 @@ class Target(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
 
 
+def _triton_device() -> str:
+    """Where there is no GPU, Triton's interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 # A new backend joins by one line.
 BACKENDS: dict[str, Target] = {
     "reference": Target("cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
     "cpu": Target("cpu", (torch.float32, torch.bfloat16, torch.float16)),
+    "triton": Target(_triton_device(), (torch.float32, torch.bfloat16, torch.float16)),
 }
 
 # eval: no gradients. frozen: training, BatchNorm in eval. train: batch statistics.

@@ -21,6 +21,7 @@ from .base import Backend, Problem
 from .cpu import CpuBackend
 from .missing import MissingBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 ENVIRONMENT = "CASVIT_KERNELS_BACKEND"
 
@@ -28,7 +29,7 @@ _REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         MissingBackend("cuda", "this version has no CUDA kernels yet"),
-        MissingBackend("triton", "this version has no Triton kernels yet"),
+        TritonBackend(),
         CpuBackend(),
         ReferenceBackend(),
     )
