@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .backends.base import Backend, Packed
+from .backends.base import Backend
 from .reference import MixerWeights
 from .weights import autocasts, check_alike
 
@@ -32,7 +33,7 @@ class PackedWeights:
 
     def get(
         self, backend: Backend, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype
-    ) -> Packed:
+    ) -> Any:
         """The packed weights for one call, or None where the backend shall work without.
 
         Raises:
@@ -60,7 +61,7 @@ class PackedWeights:
 
 
 class _Entry:
-    def __init__(self, sources: tuple[Tensor | None, ...], packed: Packed, alike: bool) -> None:
+    def __init__(self, sources: tuple[Tensor | None, ...], packed: Any, alike: bool) -> None:
         self.packed = packed
         self.alike = alike  # False: such weights are fine under autocast only
         self._sources = sources

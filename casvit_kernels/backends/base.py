@@ -17,10 +17,6 @@ class Problem(NamedTuple):
     dtype: torch.dtype  # the dtype that is computed in (autocast applied)
 
 
-# A tensor starts with the header of csrc/cpu/pack.h, by which the kernel tells that it is out of date.
-Packed = Tensor | tuple[Tensor | None, ...] | None
-
-
 class Backend(Protocol):
     """One implementation of the mixer. `why_not` both selects and explains."""
 
@@ -35,12 +31,15 @@ class Backend(Protocol):
         """The reason why this backend cannot serve `problem` (None: any at all here), or None."""
         ...
 
-    def pack(self, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype) -> Packed:
-        """The weights folded and laid out for `project_and_mix`, worth keeping between calls."""
+    def pack(self, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype) -> Any:
+        """The weights folded and laid out for `project_and_mix`, worth keeping between calls, or None.
+
+        A tensor starts with the header of csrc/cpu/pack.h, in which a kernel notes that it is stale.
+        """
         ...
 
     def project_and_mix(
-        self, x: Tensor, w: MixerWeights, eps: tuple[float, float], packed: Packed
+        self, x: Tensor, w: MixerWeights, eps: tuple[float, float], packed: Any
     ) -> Tensor:
         """x to out with BatchNorm's running statistics, differentiable."""
         ...
@@ -88,9 +87,10 @@ class Phases(Protocol):
 
     Tensors named in the tuples above are float32 and contiguous but for `out`, which has `dtype` and
     the memory format `ops.output_memory_format(x)`; so are statistics, shift and coefficients.
-    `qkv` is what the backend likes; `grad_sum` and `grad_qkv` have what layout and dtype it likes. x and the weights
-    come as the user has them, of any dtype and strides; B, C, H and W are at least 1. `norm_mean` and
-    `norm_var` may be None: `statistics` says what to use. Equal inputs give equal bits.
+    `qkv` is what the backend likes; `grad_sum` and `grad_qkv` have what layout and dtype it likes.
+    x and the weights come as the user has them, of any dtype and strides; B, C, H and W are at least
+    1. `norm_mean` and `norm_var` may be None: `statistics` says what to use. Equal inputs give equal
+    bits.
     """
 
     def project(self, x: Tensor, w: MixerWeights, dtype: torch.dtype) -> Any:

@@ -277,7 +277,7 @@ def backward_gate_kernel(
             done = (own >= 0) & (own < limit(h - 1, first, last, W))
             at = s_offset + wide(h - 1) * W
             e = over_channels(before * by_shift, PIXELS_LAST)
-            for block in range(0, blocks):
+            for block in range(blocks):
                 e += tl.load(pixel + wide(block) * B * 2 * H * W + at, done, 0.0)
             s = tl.load(spatial + at, done, 0.0)
             es = e * s * (1.0 - s)

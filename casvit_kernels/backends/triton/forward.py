@@ -239,7 +239,7 @@ def channel_gates_kernel(
         k = start + tl.arange(0, BK)
         there = (image < B)[:, None] & (k < C)[None, :]
         mean = tl.zeros((BB, BK), tl.float32)
-        for p in range(0, parts):
+        for p in range(parts):
             at = partial + wide(p) * 2 * B * C + base
             mean += tl.load(at + row + k[None, :], there, 0.0)
         mean *= scale
