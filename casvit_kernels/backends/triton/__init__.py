@@ -73,7 +73,7 @@ def _differentiates(x: Tensor, w: MixerWeights) -> bool:
 class TritonBackend:
     name = "triton"
 
-    @property
+    @functools.cached_property
     def phases(self) -> Phases | None:
         phases: Phases = _phases().TritonPhases()
         return phases
