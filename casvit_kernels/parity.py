@@ -473,9 +473,7 @@ def _samples(
     # The largest of a few errors is a lottery, and the errors of one channel, or of one pixel, go
     # together. So plain PyTorch's own error is taken over more draws where the tensors are small.
     b, c, h, w = shape
-    draws = math.ceil(64 / max(1, min(c, b * h * w)))
-    if math.prod(shape) < _LARGE:
-        draws = min(max(draws, 4), 16)
+    draws = min(max(math.ceil(64 / max(1, min(c, b * h * w))), 4), 16)
 
     def sample(i: int) -> _Sample:
         return _sample(dtype, mode, shape, attn_bias, seed * 100 + i, repeated, device)
@@ -499,7 +497,7 @@ def _sample(
     large = math.prod(shape) >= _LARGE
     near = 32 * torch.finfo(dtype).eps
     # As a mean over pixels would scale it: the sums over all of them stay within float16.
-    scale_grad = min(1.0, 2**14 / max(1, shape[0] * shape[2] * shape[3]))
+    scale_grad = min(1.0, 2**10 / max(1, shape[0] * shape[2] * shape[3]))
     devices = [] if device == "cpu" else [device]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
