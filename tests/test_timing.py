@@ -211,8 +211,10 @@ def test_wrong_arguments_are_named(mixer, x):
         mixer_candidates(mixer, x, include=["fastest"])
     with pytest.raises(ValueError, match=r"include: .*, got 'onnxruntime bf16'"):
         mixer_candidates(mixer, x, include=["onnxruntime bf16"])
-    with pytest.raises(ValueError, match=r"x: expected a float32 CPU tensor, got torch.float64"):
+    with pytest.raises(ValueError, match=r"x: expected a float32 tensor, got torch.float64"):
         mixer_candidates(mixer, x.double())
+    with pytest.raises(ValueError, match=r"x: expected the device of the mixer, got meta"):
+        mixer_candidates(mixer, x.to("meta"))
     with pytest.raises(ValueError, match="mixer: expected a plain one"):
         mixer_candidates(FusedCATM(5), x)
 
