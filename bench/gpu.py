@@ -4,15 +4,16 @@
     python bench/gpu.py --parts parity,mixer   some of them
     python bench/gpu.py --device cpu --quick   try the machinery without a GPU
 
-Every part writes one JSON file after each of its cases. A case that the file holds for the same sources, GPU
-and torch is not run again, so the next call goes on where the budget of this one ended. Files lie in
-$OUT, else in bench/results, in a folder named after the GPU; `bench/report.py` turns those into tables.
-Each part runs in a process of its own: a crash, or a case that takes too long, costs that case only.
+Every part writes its JSON file after each of its cases. A case that the file holds for the same sources,
+GPU and torch is not run again, so the next call goes on where the budget of this one ended. Files lie
+in $OUT, else in bench/results, in a folder named after the GPU; `bench/report.py` makes tables of the
+latter. Each part runs in a process of its own: a crash, or a case that takes too long, costs that case.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import hashlib
 import json
@@ -32,11 +33,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-# Both are read when torch starts: repeatable library products, and inductor's own processes.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
 import measure
 import report
 import test_mixer
@@ -49,11 +45,12 @@ from casvit_kernels import backends, parity, timing
 from casvit_kernels.backends import get
 from casvit_kernels.backends.base import Problem
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 LARGE = 4_000_000  # elements of x: such cases of the parity part run one at a time
 FATAL = 3  # exit status of a process whose GPU context is lost
 TOOLS = ("memcheck", "racecheck")
-# Which part runs when, and cases of which ranks. Parity comes before any speed; then what the goals need.
+# Which part runs when, up to which rank. Parity comes before any speed; then what the goals need.
 SCHEDULE = (
     ("parity", 1),
     ("mixer", 1),
@@ -72,6 +69,7 @@ SCHEDULE = (
     ("model-training", 3),
 )
 PARTS = tuple(dict.fromkeys(part for part, _ in SCHEDULE))
+AUTOTUNED = "-max-autotune"  # ends the keys of cases that measure nothing else that is compiled
 SPEED = ("mixer", "training", "model", "model-training")
 LEVELS: dict[str, Any] = {
     "mixer": test_mixer,
@@ -87,6 +85,7 @@ class Item(NamedTuple):
     key: str
     rank: int
     case: Any
+    without: str = ""  # kind of torch.compile that is not measured
 
 
 class Store:
@@ -164,7 +163,11 @@ def items(part: str, options: argparse.Namespace) -> list[Item]:
         return [Item(tool, 1, tool) for tool in TOOLS]
     choice = Choice(("xs",), (1,), (224,), True, True) if options.quick else GPU_CHOICE
     cases = [c for c in LEVELS[part].cases(choice) if c.level == part]
-    found = [Item(case.id, rank(case), case) for case in cases]
+    if part in ("mixer", "training"):
+        found = [Item(case.id, rank(case), case) for case in cases]
+    else:  # autotuning a whole model may take minutes: a case of its own
+        found = [Item(case.id, rank(case), case, "max-autotune") for case in cases]
+        found += [Item(case.id + AUTOTUNED, max(2, rank(case)), case, "compile") for case in cases]
     return sorted(found, key=lambda item: item.rank)  # stable
 
 
@@ -173,8 +176,9 @@ def rank(case: measure.Case) -> int:
     pixels = case.size if case.stage is None else case.size * (2 << case.stage)
     if case.batch != max(GPU_CHOICE.batches) or pixels != GPU_CHOICE.inputs[0]:
         return 3
-    first = case.model == "xs" if case.stage is None else case.model in "xst" and case.stage <= 2
-    return 1 if first and case.model != "s" else 2
+    if case.stage is None:
+        return 1 if case.model == "xs" else 2
+    return 1 if case.model in ("xs", "t") and case.stage <= 2 else 2
 
 
 def parity_items(options: argparse.Namespace) -> list[Item]:
@@ -243,17 +247,16 @@ def run_short(options: argparse.Namespace) -> int:
 
 
 def run_speed(
-    part: str, case: measure.Case, without: tuple[str, ...], options: argparse.Namespace
+    part: str, item: Item, limited: dict[str, str], options: argparse.Namespace
 ) -> dict[str, Any]:
-    names = measure.names(LEVELS[part], case, gpu=True)
-    if options.quick:
-        without = ("compile", "max-autotune")
-    left_out = [name for name in names if set(name.split()) & set(without)]
+    """The case's JSON. In a trial nothing is compiled, nor is what was `limited` before."""
+    case, module = item.case, LEVELS[part]
+    unwanted = {"compile", "max-autotune"} if options.quick else {item.without}
+    names = [n for n in measure.names(module, case, gpu=True) if not unwanted & set(n.split())]
+    slow = [n for n in names if "max-autotune" in n and item.key in limited]
     settings = measure.settings_for(options.device, options.backend, options.quick)
-    names = [name for name in names if name not in left_out]
-    found = LEVELS[part].run(case, names, settings)
-    if found.refused is None and not options.quick:
-        found.absent |= dict.fromkeys(left_out, f"not within {options.case_limit:g} s")
+    found = module.run(case, [n for n in names if n not in slow], settings)
+    found.absent |= dict.fromkeys(slow, f"the case was {limited.get(item.key)}")
     gc.collect()
     if options.device != "cpu":
         torch._dynamo.reset()  # gives back the graphs of this case
@@ -292,8 +295,7 @@ def work(part: str, options: argparse.Namespace) -> int:
             elif part == "sanitizer":
                 found = run_sanitizer(item.case, options)
             else:
-                without = ("max-autotune",) if item.key in file.document["limited"] else ()
-                found = run_speed(part, item.case, without, options)
+                found = run_speed(part, item, file.document["limited"], options)
                 found["copy_bytes_per_s"] = copy
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {error}"[:2000]}
@@ -346,6 +348,9 @@ def supervise(part: str, rank: int, options: argparse.Namespace) -> None:
     """Start the part's process, again after each crash, until it is through or time is up."""
     with tempfile.TemporaryDirectory() as scratch:
         marker = Path(scratch) / "running"
+        file = store(part, options)
+        if file.document.pop("problems", None):
+            file.save()
         while left_of(part, rank, options):
             marker.unlink(missing_ok=True)
             before = len(store(part, options).done)
@@ -364,7 +369,7 @@ def supervise(part: str, rank: int, options: argparse.Namespace) -> None:
                 continue
             if ended is None:
                 limited = file.document["limited"]
-                again = part in SPEED and running not in limited
+                again = part in SPEED and running not in limited and AUTOTUNED not in running
                 limited[running] = f"not within {seconds:.0f} s"
                 reason = None if again else f"did not finish within {seconds:.0f} s, and was ended"
             else:
@@ -389,7 +394,10 @@ def start(
     command += ["--deadline", str(options.deadline), "--marker", str(marker)]
     command += ["--out", str(options.out), "--case-limit", str(options.case_limit)]
     command += ["--quick"] if options.quick else []
-    return subprocess.Popen(command, start_new_session=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    if part == "parity":
+        environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # equal calls give equal bits
+    return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
 def watch(
@@ -412,10 +420,8 @@ def watch(
             if now > options.deadline or seconds > options.case_limit:
                 return None, seconds
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its own compilers and workers with it
-        except ProcessLookupError:
-            pass
         process.wait()
 
 
