@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import hashlib
 import json
@@ -115,6 +116,7 @@ class Store:
         os.replace(part, self.path)
 
 
+@functools.cache
 def version() -> str:
     """A hash of what the numbers depend on."""
     files = [*(ROOT / "casvit_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]
@@ -394,7 +396,10 @@ def start(
     command += ["--deadline", str(options.deadline), "--marker", str(marker)]
     command += ["--out", str(options.out), "--case-limit", str(options.case_limit)]
     command += ["--quick"] if options.quick else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     if part == "parity":
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # equal calls give equal bits
     return subprocess.Popen(command, env=environment, start_new_session=True)
@@ -433,7 +438,8 @@ def red(options: argparse.Namespace) -> str | None:
     """Why no speed may be measured yet, or None."""
     done = store("parity", options).done
     first = [item.key for item in items("parity", options) if item.rank == 1]
-    wrong = [key for key, case in done.items() if not case.get("passed")]
+    own = f"{options.backend}-"
+    wrong = [k for k, case in done.items() if k.startswith(own) and not case.get("passed")]
     if wrong:
         return f"parity is red, {len(wrong)} of {len(done)} cases, the first: {wrong[0]}"
     missing = sum(key not in done for key in first)

@@ -90,9 +90,13 @@ def load_gpu(folder: Path) -> dict[str, dict[str, Document]]:
         found.setdefault(path.parent.name, {})[path.stem] = document
     for gpu, parts in found.items():
         parity = parts.get("parity", {"stamp": None, "cases": []})
-        green = parity["cases"] and all(case.get("passed") for case in parity["cases"])
         for part in SPEED:
-            if part in parts and not (green and parts[part]["stamp"] == parity["stamp"]):
+            if part not in parts:
+                continue
+            stamp = parts[part]["stamp"]
+            own = [c for c in parity["cases"] if c["id"].startswith(f"{stamp['backend']}-")]
+            green = own and all(case.get("passed") for case in own)
+            if not green or stamp != parity["stamp"]:
                 raise ReportError(
                     f"{gpu}/{part}.json: no speed without green parity of its sources"
                 )
@@ -469,7 +473,8 @@ def _environments(documents: list[Document]) -> list[str]:
 def _facts(document: Document) -> str:
     e = document["environment"]
     runtime = e["onnxruntime"] or "not installed"
-    return (
+    gpu = f"{e['gpu']}, " if "gpu" in e else ""
+    return gpu + (
         f"{e['cpu']} ({e['isa']} kernels), {e['threads']} of {e['cores']} cores, "
         f"casvit_kernels {e['casvit_kernels']}, torch {e['torch']}, ONNX Runtime {runtime}, "
         f"{e['date'][:10]}"
