@@ -98,7 +98,8 @@ class Store:
             self.document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             self.document = {}
-        if self.document.get("stamp") != stamp:
+        self.fresh = self.document.get("stamp") != stamp
+        if self.fresh:
             self.document = {"stamp": stamp, "limited": {}, "cases": []}
 
     @property
@@ -150,7 +151,7 @@ def store(part: str, options: argparse.Namespace) -> Store:
     name, mine = f"{part}.json", folder(options, options.out)
     path, earlier = mine / name, folder(options, RESULTS) / name
     found = Store(path, stamp(options))
-    if not found.document["cases"] and earlier != path:
+    if found.fresh and earlier != path:
         found.document = Store(earlier, found.document["stamp"]).document
     return found
 
@@ -169,7 +170,8 @@ def items(part: str, options: argparse.Namespace) -> list[Item]:
         found = [Item(case.id, rank(case), case) for case in cases]
     else:  # autotuning a whole model may take minutes: a case of its own
         found = [Item(case.id, rank(case), case, "max-autotune") for case in cases]
-        found += [Item(case.id + AUTOTUNED, max(2, rank(case)), case, "compile") for case in cases]
+        if not options.quick:  # which compiles nothing
+            found += [Item(c.id + AUTOTUNED, max(2, rank(c)), c, "compile") for c in cases]
     return sorted(found, key=lambda item: item.rank)  # stable
 
 
@@ -199,7 +201,11 @@ def parity_items(options: argparse.Namespace) -> list[Item]:
             if status.usable and name in parity.BACKENDS and name != options.backend:
                 where = device if serves(name, device) else None
                 found += [(2, case) for case in parity.cases(name, device=where)]
-    return [Item(f"{case}-{case.seed}-{case.device}", r, case) for r, case in found]
+    keys = (f"{c}-{c.seed}{'-bias' if c.attn_bias else ''}-{c.device}" for _, c in found)
+    once = {
+        key: Item(key, r, case) for key, (r, case) in reversed([*zip(keys, found, strict=True)])
+    }
+    return list(once.values())[::-1]
 
 
 def serves(backend: str, device: str) -> bool:
@@ -469,10 +475,12 @@ def run(options: argparse.Namespace) -> int:
     for part, rank in SCHEDULE:
         if part not in options.parts or not left_of(part, rank, options):
             continue
+        if time.time() > options.deadline - 1:
+            break
         reason = red(options) if part in SPEED else None
         if reason is not None:
             refused[part] = f"no speed: {reason}"
-        elif time.time() < options.deadline - 1:
+        else:
             print(f"[{time.time() - options.started:4.0f} s] {part}, rank {rank}", flush=True)
             supervise(part, rank, options)
     return conclude(refused, options)

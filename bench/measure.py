@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import os
@@ -200,7 +201,8 @@ def _memory(case: Case, name: str, call: Callable[[], object]) -> dict[str, int]
             torch.cuda.synchronize()
             found["peak_bytes"] = torch.cuda.max_memory_allocated() - before
     if case.level == "training" and name.startswith(("eager", "fused")):
-        found["kept_bytes"] = sum(kept_by(call).values())
+        own = {t.untyped_storage().data_ptr() for t in gc.get_objects() if type(t) is nn.Parameter}
+        found["kept_bytes"] = sum(kept_by(call, own).values())
     return found
 
 
