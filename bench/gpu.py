@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as OutOfTime  # the builtin one from Python 3.11
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
@@ -335,7 +336,7 @@ def work_pooled(todo: list[Item], file: Store, options: argparse.Namespace) -> N
             file.add(*future.result())
     except BrokenProcessPool:
         print("a process of the pool ended: one case at a time from here", flush=True)
-    except TimeoutError:
+    except OutOfTime:
         os._exit(0)  # the parent ends what still runs
     pool.shutdown(cancel_futures=True)
 
