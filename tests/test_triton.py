@@ -296,7 +296,13 @@ def test_tiles(channels):
         assert tile.pixels > 2 * halo
         if kernel in ("gates", "backward_gate"):
             assert tile.channels >= channels
-        for images, height, width in ((1, 1, 1), (256, 7, 7), (3, 56, 56), (64, 96, 96), (2, 9, 33)):
+        for images, height, width in (
+            (1, 1, 1),
+            (256, 7, 7),
+            (3, 56, 56),
+            (64, 96, 96),
+            (2, 9, 33),
+        ):
             cut = tuning.cut(kernel, channels, images, height, width)
             owned = tile.pixels if width <= tile.pixels else tile.pixels - 2 * halo
             together = (tile.pixels + 1) // (width + 1) or 1
