@@ -28,9 +28,9 @@ ENVIRONMENT = "CASVIT_KERNELS_BACKEND"
 _REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
+        CpuBackend(),  # before Triton, which in its interpreter takes tensors on the CPU too, if asked
         MissingBackend("cuda", "this version has no CUDA kernels yet"),
         TritonBackend(),
-        CpuBackend(),
         ReferenceBackend(),
     )
 }

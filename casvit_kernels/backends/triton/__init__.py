@@ -38,7 +38,19 @@ def _triton() -> tuple[bool, str | None]:
     version = tuple(int(p) for p in triton.__version__.split("+")[0].split(".")[:2])
     if version < OLDEST:
         return False, f"it needs triton 3.6 or later, found {triton.__version__}: {_INSTALL}"
-    return bool(triton.knobs.runtime.interpret), None
+    interprets = bool(triton.knobs.runtime.interpret)
+    if interprets and version == (3, 6) and _numpy() >= (2, 4):
+        return (
+            interprets,
+            "the interpreter of triton 3.6 needs an older numpy: pip install 'numpy<2.4'",
+        )
+    return interprets, None
+
+
+def _numpy() -> tuple[int, ...]:
+    import numpy
+
+    return tuple(int(p) for p in numpy.__version__.split(".")[:2])
 
 
 @functools.cache
@@ -73,7 +85,7 @@ def _differentiates(x: Tensor, w: MixerWeights) -> bool:
 class TritonBackend:
     name = "triton"
 
-    @property
+    @functools.cached_property
     def phases(self) -> Phases | None:
         phases: Phases = _phases().TritonPhases()
         return phases
