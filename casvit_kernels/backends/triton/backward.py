@@ -12,18 +12,24 @@ import triton.language as tl
 
 from .forward import RUN_TIME
 from .tile import (
+    added,
     by_channel,
     by_pixel,
-    convolve_back_row,
-    convolve_row,
+    convolve,
     limit,
+    load,
+    load_per_image,
     maps,
+    moved,
     offsets,
     over_channels,
     over_pixels,
+    pairs,
     place,
-    row_offset,
-    sides,
+    reverse,
+    start,
+    start_of_maps,
+    store,
     store_per_image,
     taps,
     vector,
@@ -37,6 +43,30 @@ from .tile import (
 def nine_zeros(TW: tl.constexpr, BC: tl.constexpr, PIXELS_LAST: tl.constexpr):
     z = zeros(TW, BC, PIXELS_LAST)
     return z, z, z, z, z, z, z, z, z
+
+
+@triton.jit
+def add_taps(
+    sums, above, mid, below, t, TW: tl.constexpr, BC: tl.constexpr, PIXELS_LAST: tl.constexpr
+):
+    """Add each pixel of t, times its neighbours in three rows, to the sums of nine weights."""
+    above_even, above_odd = pairs(above.to(tl.float32), TW, BC, PIXELS_LAST)
+    mid_even, mid_odd = pairs(mid.to(tl.float32), TW, BC, PIXELS_LAST)
+    below_even, below_odd = pairs(below.to(tl.float32), TW, BC, PIXELS_LAST)
+    even, odd = pairs(t, TW, BC, PIXELS_LAST)
+    before = moved(odd, -1, TW // 2, BC, PIXELS_LAST)  # the left neighbours of the even lanes
+    after = moved(even, 1, TW // 2, BC, PIXELS_LAST)
+    return (
+        sums[0] + above_even * odd + above_odd * after,
+        sums[1] + above_even * even + above_odd * odd,
+        sums[2] + above_even * before + above_odd * even,
+        sums[3] + mid_even * odd + mid_odd * after,
+        sums[4] + mid_even * even + mid_odd * odd,
+        sums[5] + mid_even * before + mid_odd * even,
+        sums[6] + below_even * odd + below_odd * after,
+        sums[7] + below_even * even + below_odd * odd,
+        sums[8] + below_even * before + below_odd * even,
+    )
 
 
 @triton.jit
@@ -84,137 +114,116 @@ def backward_combine_kernel(
     dwc = taps(vectors + 26 * C, channel, C, PIXELS_LAST)
     dwc_bias = vector(vectors + 35 * C, channel, C, PIXELS_LAST)
     proj = taps(vectors + 36 * C, channel, C, PIXELS_LAST)
-    of_dwc = nine_zeros(TW, BC, PIXELS_LAST)
-    of_proj = nine_zeros(TW, BC, PIXELS_LAST)
-    of_dwc_bias = zeros(TW, BC, PIXELS_LAST)
-    of_proj_bias = zeros(TW, BC, PIXELS_LAST)
+    of_dwc = nine_zeros(TW // 2, BC, PIXELS_LAST)
+    of_proj = nine_zeros(TW // 2, BC, PIXELS_LAST)
+    of_dwc_bias = zeros(TW // 2, BC, PIXELS_LAST)
+    of_proj_bias = zeros(TW // 2, BC, PIXELS_LAST)
     for g in range(group, until):
-        image, column, own = place(g, tile, B, W, TW, 2)
-        grad_at = grad + offsets(image, column, channel, H, W, C, PIXELS_LAST)
-        q_at = qkv + offsets(image, column, channel, H, W, 3 * C, PIXELS_LAST)
-        k_at = qkv + offsets(image, column, C + channel, H, W, 3 * C, PIXELS_LAST)
-        v_offset = offsets(image, column, 2 * C + channel, H, W, 3 * C, PIXELS_LAST)
-        sum_at = grad_sum + offsets(image, column, channel, H, W, C, PIXELS_LAST)
-        s_offset = maps(image, H, W, 2, 0) + column
-        s_at = spatial + s_offset
-        pixel_at = pixel + wide(tl.program_id(1)) * B * 2 * H * W + s_offset
-        of_image = by_pixel(image.to(tl.int64) * C, PIXELS_LAST) + by_channel(channel, PIXELS_LAST)
-        known = by_pixel(column >= 0, PIXELS_LAST) & there
-        gate_q = tl.load(gates + of_image, known, 0.0)
-        gate_k = tl.load(gates + wide(B) * C + of_image, known, 0.0)
-        hidden_above = zeros(TW, BC, PIXELS_LAST)
-        hidden_same = zeros(TW, BC, PIXELS_LAST)
-        mixed_above = zeros(TW, BC, PIXELS_LAST)
-        mixed_same = zeros(TW, BC, PIXELS_LAST)
-        sum_above = zeros(TW, BC, PIXELS_LAST)
-        sum_same = zeros(TW, BC, PIXELS_LAST)
-        grad_1 = zeros(TW, BC, PIXELS_LAST)  # a digit: so many rows before h
-        grad_2 = zeros(TW, BC, PIXELS_LAST)
-        a_1 = zeros(TW, BC, PIXELS_LAST)  # own pixels alone
-        a_2 = zeros(TW, BC, PIXELS_LAST)
-        q_1 = zeros(TW, BC, PIXELS_LAST)
-        q_2 = zeros(TW, BC, PIXELS_LAST)
-        k_1 = zeros(TW, BC, PIXELS_LAST)
-        k_2 = zeros(TW, BC, PIXELS_LAST)
-        channel_q = zeros(TW, BC, PIXELS_LAST)
-        channel_k = zeros(TW, BC, PIXELS_LAST)
+        image, local, column, own = place(g, tile, B, W, TW, 2)
+        at = offsets(local, column, channel, H, W, C, TW, PIXELS_LAST)
+        at_qkv = offsets(local, column, channel, H, W, 3 * C, TW, PIXELS_LAST)
+        s_at = maps(local, column, H, W)
+        e = pixel + wide(tl.program_id(1)) * B * 2 * H * W + s_at
+        gate_q = load_per_image(gates, image, local, column, channel, C, TW, BC, PIXELS_LAST)
+        gate_k = load_per_image(
+            gates + wide(B) * C, image, local, column, channel, C, TW, BC, PIXELS_LAST
+        )
+        grad_1 = zeros(TW, BC, PIXELS_LAST).to(grad.dtype.element_ty)  # a digit: rows before h
+        grad_2 = grad_1
+        q_1 = zeros(TW, BC, PIXELS_LAST).to(qkv.dtype.element_ty)
+        q_2 = q_1
+        k_1 = q_1
+        k_2 = q_1
+        s_q_1 = by_pixel(tl.zeros((TW,), tl.float32), PIXELS_LAST)
+        s_q_2 = s_q_1
+        s_k_1 = s_q_1
+        s_k_2 = s_q_1
+        a_1 = zeros(TW, BC, PIXELS_LAST)
+        a_2 = a_1
+        grad_hidden_1 = a_1
+        grad_hidden_2 = a_1
+        channel_q = zeros(TW // 2, BC, PIXELS_LAST)
+        channel_k = channel_q
         for h in tl.range(first - 2, last + 2, num_stages=STAGES):
             real = (column >= 0) & (column < limit(h, 0, H, W))
-            grad_0 = tl.load(
-                grad_at + row_offset(h, W, C, PIXELS_LAST), by_pixel(real, PIXELS_LAST) & there, 0.0
-            ).to(tl.float32)
+            grad_0 = load(
+                grad + start(image, h, H, W, 0, C, PIXELS_LAST), at,
+                by_pixel(real, PIXELS_LAST) & there, TW, BC, PIXELS_LAST,
+            )  # fmt: skip
             near = (column >= 0) & (
                 column < limit(h, tl.maximum(first - 1, 0), tl.minimum(last + 1, H), W)
             )
             inside = by_pixel(near, PIXELS_LAST) & there
-            at = row_offset(h, W, 3 * C, PIXELS_LAST)
-            q_0 = tl.load(q_at + at, inside, 0.0).to(tl.float32)
-            k_0 = tl.load(k_at + at, inside, 0.0).to(tl.float32)
-            s_q = by_pixel(tl.load(s_at + wide(h) * W, near, 0.0), PIXELS_LAST)
-            s_k = by_pixel(tl.load(s_at + wide(H + h) * W, near, 0.0), PIXELS_LAST)
-            a = q_0 * s_q * gate_q + k_0 * s_k * gate_k
+            q_at = qkv + start(image, h, H, W, 0, 3 * C, PIXELS_LAST)
+            k_at = qkv + start(image, h, H, W, C, 3 * C, PIXELS_LAST)
+            q_0 = load(q_at, at_qkv, inside, TW, BC, PIXELS_LAST)
+            k_0 = load(k_at, at_qkv, inside, TW, BC, PIXELS_LAST)
+            s_q = tl.load(spatial + start_of_maps(image, h, H, W, 0) + s_at, near, 0.0)
+            s_k = tl.load(spatial + start_of_maps(image, h, H, W, 1) + s_at, near, 0.0)
+            s_q_0, s_k_0 = by_pixel(s_q, PIXELS_LAST), by_pixel(s_k, PIXELS_LAST)
+            a_0 = q_0.to(tl.float32) * s_q_0 * gate_q + k_0.to(tl.float32) * s_k_0 * gate_k
             here = by_pixel((own >= 0) & (own < limit(h, first, last, W)), PIXELS_LAST)
-            a_0 = tl.where(here, a, 0.0)
-            of_proj_bias += tl.where(here, grad_0, 0.0)
+            mine = tl.where(here, grad_0.to(tl.float32), 0.0)
+            of_proj_bias = added(of_proj_bias, mine, TW, BC, PIXELS_LAST)
 
             # Row h-1: the gradient at u, the hidden map l, and with v the rest of proj.
-            left, right = sides(grad_0, TW, BC, PIXELS_LAST)
-            grad_mixed, mixed_above, mixed_same = convolve_back_row(
-                mixed_above, mixed_same, left, grad_0, right, proj
-            )
-            left, right = sides(a, TW, BC, PIXELS_LAST)
-            hidden, hidden_above, hidden_same = convolve_row(
-                hidden_above, hidden_same, left, a, right, dwc
-            )
-            hidden += dwc_bias
+            grad_mixed = convolve(grad_2, grad_1, grad_0, reverse(proj), TW, BC, PIXELS_LAST)
+            hidden = convolve(a_2, a_1, a_0, dwc, TW, BC, PIXELS_LAST) + dwc_bias
             near = (column >= 0) & (
                 column < limit(h - 1, tl.maximum(first - 1, 0), tl.minimum(last + 1, H), W)
             )
-            at = v_offset + row_offset(h - 1, W, 3 * C, PIXELS_LAST)
-            v = tl.load(qkv + at, by_pixel(near, PIXELS_LAST) & there, 0.0).to(tl.float32)
-            mine = (own >= 0) & (own < limit(h - 1, first, last, W))
-            here = by_pixel(mine, PIXELS_LAST)
-            tl.store(
-                grad_qkv + at, (grad_mixed * hidden).to(grad_qkv.dtype.element_ty), here & there
+            inside = by_pixel(near, PIXELS_LAST) & there
+            v_start = start(image, h - 1, H, W, 2 * C, 3 * C, PIXELS_LAST)
+            v = load(qkv + v_start, at_qkv, inside, TW, BC, PIXELS_LAST).to(tl.float32)
+            here = by_pixel((own >= 0) & (own < limit(h - 1, first, last, W)), PIXELS_LAST)
+            store(
+                grad_qkv + v_start, at_qkv, (grad_mixed * hidden), here & there, TW, BC, PIXELS_LAST
             )
-            grad_hidden = grad_mixed * v
-            of_dwc_bias += tl.where(here, grad_hidden, 0.0)
             u = tl.where(here, hidden * v, 0.0)
-            left, right = sides(u, TW, BC, PIXELS_LAST)
-            of_proj = (
-                of_proj[0] + grad_0 * left,
-                of_proj[1] + grad_0 * u,
-                of_proj[2] + grad_0 * right,
-                of_proj[3] + grad_1 * left,
-                of_proj[4] + grad_1 * u,
-                of_proj[5] + grad_1 * right,
-                of_proj[6] + grad_2 * left,
-                of_proj[7] + grad_2 * u,
-                of_proj[8] + grad_2 * right,
-            )
+            of_proj = add_taps(of_proj, grad_2, grad_1, grad_0, u, TW, BC, PIXELS_LAST)
 
             # Row h-2: ga.
-            left, right = sides(grad_hidden, TW, BC, PIXELS_LAST)
-            at_sum, sum_above, sum_same = convolve_back_row(
-                sum_above, sum_same, left, grad_hidden, right, dwc
+            grad_hidden = grad_mixed * v
+            mine = tl.where(here, grad_hidden, 0.0)
+            of_dwc_bias = added(of_dwc_bias, mine, TW, BC, PIXELS_LAST)
+            of_dwc = add_taps(of_dwc, a_2, a_1, a_0, mine, TW, BC, PIXELS_LAST)
+            at_sum = convolve(
+                grad_hidden_2, grad_hidden_1, grad_hidden, reverse(dwc), TW, BC, PIXELS_LAST
             )
-            of_dwc = (
-                of_dwc[0] + a_2 * right,
-                of_dwc[1] + a_2 * grad_hidden,
-                of_dwc[2] + a_2 * left,
-                of_dwc[3] + a_1 * right,
-                of_dwc[4] + a_1 * grad_hidden,
-                of_dwc[5] + a_1 * left,
-                of_dwc[6] + a_0 * right,
-                of_dwc[7] + a_0 * grad_hidden,
-                of_dwc[8] + a_0 * left,
-            )
-            mine = (own >= 0) & (own < limit(h - 2, first, last, W))
-            here = by_pixel(mine, PIXELS_LAST)
-            tl.store(
-                sum_at + row_offset(h - 2, W, C, PIXELS_LAST),
-                at_sum.to(grad_sum.dtype.element_ty),
+            done = (own >= 0) & (own < limit(h - 2, first, last, W))
+            here = by_pixel(done, PIXELS_LAST)
+            store(
+                grad_sum + start(image, h - 2, H, W, 0, C, PIXELS_LAST),
+                at,
+                at_sum,
                 here & there,
+                TW,
+                BC,
+                PIXELS_LAST,
             )
-            by_q = tl.where(here, at_sum * q_2, 0.0)
-            by_k = tl.where(here, at_sum * k_2, 0.0)
-            to_q, to_k = wide(h - 2) * W, wide(H + h - 2) * W
-            tl.store(pixel_at + to_q, over_channels(by_q * gate_q, PIXELS_LAST), mine)
-            tl.store(pixel_at + to_k, over_channels(by_k * gate_k, PIXELS_LAST), mine)
-            channel_q += by_q * by_pixel(tl.load(s_at + to_q, mine, 0.0), PIXELS_LAST)
-            channel_k += by_k * by_pixel(tl.load(s_at + to_k, mine, 0.0), PIXELS_LAST)
+            by_q = tl.where(here, at_sum * q_2.to(tl.float32), 0.0)
+            by_k = tl.where(here, at_sum * k_2.to(tl.float32), 0.0)
+            channel_q = added(channel_q, by_q * s_q_2, TW, BC, PIXELS_LAST)
+            channel_k = added(channel_k, by_k * s_k_2, TW, BC, PIXELS_LAST)
+            e_q = over_channels(by_q * gate_q, PIXELS_LAST)
+            e_k = over_channels(by_k * gate_k, PIXELS_LAST)
+            tl.store(e + start_of_maps(image, h - 2, H, W, 0), e_q, done)
+            tl.store(e + start_of_maps(image, h - 2, H, W, 1), e_k, done)
             grad_2, grad_1 = grad_1, grad_0
             a_2, a_1 = a_1, a_0
             q_2, q_1 = q_1, q_0
             k_2, k_1 = k_1, k_0
+            s_q_2, s_q_1 = s_q_1, s_q_0
+            s_k_2, s_k_1 = s_k_1, s_k_0
+            grad_hidden_2, grad_hidden_1 = grad_hidden_1, grad_hidden
         to = channel_sum + wide(part) * 2 * B * C
-        store_per_image(to, channel_q, g, image, B, W, channel, C, TW, 2, PIXELS_LAST)
+        store_per_image(to, channel_q, g, local, column, B, W, channel, C, TW, 2, PIXELS_LAST)
         to += wide(B) * C
-        store_per_image(to, channel_k, g, image, B, W, channel, C, TW, 2, PIXELS_LAST)
+        store_per_image(to, channel_k, g, local, column, B, W, channel, C, TW, 2, PIXELS_LAST)
     to = weights + wide(tl.program_id(0)) * 20 * C
     store_taps(to, of_dwc, channel, C, PIXELS_LAST)
     tl.store(to + 9 * C + channel, over_pixels(of_dwc_bias, PIXELS_LAST), channel < C)
-    store_taps(to + 10 * C, of_proj, channel, C, PIXELS_LAST)
+    store_taps(to + 10 * C, reverse(of_proj), channel, C, PIXELS_LAST)
     tl.store(to + 19 * C + channel, over_pixels(of_proj_bias, PIXELS_LAST), channel < C)
 
 
@@ -226,11 +235,10 @@ def backward_gate_kernel(
     eps_q,
     eps_k,
     spatial,  # (B, 2, H, W) float32: s
-    pixel,  # (blocks, B, 2, H, W) float32: their sum is e
+    pixel,  # (B, 2, H, W) float32: e without the part of `shift`
     shift,  # (2, B, C) float32
     logit,  # (B, 2, H, W) float32: es
     sums,  # (programs, 2, 2, C): for each gate sums of es and of es n^, where n > 0
-    blocks,
     B,
     H,
     W,
@@ -252,44 +260,41 @@ def backward_gate_kernel(
     variance = vector(stat + C, channel, C, PIXELS_LAST, 1.0)
     rstd = 1.0 / tl.sqrt(variance + tl.where(gate == 0, eps_q, eps_k))
     minus_mean = vector(v + 9 * C, channel, C, PIXELS_LAST) - vector(stat, channel, C, PIXELS_LAST)
-    norm_weight = vector(v + 10 * C, channel, C, PIXELS_LAST)
+    scale = vector(v + 10 * C, channel, C, PIXELS_LAST) * rstd
     norm_bias = vector(v + 11 * C, channel, C, PIXELS_LAST)
     w = taps(v, channel, C, PIXELS_LAST)
-    of_one = zeros(TW, BC, PIXELS_LAST)
-    of_hat = zeros(TW, BC, PIXELS_LAST)
+    of_one = zeros(TW // 2, BC, PIXELS_LAST)
+    of_hat = zeros(TW // 2, BC, PIXELS_LAST)
     for g in range(group, until):
-        image, column, own = place(g, tile, B, W, TW, 1)
-        z_at = qkv + offsets(image, column, gate * C + channel, H, W, 3 * C, PIXELS_LAST)
-        s_offset = maps(image, H, W, 2, gate) + column
-        of_image = by_pixel(image.to(tl.int64) * C, PIXELS_LAST) + by_channel(channel, PIXELS_LAST)
-        known = by_pixel(column >= 0, PIXELS_LAST) & there
-        by_shift = tl.load(shift + wide(gate) * B * C + of_image, known, 0.0)
-        above = zeros(TW, BC, PIXELS_LAST)
-        same = zeros(TW, BC, PIXELS_LAST)
-        before = zeros(TW, BC, PIXELS_LAST)
+        image, local, column, own = place(g, tile, B, W, TW, 1)
+        at = offsets(local, column, channel, H, W, 3 * C, TW, PIXELS_LAST)
+        s_at = maps(local, column, H, W)
+        by_shift = load_per_image(
+            shift + wide(gate) * B * C, image, local, column, channel, C, TW, BC, PIXELS_LAST
+        )
+        z_1 = zeros(TW, BC, PIXELS_LAST).to(qkv.dtype.element_ty)
+        z_2 = z_1
         for h in tl.range(first - 1, last + 1, num_stages=STAGES):
             inside = by_pixel((column >= 0) & (column < limit(h, 0, H, W)), PIXELS_LAST)
-            z = tl.load(z_at + row_offset(h, W, 3 * C, PIXELS_LAST), inside & there, 0.0)
-            z = z.to(tl.float32)
-            left, right = sides(z, TW, BC, PIXELS_LAST)
-            d, above, same = convolve_row(above, same, left, z, right, w)
-            hat = (d + minus_mean) * rstd
+            row = qkv + start(image, h, H, W, gate * C, 3 * C, PIXELS_LAST)
+            z_0 = load(row, at, inside & there, TW, BC, PIXELS_LAST)
             done = (own >= 0) & (own < limit(h - 1, first, last, W))
-            at = s_offset + wide(h - 1) * W
-            e = over_channels(before * by_shift, PIXELS_LAST)
-            for block in range(blocks):
-                e += tl.load(pixel + wide(block) * B * 2 * H * W + at, done, 0.0)
-            s = tl.load(spatial + at, done, 0.0)
+            row_at = start_of_maps(image, h - 1, H, W, gate)
+            # First the sum over channels: less has to be kept meanwhile.
+            e = over_channels(z_1.to(tl.float32) * by_shift, PIXELS_LAST)
+            e += tl.load(pixel + row_at + s_at, done, 0.0)
+            s = tl.load(spatial + row_at + s_at, done, 0.0)
             es = e * s * (1.0 - s)
-            tl.store(logit + at, es, done)
-            n = norm_weight * hat + norm_bias
-            counted = by_pixel(done, PIXELS_LAST)
-            passed = tl.where(n <= 0, 0.0, by_pixel(es, PIXELS_LAST))  # NaN stays
-            of_one += tl.where(counted, passed, 0.0)
-            of_hat += tl.where(counted, passed * hat, 0.0)
-            before = z
+            tl.store(logit + row_at + s_at, es, done)
+            d = convolve(z_2, z_1, z_0, w, TW, BC, PIXELS_LAST) + minus_mean
+            # es is 0 where the pixel is not own.
+            passed = tl.where(scale * d + norm_bias <= 0, 0.0, by_pixel(es, PIXELS_LAST))
+            of_one = added(of_one, passed, TW, BC, PIXELS_LAST)
+            of_hat = added(of_hat, passed * d, TW, BC, PIXELS_LAST)
+            z_2, z_1 = z_1, z_0
     to = sums + (wide(tl.program_id(0)) * 2 + gate) * 2 * C + channel
     tl.store(to, over_pixels(of_one, PIXELS_LAST), channel < C)
+    of_hat *= rstd
     tl.store(to + C, over_pixels(of_hat, PIXELS_LAST), channel < C)
 
 
@@ -354,76 +359,69 @@ def backward_depthwise_kernel(
         C,
         PIXELS_LAST,
     )
-    of_q = nine_zeros(TW, BC, PIXELS_LAST)
-    of_k = nine_zeros(TW, BC, PIXELS_LAST)
-    of_q_bias = zeros(TW, BC, PIXELS_LAST)
-    of_k_bias = zeros(TW, BC, PIXELS_LAST)
+    of_q = nine_zeros(TW // 2, BC, PIXELS_LAST)
+    of_k = nine_zeros(TW // 2, BC, PIXELS_LAST)
+    of_q_bias = zeros(TW // 2, BC, PIXELS_LAST)
+    of_k_bias = zeros(TW // 2, BC, PIXELS_LAST)
     for g in range(group, until):
-        image, column, own = place(g, tile, B, W, TW, 2)
-        q_offset = offsets(image, column, channel, H, W, 3 * C, PIXELS_LAST)
-        k_offset = offsets(image, column, C + channel, H, W, 3 * C, PIXELS_LAST)
-        sum_at = grad_sum + offsets(image, column, channel, H, W, C, PIXELS_LAST)
-        s_offset = maps(image, H, W, 2, 0) + column
-        of_image = by_pixel(image.to(tl.int64) * C, PIXELS_LAST) + by_channel(channel, PIXELS_LAST)
-        to_k = wide(B) * C + of_image
-        known = by_pixel(column >= 0, PIXELS_LAST) & there
-        gate_q = tl.load(gates + of_image, known, 0.0)
-        gate_k = tl.load(gates + to_k, known, 0.0)
-        shift_q = tl.load(shift + of_image, known, 0.0)
-        shift_k = tl.load(shift + to_k, known, 0.0)
-        d_q_above = zeros(TW, BC, PIXELS_LAST)
-        d_q_same = zeros(TW, BC, PIXELS_LAST)
-        d_k_above = zeros(TW, BC, PIXELS_LAST)
-        d_k_same = zeros(TW, BC, PIXELS_LAST)
-        q_above = zeros(TW, BC, PIXELS_LAST)
-        q_same = zeros(TW, BC, PIXELS_LAST)
-        k_above = zeros(TW, BC, PIXELS_LAST)
-        k_same = zeros(TW, BC, PIXELS_LAST)
-        q_1 = zeros(TW, BC, PIXELS_LAST)  # own pixels alone
-        q_2 = zeros(TW, BC, PIXELS_LAST)
-        k_1 = zeros(TW, BC, PIXELS_LAST)
-        k_2 = zeros(TW, BC, PIXELS_LAST)
+        image, local, column, own = place(g, tile, B, W, TW, 2)
+        at = offsets(local, column, channel, H, W, C, TW, PIXELS_LAST)
+        at_qkv = offsets(local, column, channel, H, W, 3 * C, TW, PIXELS_LAST)
+        s_at = maps(local, column, H, W)
+        gate_q = load_per_image(gates, image, local, column, channel, C, TW, BC, PIXELS_LAST)
+        gate_k = load_per_image(
+            gates + wide(B) * C, image, local, column, channel, C, TW, BC, PIXELS_LAST
+        )
+        shift_q = load_per_image(shift, image, local, column, channel, C, TW, BC, PIXELS_LAST)
+        shift_k = load_per_image(
+            shift + wide(B) * C, image, local, column, channel, C, TW, BC, PIXELS_LAST
+        )
+        q_1 = zeros(TW, BC, PIXELS_LAST).to(qkv.dtype.element_ty)
+        q_2 = q_1
+        k_1 = q_1
+        k_2 = q_1
+        d_q_1 = zeros(TW, BC, PIXELS_LAST)  # gd
+        d_q_2 = d_q_1
+        d_k_1 = d_q_1
+        d_k_2 = d_q_1
         for h in tl.range(first - 2, last + 2, num_stages=STAGES):
             inside = by_pixel((column >= 0) & (column < limit(h, 0, H, W)), PIXELS_LAST) & there
-            at = row_offset(h, W, 3 * C, PIXELS_LAST)
-            q = tl.load(qkv + q_offset + at, inside, 0.0).to(tl.float32)
-            k = tl.load(qkv + k_offset + at, inside, 0.0).to(tl.float32)
-            here = by_pixel((own >= 0) & (own < limit(h, first, last, W)), PIXELS_LAST)
+            q_at = qkv + start(image, h, H, W, 0, 3 * C, PIXELS_LAST)
+            k_at = qkv + start(image, h, H, W, C, 3 * C, PIXELS_LAST)
+            q_0 = load(q_at, at_qkv, inside, TW, BC, PIXELS_LAST)
+            k_0 = load(k_at, at_qkv, inside, TW, BC, PIXELS_LAST)
             near = (column >= 0) & (
                 column < limit(h - 1, tl.maximum(first - 1, 0), tl.minimum(last + 1, H), W)
             )
-            here_1 = (own >= 0) & (own < limit(h - 1, first, last, W))
-            es_at = logit + s_offset
-            es_q = tl.load(es_at + wide(h - 1) * W, near, 0.0)
-            es_k = tl.load(es_at + wide(H + h - 1) * W, near, 0.0)
-            here_2 = (own >= 0) & (own < limit(h - 2, first, last, W))
-            s_at = spatial + s_offset
-            s_q = by_pixel(tl.load(s_at + wide(h - 2) * W, here_2, 0.0), PIXELS_LAST)
-            s_k = by_pixel(tl.load(s_at + wide(H + h - 2) * W, here_2, 0.0), PIXELS_LAST)
-            written = by_pixel(here_2, PIXELS_LAST) & there
-            at_sum = tl.load(sum_at + row_offset(h - 2, W, C, PIXELS_LAST), written, 0.0)
-            at_sum = at_sum.to(tl.float32)
-            at = row_offset(h - 2, W, 3 * C, PIXELS_LAST)
+            here = (own >= 0) & (own < limit(h - 1, first, last, W))
+            es_q = tl.load(logit + start_of_maps(image, h - 1, H, W, 0) + s_at, near, 0.0)
+            es_k = tl.load(logit + start_of_maps(image, h - 1, H, W, 1) + s_at, near, 0.0)
+            done = (own >= 0) & (own < limit(h - 2, first, last, W))
+            s_q = tl.load(spatial + start_of_maps(image, h - 2, H, W, 0) + s_at, done, 0.0)
+            s_k = tl.load(spatial + start_of_maps(image, h - 2, H, W, 1) + s_at, done, 0.0)
+            written = by_pixel(done, PIXELS_LAST) & there
+            sum_at = grad_sum + start(image, h - 2, H, W, 0, C, PIXELS_LAST)
+            at_sum = load(sum_at, at, written, TW, BC, PIXELS_LAST).to(tl.float32)
 
-            q_0 = tl.where(here, q, 0.0)
-            grad_q, d_q_above, d_q_same, q_above, q_same, of_q, of_q_bias = depthwise_row(
-                q, q_0, q_1, q_2, es_q, near, here_1,
-                d_q_above, d_q_same, q_above, q_same, of_q, of_q_bias, w_q, fixed_q,
-                TW, BC, PIXELS_LAST,
-            )  # fmt: skip
-            grad_q += (at_sum * gate_q + shift_q) * s_q
-            tl.store(grad_qkv + q_offset + at, grad_q.to(grad_qkv.dtype.element_ty), written)
+            d_q, of_q, of_q_bias = depthwise_row(
+                q_2, q_1, q_0, es_q, near, here, of_q, of_q_bias, w_q, fixed_q, TW, BC, PIXELS_LAST
+            )
+            grad_q = convolve(d_q_2, d_q_1, d_q, reverse(w_q), TW, BC, PIXELS_LAST)
+            grad_q += (at_sum * gate_q + shift_q) * by_pixel(s_q, PIXELS_LAST)
+            to = grad_qkv + start(image, h - 2, H, W, 0, 3 * C, PIXELS_LAST)
+            store(to, at_qkv, grad_q, written, TW, BC, PIXELS_LAST)
+
+            d_k, of_k, of_k_bias = depthwise_row(
+                k_2, k_1, k_0, es_k, near, here, of_k, of_k_bias, w_k, fixed_k, TW, BC, PIXELS_LAST
+            )
+            grad_k = convolve(d_k_2, d_k_1, d_k, reverse(w_k), TW, BC, PIXELS_LAST)
+            grad_k += (at_sum * gate_k + shift_k) * by_pixel(s_k, PIXELS_LAST)
+            to = grad_qkv + start(image, h - 2, H, W, C, 3 * C, PIXELS_LAST)
+            store(to, at_qkv, grad_k, written, TW, BC, PIXELS_LAST)
             q_2, q_1 = q_1, q_0
-
-            k_0 = tl.where(here, k, 0.0)
-            grad_k, d_k_above, d_k_same, k_above, k_same, of_k, of_k_bias = depthwise_row(
-                k, k_0, k_1, k_2, es_k, near, here_1,
-                d_k_above, d_k_same, k_above, k_same, of_k, of_k_bias, w_k, fixed_k,
-                TW, BC, PIXELS_LAST,
-            )  # fmt: skip
-            grad_k += (at_sum * gate_k + shift_k) * s_k
-            tl.store(grad_qkv + k_offset + at, grad_k.to(grad_qkv.dtype.element_ty), written)
             k_2, k_1 = k_1, k_0
+            d_q_2, d_q_1 = d_q_1, d_q
+            d_k_2, d_k_1 = d_k_1, d_k
     to = weights + wide(tl.program_id(0)) * 20 * C
     store_taps(to, of_q, channel, C, PIXELS_LAST)
     tl.store(to + 9 * C + channel, over_pixels(of_q_bias, PIXELS_LAST), channel < C)
@@ -433,30 +431,15 @@ def backward_depthwise_kernel(
 
 @triton.jit
 def depthwise_row(
-    z, z_0, z_1, z_2, es, near, own,
-    d_above, d_same, grad_above, grad_same, of_taps, of_bias, w, fixed,
+    above, mid, below, es, near, own, of_taps, of_bias, w, fixed,
     TW: tl.constexpr, BC: tl.constexpr, PIXELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """One gate's share of a step of B3: the convolution's part of the gradient at row h-2."""
-    left, right = sides(z, TW, BC, PIXELS_LAST)
-    d, d_above, d_same = convolve_row(d_above, d_same, left, z, right, w)
-    hat = (d + fixed[0]) * fixed[1]
+    """One gate's share of a step of B3: gd at row h-1, and what it adds to the weights' gradients."""
+    hat = (convolve(above, mid, below, w, TW, BC, PIXELS_LAST) + fixed[0]) * fixed[1]
     n = fixed[2] * hat + fixed[3]
     at_n = tl.where(n <= 0, 0.0, by_pixel(es, PIXELS_LAST))  # NaN stays
     at_d = fixed[4] * at_n + fixed[5] + fixed[6] * hat
     at_d = tl.where(by_pixel(near, PIXELS_LAST), at_d, 0.0)
-    of_bias += tl.where(by_pixel(own, PIXELS_LAST), at_d, 0.0)
-    left, right = sides(at_d, TW, BC, PIXELS_LAST)
-    grad, grad_above, grad_same = convolve_back_row(grad_above, grad_same, left, at_d, right, w)
-    of_taps = (
-        of_taps[0] + z_2 * right,
-        of_taps[1] + z_2 * at_d,
-        of_taps[2] + z_2 * left,
-        of_taps[3] + z_1 * right,
-        of_taps[4] + z_1 * at_d,
-        of_taps[5] + z_1 * left,
-        of_taps[6] + z_0 * right,
-        of_taps[7] + z_0 * at_d,
-        of_taps[8] + z_0 * left,
-    )
-    return grad, d_above, d_same, grad_above, grad_same, of_taps, of_bias
+    mine = tl.where(by_pixel(own, PIXELS_LAST), at_d, 0.0)
+    of_taps = add_taps(of_taps, above, mid, below, mine, TW, BC, PIXELS_LAST)
+    return at_d, of_taps, added(of_bias, mine, TW, BC, PIXELS_LAST)

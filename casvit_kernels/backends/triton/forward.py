@@ -11,17 +11,21 @@ import triton
 import triton.language as tl
 
 from .tile import (
+    added,
     by_channel,
     by_pixel,
-    convolve_row,
+    convolve,
     limit,
+    load,
+    load_per_image,
     maps,
     offsets,
     over_channels,
     over_pixels,
     place,
-    row_offset,
-    sides,
+    start,
+    start_of_maps,
+    store,
     store_per_image,
     taps,
     vector,
@@ -30,19 +34,8 @@ from .tile import (
     zeros,
 )
 
-RUN_TIME = [
-    "B",
-    "H",
-    "W",
-    "rows",
-    "repeat",
-    "parts",
-    "programs",
-    "blocks",
-    "scale",
-    "eps_q",
-    "eps_k",
-]
+# Arguments whose values kernels are not compiled for.
+RUN_TIME = [*"BHW", "rows", "repeat", "parts", "programs", "scale", "eps_q", "eps_k"]
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -74,17 +67,16 @@ def statistics_kernel(
     mean = zeros(TW, BC, PIXELS_LAST)
     m2 = zeros(TW, BC, PIXELS_LAST)
     for g in range(group, until):
-        image, column, own = place(g, tile, B, W, TW, 1)
-        z_at = qkv + offsets(image, column, gate * C + channel, H, W, 3 * C, PIXELS_LAST)
-        above = zeros(TW, BC, PIXELS_LAST)
-        same = zeros(TW, BC, PIXELS_LAST)
+        image, local, column, own = place(g, tile, B, W, TW, 1)
+        at = offsets(local, column, channel, H, W, 3 * C, TW, PIXELS_LAST)
+        z_1 = zeros(TW, BC, PIXELS_LAST).to(qkv.dtype.element_ty)  # a digit: so many rows before h
+        z_2 = z_1
         for h in tl.range(first - 1, last + 1, num_stages=STAGES):
             inside = by_pixel((column >= 0) & (column < limit(h, 0, H, W)), PIXELS_LAST)
-            z = tl.load(z_at + row_offset(h, W, 3 * C, PIXELS_LAST), inside & there, 0.0)
-            z = z.to(tl.float32)
-            left, right = sides(z, TW, BC, PIXELS_LAST)
-            d, above, same = convolve_row(above, same, left, z, right, w)
-            d += bias
+            row = qkv + start(image, h, H, W, gate * C, 3 * C, PIXELS_LAST)
+            z_0 = load(row, at, inside & there, TW, BC, PIXELS_LAST)
+            d = convolve(z_2, z_1, z_0, w, TW, BC, PIXELS_LAST) + bias
+            z_2, z_1 = z_1, z_0
             counted = (own >= 0) & (own < limit(h - 1, first, last, W))
             count += tl.where(counted, 1.0, 0.0)
             weight = tl.where(counted, 1.0 / tl.maximum(count, 1.0), 0.0)
@@ -111,16 +103,15 @@ def merge_statistics_kernel(
     statistics,  # (2, 2, C): of q and k, mean and biased variance
     programs,
     C: tl.constexpr,
-    BP: tl.constexpr,
-    BC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     gate = tl.program_id(1)
-    channel = tl.program_id(0) * BC + tl.arange(0, BC)
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = (channel < C)[None, :]
-    total = tl.zeros((BP,), tl.float64)
-    mean = tl.zeros((BP, BC), tl.float64)
-    for start in range(0, programs, BP):
-        p = start + tl.arange(0, BP)
+    total = tl.zeros((BLOCK,), tl.float64)
+    mean = tl.zeros((BLOCK, BLOCK), tl.float64)
+    for base in range(0, programs, BLOCK):
+        p = base + tl.arange(0, BLOCK)
         n = tl.load(number + p, p < programs, 0.0).to(tl.float64)
         at = partial + ((p.to(tl.int64) * 2 + gate) * 2 * C)[:, None] + channel[None, :]
         each = tl.load(at, (p < programs)[:, None] & there, 0.0)
@@ -128,9 +119,9 @@ def merge_statistics_kernel(
         mean += n[:, None] * each.to(tl.float64)
     count = tl.sum(total, axis=0)
     center = tl.sum(mean, axis=0) / count
-    m2 = tl.zeros((BP, BC), tl.float64)
-    for start in range(0, programs, BP):
-        p = start + tl.arange(0, BP)
+    m2 = tl.zeros((BLOCK, BLOCK), tl.float64)
+    for base in range(0, programs, BLOCK):
+        p = base + tl.arange(0, BLOCK)
         n = tl.load(number + p, p < programs, 0.0).to(tl.float64)
         at = partial + ((p.to(tl.int64) * 2 + gate) * 2 * C)[:, None] + channel[None, :]
         there_too = (p < programs)[:, None] & there
@@ -189,63 +180,60 @@ def gates_kernel(
     )
     to_logit = vector(v + 12 * C, channel, C, PIXELS_LAST)
     for g in range(group, until):
-        image, column, own = place(g, tile, B, W, TW, 1)
-        z_at = qkv + offsets(image, column, gate * C + channel, H, W, 3 * C, PIXELS_LAST)
-        s_at = spatial + maps(image, H, W, 2, gate) + column
-        above = zeros(TW, BC, PIXELS_LAST)
-        same = zeros(TW, BC, PIXELS_LAST)
-        before = zeros(TW, BC, PIXELS_LAST)
-        pool = zeros(TW, BC, PIXELS_LAST)
+        image, local, column, own = place(g, tile, B, W, TW, 1)
+        at = offsets(local, column, channel, H, W, 3 * C, TW, PIXELS_LAST)
+        s_at = maps(local, column, H, W)
+        z_1 = zeros(TW, BC, PIXELS_LAST).to(qkv.dtype.element_ty)
+        z_2 = z_1
+        pool = zeros(TW // 2, BC, PIXELS_LAST)
         for h in tl.range(first - 1, last + 1, num_stages=STAGES):
             inside = by_pixel((column >= 0) & (column < limit(h, 0, H, W)), PIXELS_LAST)
-            z = tl.load(z_at + row_offset(h, W, 3 * C, PIXELS_LAST), inside & there, 0.0)
-            z = z.to(tl.float32)
-            left, right = sides(z, TW, BC, PIXELS_LAST)
-            n, above, same = convolve_row(above, same, left, z, right, w)
-            n += bias
+            row = qkv + start(image, h, H, W, gate * C, 3 * C, PIXELS_LAST)
+            z_0 = load(row, at, inside & there, TW, BC, PIXELS_LAST)
+            n = convolve(z_2, z_1, z_0, w, TW, BC, PIXELS_LAST) + bias
             r = tl.where(n <= 0, 0.0, n)  # NaN stays
             s = tl.sigmoid(over_channels(r * to_logit, PIXELS_LAST))
             done = (own >= 0) & (own < limit(h - 1, first, last, W))
-            tl.store(s_at + wide(h - 1) * W, s, done)
-            gated = before * by_pixel(s, PIXELS_LAST)
-            pool += tl.where(by_pixel(done, PIXELS_LAST), gated, 0.0)
-            before = z
+            tl.store(spatial + start_of_maps(image, h - 1, H, W, gate) + s_at, s, done)
+            gated = z_1.to(tl.float32) * by_pixel(s, PIXELS_LAST)
+            gated = tl.where(by_pixel(done, PIXELS_LAST), gated, 0.0)
+            pool = added(pool, gated, TW, BC, PIXELS_LAST)
+            z_2, z_1 = z_1, z_0
         to = pooled + wide(part * 2 + gate) * B * C
-        store_per_image(to, pool, g, image, B, W, channel, C, TW, 1, PIXELS_LAST)
+        store_per_image(to, pool, g, local, column, B, W, channel, C, TW, 1, PIXELS_LAST)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def channel_gates_kernel(
     partial,  # (parts, 2, B, C)
-    weights,  # (2, C, C) float32
+    vectors,  # ends with the weights (2, C, C)
     pooled,  # (2, B, C) float32
     gates,  # (2, B, C) float32: g
     parts,
     scale,  # 1 / (H W)
     B,
     C: tl.constexpr,
-    BB: tl.constexpr,
-    BC: tl.constexpr,
+    BLOCK: tl.constexpr,
     BK: tl.constexpr,
 ):
     """The parts summed to means, the product with the weights of both gates, the sigmoid."""
     gate = tl.program_id(2)
-    image = tl.program_id(1) * BB + tl.arange(0, BB)
-    channel = tl.program_id(0) * BC + tl.arange(0, BC)
+    image = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = image.to(tl.int64)[:, None] * C
     base = wide(gate) * B * C
-    sums = tl.zeros((BB, BC), tl.float32)
-    for start in range(0, C, BK):
-        k = start + tl.arange(0, BK)
+    sums = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for base_k in range(0, C, BK):
+        k = base_k + tl.arange(0, BK)
         there = (image < B)[:, None] & (k < C)[None, :]
-        mean = tl.zeros((BB, BK), tl.float32)
+        mean = tl.zeros((BLOCK, BK), tl.float32)
         for p in range(parts):
             at = partial + wide(p) * 2 * B * C + base
             mean += tl.load(at + row + k[None, :], there, 0.0)
         mean *= scale
         if tl.program_id(0) == 0:
             tl.store(pooled + base + row + k[None, :], mean, there)
-        at = weights + gate * C * C + channel[None, :] * C + k[:, None]
+        at = vectors + 46 * C + gate * C * C + channel[None, :] * C + k[:, None]
         w = tl.load(at, (channel < C)[None, :] & (k < C)[:, None], 0.0)
         sums = tl.dot(mean, w, sums, input_precision="ieee")
     there = (image < B)[:, None] & (channel < C)[None, :]
@@ -279,43 +267,43 @@ def combine_kernel(
     proj = taps(vectors + 36 * C, channel, C, PIXELS_LAST)
     proj_bias = vector(vectors + 45 * C, channel, C, PIXELS_LAST)
     for g in range(group, until):
-        image, column, own = place(g, tile, B, W, TW, 2)
-        q_at = qkv + offsets(image, column, channel, H, W, 3 * C, PIXELS_LAST)
-        k_at = qkv + offsets(image, column, C + channel, H, W, 3 * C, PIXELS_LAST)
-        v_at = qkv + offsets(image, column, 2 * C + channel, H, W, 3 * C, PIXELS_LAST)
-        out_at = out + offsets(image, column, channel, H, W, C, PIXELS_LAST)
-        s_at = spatial + maps(image, H, W, 2, 0) + column
-        of_image = by_pixel(image.to(tl.int64) * C, PIXELS_LAST) + by_channel(channel, PIXELS_LAST)
-        known = by_pixel(column >= 0, PIXELS_LAST) & there
-        gate_q = tl.load(gates + of_image, known, 0.0)
-        gate_k = tl.load(gates + wide(B) * C + of_image, known, 0.0)
-        a_above = zeros(TW, BC, PIXELS_LAST)
-        a_same = zeros(TW, BC, PIXELS_LAST)
-        u_above = zeros(TW, BC, PIXELS_LAST)
-        u_same = zeros(TW, BC, PIXELS_LAST)
+        image, local, column, own = place(g, tile, B, W, TW, 2)
+        at = offsets(local, column, channel, H, W, 3 * C, TW, PIXELS_LAST)
+        out_at = offsets(local, column, channel, H, W, C, TW, PIXELS_LAST)
+        s_at = maps(local, column, H, W)
+        gate_q = load_per_image(gates, image, local, column, channel, C, TW, BC, PIXELS_LAST)
+        gate_k = load_per_image(
+            gates + wide(B) * C, image, local, column, channel, C, TW, BC, PIXELS_LAST
+        )
+        a_1 = zeros(TW, BC, PIXELS_LAST)
+        a_2 = a_1
+        u_1 = a_1
+        u_2 = a_1
         for h in tl.range(first - 2, last + 2, num_stages=STAGES):
             row = (column >= 0) & (column < limit(h, 0, H, W))
             inside = by_pixel(row, PIXELS_LAST) & there
-            at = row_offset(h, W, 3 * C, PIXELS_LAST)
-            q = tl.load(q_at + at, inside, 0.0).to(tl.float32)
-            k = tl.load(k_at + at, inside, 0.0).to(tl.float32)
-            row_before = (column >= 0) & (column < limit(h - 1, tl.maximum(first - 1, 0), H, W))
-            v = tl.load(
-                v_at + row_offset(h - 1, W, 3 * C, PIXELS_LAST),
-                by_pixel(row_before, PIXELS_LAST) & there,
-                0.0,
-            ).to(tl.float32)
-            s_q = tl.load(s_at + wide(h) * W, row, 0.0)
-            s_k = tl.load(s_at + wide(H + h) * W, row, 0.0)
+            q_at = qkv + start(image, h, H, W, 0, 3 * C, PIXELS_LAST)
+            k_at = qkv + start(image, h, H, W, C, 3 * C, PIXELS_LAST)
+            v_at = qkv + start(image, h - 1, H, W, 2 * C, 3 * C, PIXELS_LAST)
+            q = load(q_at, at, inside, TW, BC, PIXELS_LAST).to(tl.float32)
+            k = load(k_at, at, inside, TW, BC, PIXELS_LAST).to(tl.float32)
+            before = (column >= 0) & (column < limit(h - 1, tl.maximum(first - 1, 0), H, W))
+            before = by_pixel(before, PIXELS_LAST) & there
+            v = load(v_at, at, before, TW, BC, PIXELS_LAST).to(tl.float32)
+            s_q = tl.load(spatial + start_of_maps(image, h, H, W, 0) + s_at, row, 0.0)
+            s_k = tl.load(spatial + start_of_maps(image, h, H, W, 1) + s_at, row, 0.0)
             a = q * by_pixel(s_q, PIXELS_LAST) * gate_q + k * by_pixel(s_k, PIXELS_LAST) * gate_k
-            left, right = sides(a, TW, BC, PIXELS_LAST)
-            hidden, a_above, a_same = convolve_row(a_above, a_same, left, a, right, dwc)
-            u = (hidden + dwc_bias) * v
-            left, right = sides(u, TW, BC, PIXELS_LAST)
-            mixed, u_above, u_same = convolve_row(u_above, u_same, left, u, right, proj)
+            u = (convolve(a_2, a_1, a, dwc, TW, BC, PIXELS_LAST) + dwc_bias) * v
+            mixed = convolve(u_2, u_1, u, proj, TW, BC, PIXELS_LAST) + proj_bias
+            a_2, a_1 = a_1, a
+            u_2, u_1 = u_1, u
             done = (own >= 0) & (own < limit(h - 2, first, last, W))
-            tl.store(
-                out_at + row_offset(h - 2, W, C, PIXELS_LAST),
-                (mixed + proj_bias).to(out.dtype.element_ty),
+            store(
+                out + start(image, h - 2, H, W, 0, C, PIXELS_LAST),
+                out_at,
+                mixed,
                 by_pixel(done, PIXELS_LAST) & there,
+                TW,
+                BC,
+                PIXELS_LAST,
             )

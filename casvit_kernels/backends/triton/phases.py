@@ -5,9 +5,7 @@ Imported on first use: `import casvit_kernels` needs no triton.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +14,10 @@ from torch import Tensor
 from ... import ops
 from ...reference import MixerWeights
 from ..base import Combined, Gated, Mixed, ProjectionGradients
-from . import backward, forward
-from .tuning import Cut, cut, tile
+from .launch import launch, launch_small
+from .tuning import BLOCK, Cut, cut, tile
 
-_OPTIONS = {"enable_fp_fusion": True}  # its default is to change
-_BLOCK = 16  # of the small matrix kernels
+ALIGNMENT = 16  # bytes; kernels are compiled for tensors that have it, as all allocated here do
 
 
 class Projected(NamedTuple):
@@ -98,11 +95,9 @@ class TritonPhases:
         partial = _empty(x, size.programs, 2, 2, c)
         result = _empty(x, 2, 2, c)
         given = (*qkv, number, partial)
-        _launch("statistics", forward.statistics_kernel, x, size, given, 2)
-        with _device(x):
-            forward.merge_statistics_kernel[(-(-c // _BLOCK), 2)](
-                number, partial, result, size.programs, c, _BLOCK, _BLOCK, **_OPTIONS
-            )
+        launch("statistics", x, size, given, 2)
+        grid = (-(-c // BLOCK), 2, 1)
+        launch_small("merge_statistics", x, grid, (number, partial, result, size.programs))
         return result
 
     def mix(
@@ -127,6 +122,8 @@ class TritonPhases:
     ) -> Combined:
         b, c, height, width = x.shape
         size = _cut("backward_combine", x)
+        if grad.data_ptr() % ALIGNMENT:  # a part of a larger tensor
+            grad = grad.clone()
         grad_qkv = torch.empty_like(qkv.qkv)
         grad_sum = ops.empty_output(x, qkv.qkv.dtype)
         blocks = -(-c // tile("backward_combine", c).channels)
@@ -135,12 +132,12 @@ class TritonPhases:
         weights = _empty(x, size.programs, 20 * c)
         given = (grad, *qkv, spatial, channel)
         results = (grad_qkv, grad_sum, pixel, channel_sum, weights)
-        _launch("backward_combine", backward.backward_combine_kernel, x, size, (*given, *results))
+        launch("backward_combine", x, size, (*given, *results))
         dwc, dwc_bias, proj, proj_bias = weights.sum(0).split((9 * c, c, 9 * c, c))
         return Combined(
             grad_qkv,
             grad_sum,
-            pixel,
+            pixel.sum(0),
             channel_sum.sum(0),
             dwc.view(c, 1, 3, 3),
             dwc_bias,
@@ -164,8 +161,8 @@ class TritonPhases:
         logit = torch.empty_like(spatial)
         partial = _empty(x, size.programs, 2, 2, c)
         given = (*qkv, statistics, *eps, spatial, pixel, shift)
-        results = (logit, partial, pixel.shape[0])
-        _launch("backward_gate", backward.backward_gate_kernel, x, size, (*given, *results), 2)
+        results = (logit, partial)
+        launch("backward_gate", x, size, (*given, *results), 2)
         sums = partial.sum(0)
         per_gate = qkv.vectors[: 26 * c].view(2, 13, c)
         norm_weight, norm_bias, to_logit = per_gate[:, 10:].unbind(1)
@@ -192,13 +189,7 @@ class TritonPhases:
         size = _cut("backward_depthwise", x)
         weights = _empty(x, size.programs, 2, 10 * c)
         given = (*qkv, statistics, *eps, spatial, channel, shift, logit, coefficients, grad_sum)
-        _launch(
-            "backward_depthwise",
-            backward.backward_depthwise_kernel,
-            x,
-            size,
-            (*given, grad_qkv, weights),
-        )
+        launch("backward_depthwise", x, size, (*given, grad_qkv, weights))
         of_taps, of_bias = weights.sum(0).split((9 * c, c), 1)
         return of_taps.reshape(2, c, 3, 3), of_bias
 
@@ -235,26 +226,14 @@ def mix(
     spatial = _empty(x, b, 2, height, width)
     partial = _empty(x, size.parts, 2, b, c)
     given = (qkv, vectors, statistics, *eps, spatial, partial)
-    _launch("gates", forward.gates_kernel, x, size, given, 2)
+    launch("gates", x, size, given, 2)
     pooled, channel = _empty(x, 2, b, c), _empty(x, 2, b, c)
-    with _device(x):
-        forward.channel_gates_kernel[(-(-c // _BLOCK), -(-b // _BLOCK), 2)](
-            partial,
-            vectors[46 * c :],
-            pooled,
-            channel,
-            size.parts,
-            1 / (height * width),
-            b,
-            c,
-            _BLOCK,
-            _BLOCK,
-            min(64, max(_BLOCK, 1 << (c - 1).bit_length())),
-            **_OPTIONS,
-        )
+    grid = (-(-c // BLOCK), -(-b // BLOCK), 2)
+    arguments = (partial, vectors, pooled, channel, size.parts, 1 / (height * width), b)
+    launch_small("channel_gates", x, grid, arguments)
     out = ops.empty_output(x, dtype)
     size = _cut("combine", x)
-    _launch("combine", forward.combine_kernel, x, size, (qkv, vectors, spatial, channel, out))
+    launch("combine", x, size, (qkv, vectors, spatial, channel, out))
     return Mixed(out, spatial, pooled, channel)
 
 
@@ -274,25 +253,6 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
         return torch.bmm(grad.view(b, 3 * c, -1), maps.transpose(1, 2)).sum(0, dtype=torch.float32)
     # As many sums as images would be larger than the maps: rather turn these.
     return _rows(grad, grad.dtype).t() @ _rows(x, grad.dtype)
-
-
-def _launch(
-    name: str, kernel: Any, x: Tensor, size: Cut, given: Sequence[Any], gates: int = 1
-) -> None:
-    b, c, height, width = x.shape
-    t = tile(name, c)
-    sizes = (b, height, width, size.rows, size.repeat, c, _pixels_last(x))
-    with _device(x):
-        kernel[(size.programs, -(-c // t.channels), gates)](
-            *given, *sizes, t.pixels, t.channels, t.stages, num_warps=t.warps, **_OPTIONS
-        )
-
-
-def _device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it that of x."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
 
 
 def _cut(kernel: str, x: Tensor) -> Cut:

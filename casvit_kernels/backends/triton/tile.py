@@ -6,6 +6,11 @@ else the channels (channels_last).
 
 Where an image is narrower than the tile, several lie side by side with a column of zeros between
 them; where it is wider, tiles overlap by HALO lanes on each side, which their neighbours own.
+
+A tile is loaded, moved and stored as its even and its odd lanes: so a thread holds pairs of neighbours
+and half as many channels, whose weights fill most registers; half the neighbours are at hand.
+
+Offsets within a tile have 32 bits, what is common to the tile 64.
 """
 
 from __future__ import annotations
@@ -32,17 +37,17 @@ def layout(W, TW: tl.constexpr, HALO: tl.constexpr):
 
 @triton.jit
 def place(group, tile, B, W, TW: tl.constexpr, HALO: tl.constexpr):
-    """Image and column of each lane; the column is -1 where there is no pixel, and also in `own`
-    where the pixel is another tile's."""
+    """The first image of a tile; of each lane, the image counted from it and the column. The column
+    is -1 where there is no pixel, and also in `own` where the pixel is another tile's."""
     images, _, period, halo = layout(W, TW, HALO)
     lane = tl.arange(0, TW)
+    first = group * images
     local = lane // period
-    image = group * images + local
     column = tile * (TW - 2 * halo) - halo + lane % period
-    column = tl.where((local < images) & (image < B) & (column < W), column, -1)
+    there = (local < images) & (first + local < B)
+    column = tl.where(there & (column < W), column, -1)
     own = tl.where((lane >= halo) & (lane < TW - halo), column, -1)
-    image = tl.where(image < B, image, 0)
-    return image, column, own
+    return first, tl.where(there, local, 0), column, own
 
 
 @triton.jit
@@ -94,45 +99,140 @@ def zeros(TW: tl.constexpr, BC: tl.constexpr, PIXELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def offsets(image, column, channel, H, W, CHANNELS: tl.constexpr, PIXELS_LAST: tl.constexpr):
-    """Of row 0 of a tile in a map of CHANNELS channels, in elements; 64 bits wide."""
-    image = image.to(tl.int64)
+def start(first, row, H, W, channel, CHANNELS: tl.constexpr, PIXELS_LAST: tl.constexpr):
+    """Of an image's row, from a channel on."""
     if PIXELS_LAST:
-        pixel = image * H * W * CHANNELS + column
-        return by_pixel(pixel, PIXELS_LAST) + by_channel(channel.to(tl.int64) * H * W, PIXELS_LAST)
+        return ((wide(first) * CHANNELS + channel) * H + row) * W
     else:
-        pixel = (image * H * W + column) * CHANNELS
+        return (wide(first) * H + row) * W * CHANNELS + channel
+
+
+@triton.jit
+def maps(local, column, H, W):
+    """Offsets in maps (B, 2, H, W) of q's and k's gates, counted from `start_of_maps`."""
+    return local * (2 * H * W) + column
+
+
+@triton.jit
+def start_of_maps(first, row, H, W, which):
+    return ((wide(first) * 2 + which) * H + row) * W
+
+
+@triton.jit
+def pairs(t, TW: tl.constexpr, BC: tl.constexpr, PIXELS_LAST: tl.constexpr):
+    """The even and the odd lanes of a tile."""
+    if PIXELS_LAST:
+        return tl.split(tl.reshape(t, (BC, TW // 2, 2)))
+    else:
+        return tl.split(tl.permute(tl.reshape(t, (TW // 2, 2, BC)), (0, 2, 1)))
+
+
+@triton.jit
+def unpaired(even, odd, TW: tl.constexpr, BC: tl.constexpr, PIXELS_LAST: tl.constexpr):
+    if PIXELS_LAST:
+        return tl.reshape(tl.join(even, odd), (BC, TW))
+    else:
+        return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 1)), (TW, BC))
+
+
+@triton.jit
+def added(total, t, TW: tl.constexpr, BC: tl.constexpr, PIXELS_LAST: tl.constexpr):
+    """Add a tile to sums over lanes, kept for each pair of them."""
+    even, odd = pairs(t, TW, BC, PIXELS_LAST)
+    return total + even + odd
+
+
+@triton.jit
+def image_of_pair(local, column, TW: tl.constexpr):
+    """No pair has pixels of two images: there is a column of zeros between them. -1: of none."""
+    return tl.max(tl.reshape(tl.where(column >= 0, local, -1), (TW // 2, 2)), axis=1)
+
+
+@triton.jit
+def offsets(
+    local,
+    column,
+    channel,
+    H,
+    W,
+    CHANNELS: tl.constexpr,
+    TW: tl.constexpr,
+    PIXELS_LAST: tl.constexpr,
+):
+    """In a map of CHANNELS channels, counted from `start`, for `load` and `store`."""
+    if PIXELS_LAST:  # of even lanes alone, to have fewer addresses
+        odd = tl.arange(0, TW) % 2
+        image = tl.maximum(image_of_pair(local, column, TW), 0)
+        pixel = tl.max(tl.reshape(column - odd, (TW // 2, 2)), axis=1) + image * (H * W * CHANNELS)
+        return by_pixel(pixel, PIXELS_LAST) + by_channel(channel * (H * W), PIXELS_LAST)
+    else:
+        pixel = (local * (H * W) + column) * CHANNELS
         return by_pixel(pixel, PIXELS_LAST) + by_channel(channel, PIXELS_LAST)
 
 
 @triton.jit
-def row_offset(row, W, CHANNELS: tl.constexpr, PIXELS_LAST: tl.constexpr):
+def load(pointer, at, mask, TW: tl.constexpr, BC: tl.constexpr, PIXELS_LAST: tl.constexpr):
+    """A tile; 0 where the mask is not."""
     if PIXELS_LAST:
-        return wide(row) * W
+        even_there, odd_there = pairs(mask, TW, BC, PIXELS_LAST)
+        even = tl.load(pointer + at, even_there, 0.0)
+        odd = tl.load(pointer + 1 + at, odd_there, 0.0)
+        return unpaired(even, odd, TW, BC, PIXELS_LAST)
     else:
-        return wide(row) * W * CHANNELS
+        return tl.load(pointer + at, mask, 0.0)
 
 
 @triton.jit
-def maps(image, H, W, COUNT: tl.constexpr, which):
-    """Offsets of row 0 of map `which` of COUNT of one channel each, contiguous."""
-    return (image.to(tl.int64) * COUNT + which) * H * W
+def store(pointer, at, t, mask, TW: tl.constexpr, BC: tl.constexpr, PIXELS_LAST: tl.constexpr):
+    """A tile, in the dtype of the map."""
+    t = t.to(pointer.dtype.element_ty)
+    if PIXELS_LAST:
+        even, odd = pairs(t, TW, BC, PIXELS_LAST)
+        even_there, odd_there = pairs(mask, TW, BC, PIXELS_LAST)
+        tl.store(pointer + at, even, even_there)
+        tl.store(pointer + 1 + at, odd, odd_there)
+    else:
+        tl.store(pointer + at, t, mask)
 
 
 @triton.jit
-def sides(t, TW: tl.constexpr, BC: tl.constexpr, PIXELS_LAST: tl.constexpr):
-    """The tile moved by one lane: at each pixel its left and its right neighbour, 0 outside."""
-    lane = tl.arange(0, TW)
-    before = by_pixel(tl.maximum(lane - 1, 0), PIXELS_LAST)
-    after = by_pixel(tl.minimum(lane + 1, TW - 1), PIXELS_LAST)
-    nothing = by_channel(tl.zeros((BC,), tl.int32), PIXELS_LAST)
-    if PIXELS_LAST:
-        left, right = tl.gather(t, before + nothing, 1), tl.gather(t, after + nothing, 1)
-    else:
-        left, right = tl.gather(t, before + nothing, 0), tl.gather(t, after + nothing, 0)
-    left = tl.where(by_pixel(lane > 0, PIXELS_LAST), left, 0.0)
-    right = tl.where(by_pixel(lane < TW - 1, PIXELS_LAST), right, 0.0)
-    return left, right
+def moved(t, BY: tl.constexpr, LANES: tl.constexpr, BC: tl.constexpr, PIXELS_LAST: tl.constexpr):
+    """At each lane what is BY lanes further, 0 outside."""
+    lane = tl.arange(0, LANES) + BY
+    index = by_pixel(tl.minimum(tl.maximum(lane, 0), LANES - 1), PIXELS_LAST)
+    index += by_channel(tl.zeros((BC,), tl.int32), PIXELS_LAST)
+    there = by_pixel((lane >= 0) & (lane < LANES), PIXELS_LAST)
+    return tl.where(there, tl.gather(t, index, 1 if PIXELS_LAST else 0), 0.0)
+
+
+@triton.jit
+def from_left(t, TW: tl.constexpr, BC: tl.constexpr, PIXELS_LAST: tl.constexpr):
+    """At each pixel its left neighbour, 0 in the first lane."""
+    even, odd = pairs(t, TW, BC, PIXELS_LAST)
+    return unpaired(moved(odd, -1, TW // 2, BC, PIXELS_LAST), even, TW, BC, PIXELS_LAST)
+
+
+@triton.jit
+def from_right(t, TW: tl.constexpr, BC: tl.constexpr, PIXELS_LAST: tl.constexpr):
+    even, odd = pairs(t, TW, BC, PIXELS_LAST)
+    return unpaired(odd, moved(even, 1, TW // 2, BC, PIXELS_LAST), TW, BC, PIXELS_LAST)
+
+
+@triton.jit
+def convolve(above, mid, below, w, TW: tl.constexpr, BC: tl.constexpr, PIXELS_LAST: tl.constexpr):
+    """The middle row of a 3x3 convolution of three rows, which may have any dtype."""
+    above, mid, below = above.to(tl.float32), mid.to(tl.float32), below.to(tl.float32)
+    to_right = above * w[0] + mid * w[3] + below * w[6]
+    to_left = above * w[2] + mid * w[5] + below * w[8]
+    stays = above * w[1] + mid * w[4] + below * w[7]
+    left = from_left(to_right, TW, BC, PIXELS_LAST)
+    return stays + left + from_right(to_left, TW, BC, PIXELS_LAST)
+
+
+@triton.jit
+def reverse(w):
+    """The weights of a convolution's gradient at its input."""
+    return w[8], w[7], w[6], w[5], w[4], w[3], w[2], w[1], w[0]
 
 
 @triton.jit
@@ -172,11 +272,32 @@ def work(B, H, W, rows, repeat, TW: tl.constexpr, HALO: tl.constexpr):
 
 
 @triton.jit
+def load_per_image(
+    pointer,
+    first,
+    local,
+    column,
+    channel,
+    C: tl.constexpr,
+    TW: tl.constexpr,
+    BC: tl.constexpr,
+    PIXELS_LAST: tl.constexpr,
+):
+    """A tile of what a (B, C) matrix has for each image and channel; 0 where there is no pixel."""
+    image = image_of_pair(local, column, TW)
+    at = by_pixel(tl.maximum(image, 0) * C, PIXELS_LAST) + by_channel(channel, PIXELS_LAST)
+    there = by_pixel(image >= 0, PIXELS_LAST) & by_channel(channel < C, PIXELS_LAST)
+    pair = tl.load(pointer + wide(first) * C + at, there, 0.0)
+    return unpaired(pair, pair, TW, BC, PIXELS_LAST)
+
+
+@triton.jit
 def store_per_image(
     pointer,
-    t,
+    sums,
     group,
-    image,
+    local,
+    column,
     B,
     W,
     channel,
@@ -185,32 +306,11 @@ def store_per_image(
     HALO: tl.constexpr,
     PIXELS_LAST: tl.constexpr,
 ):
-    """Write the sum over the lanes of each image of a tile to row `image` of a (B, C) matrix."""
+    """Write what each image of a tile has in `sums`, which `added` made, to its row of (B, C)."""
     images, _, _, _ = layout(W, TW, HALO)
-    for i in range(group * images, tl.minimum((group + 1) * images, B)):
-        mine = tl.where(by_pixel(image == i, PIXELS_LAST), t, 0.0)
-        row = wide(i) * C
+    image = image_of_pair(local, column, TW)
+    first = group * images
+    for i in range(tl.minimum(images, B - first)):
+        mine = tl.where(by_pixel(image == i, PIXELS_LAST), sums, 0.0)
+        row = wide(first + i) * C
         tl.store(pointer + row + channel, over_pixels(mine, PIXELS_LAST), channel < C)
-
-
-@triton.jit
-def convolve_row(above, same, left, mid, right, w):
-    """Feed a row z(h) to a 3x3 convolution: the sum of row h-1 is complete, those of h and h+1 wait.
-
-    above, same: what rows h-1 and h have so far. Returns the sums of rows h-1, h and h+1.
-    """
-    return (
-        above + left * w[6] + mid * w[7] + right * w[8],
-        same + left * w[3] + mid * w[4] + right * w[5],
-        left * w[0] + mid * w[1] + right * w[2],
-    )
-
-
-@triton.jit
-def convolve_back_row(above, same, left, mid, right, w):
-    """The same for the gradient of a convolution at its input."""
-    return (
-        above + right * w[0] + mid * w[1] + left * w[2],
-        same + right * w[3] + mid * w[4] + left * w[5],
-        right * w[6] + mid * w[7] + left * w[8],
-    )

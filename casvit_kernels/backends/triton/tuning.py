@@ -22,7 +22,7 @@ class Tile(NamedTuple):
 
     pixels: int  # lanes, TW in the kernels
     channels: int  # BC
-    warps: int
+    threads: int
     stages: int  # rows under way between memory and registers
 
 
@@ -43,24 +43,26 @@ HALO = {
     "backward_gate": 1,
     "backward_depthwise": 2,
 }
+BLOCK = 16  # of the kernels of small matrices, in either direction
 # For kernels whose tile holds some of the channels.
 _BY_CHANNELS = {
-    "statistics": Tile(32, 16, 4, 3),
-    "combine": Tile(32, 16, 4, 3),
-    "backward_combine": Tile(32, 16, 8, 1),
-    "backward_depthwise": Tile(32, 16, 8, 1),
+    "statistics": Tile(32, 32, 128, 3),
+    "combine": Tile(32, 16, 64, 3),
+    "backward_combine": Tile(32, 16, 256, 1),
+    "backward_depthwise": Tile(32, 16, 256, 1),
 }
-_ELEMENTS = 4096  # of a tile with all channels
 
 
-def tile(kernel: str, channels: int) -> Tile:
-    """The tile of a kernel for maps of so many channels."""
+def tile(kernel: str, channels: int, pixels_last: bool = False) -> Tile:
+    """The tile of a kernel for maps of so many channels, NCHW where pixels_last."""
     if kernel in _BY_CHANNELS:
         return _BY_CHANNELS[kernel]
     padded = max(16, 1 << (channels - 1).bit_length())
-    pixels = min(32, max(8, _ELEMENTS // padded))
-    warps = min(16, max(1, pixels * padded // 256))
-    return Tile(pixels, padded, warps, 3)
+    pixels = min(32, max(8, 4096 // padded))
+    threads = min(512, pixels * padded // 8)
+    # Each row under way needs registers too, of which the backward has few.
+    stages = 3 if kernel == "gates" else 1 if pixels_last else 2
+    return Tile(pixels, padded, threads, stages)
 
 
 def cut(kernel: str, channels: int, images: int, height: int, width: int) -> Cut:
