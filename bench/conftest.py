@@ -7,10 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from measure import REPLAY, Case, Measured, Settings, write
+import torch
+from measure import (
+    GPU_CHOICE,
+    REPLAY,
+    Case,
+    Choice,
+    Measured,
+    Settings,
+    names,
+    settings_for,
+    write,
+)
 
 from casvit_kernels import backends
-from casvit_kernels.timing import BF16
 
 MODELS = ("xs", "s", "m", "t")
 
@@ -21,41 +31,57 @@ MEASURED = pytest.StashKey[dict[Case, Measured]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("casvit_kernels benchmarks")
-    group.addoption("--models", help="comma-separated, of xs,s,m,t (default: xs,t; quick: xs)")
-    group.addoption("--batches", help="comma-separated batch sizes (default: 1,8; quick: 1)")
+    group.addoption("--device", default="cpu", help="cpu (the default) or cuda")
+    group.addoption(
+        "--models", help="comma-separated, of xs,s,m,t (default: xs,t; on a GPU all; quick: xs)"
+    )
+    group.addoption(
+        "--batches", help="comma-separated batch sizes (default: 1,8; on a GPU 1,64,256; quick: 1)"
+    )
+    group.addoption(
+        "--inputs", help="comma-separated image sizes (default: 224; on a GPU 224,384; quick: 224)"
+    )
     group.addoption("--quick", action="store_true", help="try the machinery on the smallest cases")
-    group.addoption("--backend", default="cpu", help="of the fused candidates (default: cpu)")
+    group.addoption("--backend", help="of the fused candidates (default: cpu; on a GPU triton)")
     group.addoption("--json-dir", type=Path, help="where to write results, e.g. bench/results")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    quick = config.getoption("--quick")
-    rounds, seconds = (3, 0.005) if quick else (15, 0.05)
-    config.stash[SETTINGS] = Settings(rounds, seconds, config.getoption("--backend"), quick)
+    device, quick = config.getoption("--device"), config.getoption("--quick")
+    backend = config.getoption("--backend") or ("cpu" if device == "cpu" else "triton")
+    config.stash[SETTINGS] = settings_for(device, backend, quick)
     config.stash[MEASURED] = {}
-    unknown = set(models(config)) - set(MODELS)
+    if device not in ("cpu", "cuda"):
+        raise pytest.UsageError(f"--device: expected cpu or cuda, got {device}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no GPU")
+    given = config.getoption("--models")
+    unknown = set(given.split(",") if given else ()) - set(MODELS)
     if unknown:
         raise pytest.UsageError(
             f"--models: expected names out of {','.join(MODELS)}, got {','.join(sorted(unknown))}"
         )
     known = [s.name for s in backends()]
-    if config.getoption("--backend") not in known:
-        raise pytest.UsageError(
-            f"--backend: expected one of {','.join(known)}, got {config.getoption('--backend')}"
-        )
-    given = config.getoption("--batches")
-    if given and not all(b.isdecimal() and int(b) > 0 for b in given.split(",")):
-        raise pytest.UsageError(f"--batches: expected positive integers, got {given}")
+    if backend not in known:
+        raise pytest.UsageError(f"--backend: expected one of {','.join(known)}, got {backend}")
+    for option in ("--batches", "--inputs"):
+        given = config.getoption(option)
+        if given and not all(b.isdecimal() and int(b) > 0 for b in given.split(",")):
+            raise pytest.UsageError(f"{option}: expected positive integers, got {given}")
 
 
-def models(config: pytest.Config) -> list[str]:
-    given = config.getoption("--models") or ("xs" if config.getoption("--quick") else "xs,t")
-    return [str(name) for name in given.split(",")]
-
-
-def batches(config: pytest.Config) -> list[int]:
-    given = config.getoption("--batches") or ("1" if config.getoption("--quick") else "1,8")
-    return [int(b) for b in given.split(",")]
+def choice(config: pytest.Config) -> Choice:
+    device, quick = config.getoption("--device"), config.getoption("--quick")
+    found = Choice() if device == "cpu" else GPU_CHOICE
+    if quick:
+        found = Choice(("xs",), (1,), (224,), device != "cpu", True)
+    if given := config.getoption("--models"):
+        found = found._replace(models=tuple(given.split(",")))
+    if given := config.getoption("--batches"):
+        found = found._replace(batches=tuple(map(int, given.split(","))))
+    if given := config.getoption("--inputs"):
+        found = found._replace(inputs=tuple(map(int, given.split(","))))
+    return found
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -63,21 +89,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not {"case", "candidate"} <= set(metafunc.fixturenames):
         return
     config = metafunc.config
-    cases = metafunc.module.cases(models(config), batches(config), config.getoption("--quick"))
+    chosen = choice(config)
     metafunc.parametrize(
         ("case", "candidate"),
         [
             pytest.param(case, name, id=f"{case.id}-{name.replace(' ', '_')}")
-            for case in cases
-            for name in names(metafunc.module.NAMES, case)
+            for case in metafunc.module.cases(chosen)
+            for name in names(metafunc.module, case, chosen.gpu)
         ],
     )
-
-
-def names(known: tuple[str, ...], case: Case) -> list[str]:
-    if case.dtype == "bfloat16":
-        return [name + BF16 for name in known if name != "onnxruntime"]
-    return list(known)
 
 
 @pytest.fixture
@@ -93,7 +113,8 @@ def show(
         if candidate in measured.absent:
             reason = measured.absent[candidate]
             # What this library offers must not go missing where the plain counterpart is there.
-            if candidate.startswith("fused") and "compile" not in measured.absent:
+            compiles = {"compile", "compile channels_last"} & measured.absent.keys()
+            if candidate.startswith("fused") and not compiles:
                 pytest.fail(f"{candidate} cannot be built: {reason}", pytrace=False)
             pytest.skip(reason)
         timing = measured.timings[candidate]
@@ -103,7 +124,7 @@ def show(
             "p25_s": timing.p25,
             "p75_s": timing.p75,
             "calls_per_round": timing.calls,
-            "max_error": measured.errors[candidate],
+            "max_error": measured.errors.get(candidate),
         }
         REPLAY.load(timing.samples)
         benchmark.pedantic(REPLAY.step, rounds=timing.rounds)
@@ -120,7 +141,8 @@ def _measured(request: pytest.FixtureRequest, case: Case) -> Measured:
         if not status.usable:
             pytest.fail(f"backend {status.name!r} is not usable: {status.reason}", pytrace=False)
         try:
-            done[case] = request.module.run(case, names(request.module.NAMES, case), settings)
+            wanted = names(request.module, case, settings.device != "cpu")
+            done[case] = request.module.run(case, wanted, settings)
         except Exception as error:
             done[case] = Measured(case, refused=f"{type(error).__name__}: {error}")
             raise

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from saved_bytes import kept_by
 from torch import Tensor, nn
 
 from casvit_kernels import timing
@@ -19,13 +21,15 @@ from casvit_kernels.parity import FACTOR, GRADIENT_FACTOR
 from casvit_kernels.timing import Timing
 
 VANISHING = 1e-9
+CHUNK = 32  # images of float64 at a time
 
 
 @dataclass(frozen=True)
 class Case:
     """What is computed; its fields are the description in the JSON."""
 
-    level: str  # "mixer", "model", "training" (forward and backward) or "training-forward"
+    level: str  # "mixer", "model"; forward and backward: "training" (mixer), "model-training"; or
+    # "training-forward"
     model: str  # "xs", "s", "m", "t"
     stage: int | None  # 1 to 4, None for a whole model
     channels: int  # of x
@@ -40,12 +44,46 @@ class Case:
         return name + "-forward" if self.level == "training-forward" else name
 
 
+class Choice(NamedTuple):
+    """Which cases to measure."""
+
+    models: tuple[str, ...] = ("xs", "t")
+    batches: tuple[int, ...] = (1, 8)
+    inputs: tuple[int, ...] = (224,)  # heights and widths of images
+    gpu: bool = False  # what is worth measuring there: bfloat16, and steps of whole models
+    quick: bool = False
+
+
+GPU_CHOICE = Choice(("xs", "s", "m", "t"), (1, 64, 256), (224, 384), True)
+
+
 @dataclass(frozen=True)
 class Settings:
     rounds: int = 15
     min_round_seconds: float = 0.05
     backend: str = "cpu"
     quick: bool = False  # a trial of the machinery: its numbers are not for reporting
+    device: str = "cpu"
+    pause_seconds: float = 0.05
+    cold: bool = True  # on a GPU: mixers are timed with an L2 cache that holds other data
+
+
+def settings_for(device: str, backend: str, quick: bool = False) -> Settings:
+    rounds, seconds = (3, 0.005) if quick else (15, 0.05)
+    if device == "cpu":
+        return Settings(rounds, seconds, backend, quick)
+    return Settings(rounds, seconds / 2, backend, quick, device, pause_seconds=0.0)
+
+
+def names(level: Any, case: Case, gpu: bool) -> list[str]:
+    """The candidates of one case, out of the lists of a test file."""
+    if gpu and case.level == "model-training":
+        known = level.TRAINING_GPU_NAMES
+    else:
+        known = level.GPU_NAMES if gpu else level.NAMES
+    if case.dtype == "bfloat16":
+        return [name + timing.BF16 for name in known if name != "onnxruntime"]
+    return list(known)
 
 
 @dataclass
@@ -56,6 +94,7 @@ class Measured:
     timings: dict[str, Timing] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)  # see _largest_error; against float64
     absent: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)  # see _memory
     refused: str | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -70,7 +109,8 @@ class Measured:
                 "p75_s": _short(t.p75),
                 "rounds": t.rounds,
                 "calls_per_round": t.calls,
-                "max_error": _short(self.errors[name]),
+                "max_error": _short(self.errors[name]) if name in self.errors else None,
+                **self.memory.get(name, {}),
             }
             for name, t in self.timings.items()
         ]
@@ -84,6 +124,7 @@ def measure(
     x: Tensor,
     candidates: Mapping[str, Callable[[], object]],
     settings: Settings,
+    trial: tuple[Tensor, Mapping[str, Callable[[], object]]] | None = None,
 ) -> Measured:
     """Compare with float64, then time. Where a fused candidate fails parity nothing is timed.
 
@@ -91,60 +132,105 @@ def measure(
         module: the plain module that the candidates compute.
         x: its input, float32.
         candidates: as `casvit_kernels.timing` makes them; ``eager`` is among them.
+        trial: a smaller input and its candidates, eager and fused: these are compared instead.
     """
     measured = Measured(case)
-    if case.dtype == "bfloat16" and case.level != "model":
-        x = x.to(torch.bfloat16)  # what the candidates get
     eager = "eager bf16" if case.dtype == "bfloat16" else "eager"
-    truth = _truth(case, module, x)
+    compared, among = trial or (x, candidates)
+    truth = _truth(case, module, compared)
     with torch.inference_mode():
 
-        def compare(name: str) -> None:
+        def call(name: str, among: Mapping[str, Callable[[], object]]) -> object:
             try:
-                out = candidates[name]()
-            except timing.Unavailable as error:
-                measured.absent[name] = str(error)
-                return
-            measured.errors[name] = _largest_error(out, truth)
+                return among[name]()
+            except (timing.Unavailable, torch.OutOfMemoryError) as error:
+                measured.absent[name] = str(error).splitlines()[0]
+                return None
 
-        judged = [eager, *(name for name in candidates if name.startswith("fused"))]
-        for name in judged:
-            compare(name)
-        measured.refused = _refusal(case, measured.errors, eager, truth)
+        def compare(names: Iterable[str], among: Mapping[str, Callable[[], object]]) -> None:
+            for name in names:
+                out = call(name, among)
+                if out is not None:
+                    measured.errors[name] = _largest_error(case, out, truth)
+
+        judged = [eager, *(name for name in among if name.startswith("fused"))]
+        compare(judged, among)
+        measured.refused = _refusal(case, measured, eager, truth)
         if measured.refused is not None:
             return measured  # before the baselines are compiled and exported
-        for name in candidates:
-            if name not in judged:
-                compare(name)
-    present = {name: call for name, call in candidates.items() if name in measured.errors}
+        if trial is None:
+            compare((name for name in candidates if name not in judged), candidates)
+        else:
+            for name in candidates:
+                call(name, candidates)
+        truth = ()  # gigabytes
+        present = {name: c for name, c in candidates.items() if name not in measured.absent}
+        measured.memory = {name: _memory(case, name, c) for name, c in present.items()}
     measured.timings = timing.interleave(
-        present, rounds=settings.rounds, min_round_seconds=settings.min_round_seconds
+        present,
+        rounds=settings.rounds,
+        min_round_seconds=settings.min_round_seconds,
+        pause_seconds=settings.pause_seconds,
+        stopwatch=_stopwatch(case, settings),
     )
     return measured
 
 
+def _stopwatch(case: Case, settings: Settings) -> timing.Stopwatch | None:
+    if settings.device == "cpu":
+        return None
+    # Whole models and backwards write far more than the cache holds between one use and the next.
+    cold = settings.cold and case.level == "mixer"
+    return timing.CudaStopwatch(torch.device(settings.device), cold)
+
+
+def _memory(case: Case, name: str, call: Callable[[], object]) -> dict[str, int]:
+    """The most that a call allocates on the GPU, and what a mixer keeps for its backward.
+
+    In bytes, beyond what stays between calls. A CUDA graph never gives its memory back: no figure.
+    """
+    found = {}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        for _ in range(3):  # graphs are recorded
+            call()
+        if "max-autotune" not in name:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            torch.cuda.synchronize()
+            found["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    if case.level == "training" and name.startswith(("eager", "fused")):
+        own = {t.untyped_storage().data_ptr() for t in gc.get_objects() if type(t) is nn.Parameter}
+        found["kept_bytes"] = sum(kept_by(call, own).values())
+    return found
+
+
 def _truth(case: Case, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     """The output in float64; for a training step the gradients too."""
+    if case.dtype == "bfloat16" and "model" not in case.level:
+        x = x.to(torch.bfloat16)  # what the candidates get
     module, x = copy.deepcopy(module).double(), x.double()
-    if not case.level.startswith("training"):
+    if "training" not in case.level:
         with torch.no_grad():
-            return (module.eval()(x),)
-    x.requires_grad_()
+            return (torch.cat([module.eval()(images) for images in x.split(CHUNK)]),)
+    x.requires_grad_(case.level == "training")
     out = module.train()(x)
     if case.level == "training-forward":
         return (out.detach(),)
-    grad = timing.output_gradient(x.to(getattr(torch, case.dtype)).detach()).double()
+    grad = timing.output_gradient(out.detach().to(getattr(torch, case.dtype))).double()
     out, *grads = timing.training_step(module, x, out, grad)
     return (out.detach(), *grads)
 
 
-def _refusal(
-    case: Case, errors: dict[str, float], eager: str, truth: tuple[Tensor, ...]
-) -> str | None:
+def _refusal(case: Case, measured: Measured, eager: str, truth: tuple[Tensor, ...]) -> str | None:
     """Where a fused candidate is further from `truth` than `FACTOR` times eager is.
 
     For gradients it is `GRADIENT_FACTOR` times, as in the parity suite.
     """
+    errors = measured.errors
+    if eager not in errors:
+        return f"nothing to compare with, {eager}: {measured.absent[eager]}"
     factor = FACTOR if len(truth) == 1 else GRADIENT_FACTOR
     # Not less than one ulp: PyTorch may have been exact by luck.
     scale = truth[0].abs().max().item() if len(truth) == 1 else 1.0
@@ -194,10 +280,28 @@ def randomise_statistics(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
+def copy_bandwidth(device: str, quick: bool = False) -> float:
+    """Bytes per second of a copy within the device's memory, read and written ones; the median."""
+    size = 1 << (24 if quick or device == "cpu" else 30)
+    source = torch.ones(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    watch: timing.Stopwatch = timing.WallStopwatch()
+    if device != "cpu":
+        watch = timing.CudaStopwatch(torch.device(device), cold=False)
+    found = timing.interleave(
+        {"copy": lambda: target.copy_(source)},
+        rounds=9,
+        min_round_seconds=0.0,
+        pause_seconds=0.0,
+        stopwatch=watch,
+    )
+    return 2 * size / found["copy"].median
+
+
 def write(folder: Path, measured: list[Measured], settings: Settings) -> list[Path]:
     """One file for each level and model, `mixer-xs-cpu.json`; each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = timing.environment()
+    environment = timing.environment(settings.device)
     files: dict[str, list[Measured]] = {}
     for m in measured:
         name = f"{m.case.level}-{m.case.model}-{environment['device']}.json"
@@ -214,21 +318,31 @@ def write(folder: Path, measured: list[Measured], settings: Settings) -> list[Pa
     return [folder / name for name in files]
 
 
-def _largest_error(got: Any, truth: tuple[Tensor, ...]) -> float:
-    """The largest error of one output; of several, each as a part of its tensor's largest value."""
+def _largest_error(case: Case, got: Any, truth: tuple[Tensor, ...]) -> float:
+    """The largest error of one output; of several, each as a part of its tensor's largest value.
+
+    In a whole model's step the errors of all gradients are taken together, as vectors: any one is a
+    lottery after so many layers, and the parity suite has looked at those of the mixers.
+    """
     if not isinstance(got, tuple):
         got = (got if isinstance(got, Tensor) else torch.from_numpy(got),)
-    errors = []
+    errors, squares = [], [0.0, 0.0]
     for g, t in zip(got, truth, strict=True):
         if g.shape != t.shape:
             return math.inf
-        error, size = (g.double() - t).abs().max().item(), t.abs().max().item()
+        wrong = g.double() - t
+        error, size = wrong.abs().max().item(), t.abs().max().item()
         if len(truth) == 1:
             return error
+        if case.level == "model-training" and t is not truth[0]:
+            squares[0] += wrong.square().sum().item()
+            squares[1] += t.square().sum().item()
         # A gradient that vanishes identically (of a bias before batch statistics) has no digits.
-        if size > VANISHING * truth[0].abs().max().item() or math.isnan(error):
+        elif size > VANISHING * truth[0].abs().max().item() or math.isnan(error):
             errors.append(error / size)
-    return max(errors)
+    if squares[1] > 0:
+        errors.append(math.sqrt(squares[0] / squares[1]))
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 def _short(value: float) -> float:

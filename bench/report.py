@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
@@ -21,6 +22,8 @@ NOT_MEASURED = "not measured"
 KEPT = "saved_bytes.json"  # written by saved_bytes.py
 ACCURACY = "int8_accuracy.json"  # written by int8_accuracy.py
 MODELS = ("xs", "t")
+SPEED = ("mixer", "training", "model", "model-training")  # files of gpu.py; the others are verdicts
+GPU_MODELS, GPU_BATCH = ("xs", "s", "m", "t"), 256
 
 Document = dict[str, Any]
 Case = dict[str, Any]
@@ -66,6 +69,41 @@ def load(folder: Path) -> list[Document]:
     return documents
 
 
+def load_gpu(folder: Path) -> dict[str, dict[str, Document]]:
+    """The files of gpu.py: by folder (a GPU), then by part.
+
+    Raises:
+        ReportError: a file is none of gpu.py, or one whose numbers are not for reporting: of a trial,
+            of the CPU, or of sources whose parity was not green.
+    """
+    found: dict[str, dict[str, Document]] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        name = f"{path.parent.name}/{path.name}"
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            stamp, _, cases = document["stamp"], document["settings"], document["cases"]
+            quick, device = stamp["quick"], document["environment"]["device"]
+            [case["id"] for case in cases]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ReportError(f"{name}: expected a file of bench/gpu.py: {error!r}") from None
+        if quick or device == "cpu":
+            raise ReportError(f"{name}: a trial of the machinery, it is not reported")
+        found.setdefault(path.parent.name, {})[path.stem] = document
+    for gpu, parts in found.items():
+        parity = parts.get("parity", {"stamp": None, "cases": []})
+        for part in SPEED:
+            if part not in parts:
+                continue
+            stamp = parts[part]["stamp"]
+            own = [c for c in parity["cases"] if c["id"].startswith(f"{stamp['backend']}-")]
+            green = own and all(case.get("passed") for case in own)
+            if not green or stamp != parity["stamp"]:
+                raise ReportError(
+                    f"{gpu}/{part}.json: no speed without green parity of its sources"
+                )
+    return found
+
+
 def load_kept(folder: Path) -> Document | None:
     """What mixers keep for the backward; None where that was not measured.
 
@@ -102,22 +140,28 @@ def load_accuracy(folder: Path) -> Document | None:
     return dict(document)
 
 
-def judge(case: Case | None) -> Verdict | str:
-    """The figures of one case, or in words why there are none."""
+def judge(case: Case | None, layout: str = "") -> Verdict | str:
+    """The figures of one case, or in words why there are none.
+
+    `layout` is " channels_last" for the fused candidate of that layout.
+    """
     if case is None:
         return NOT_MEASURED
-    if "refused" in case:
+    if "refused" in case or "error" in case:
         return "refused"
     suffix = " bf16" if case["dtype"] == "bfloat16" else ""
     ms = {r["candidate"]: 1e3 * r["median_s"] for r in case["rows"] if "median_s" in r}
     rivals = [name for name in ms if not name.startswith("fused")]
-    if "fused" + suffix not in ms or "eager" + suffix not in ms:
+    fused, eager = "fused" + layout + suffix, "eager" + suffix
+    if fused not in ms or eager not in ms:
         return NOT_MEASURED
     best = min(rivals, key=lambda name: ms[name])
-    return Verdict(ms["fused" + suffix], ms[best], best, ms["eager" + suffix])
+    return Verdict(ms[fused], ms[best], best, ms[eager])
 
 
-def readme_table(documents: list[Document]) -> str:
+def readme_table(
+    documents: list[Document], gpus: dict[str, dict[str, Document]] | None = None
+) -> str:
     """The text between the markers of README.md."""
     lines = [
         "| 224x224 input, fp32, batch 8 | fused, ms | best baseline, ms | speed-up | over eager | "
@@ -136,13 +180,127 @@ def readme_table(documents: list[Document]) -> str:
     for model in MODELS:
         pair = (_find(documents, "model", model, None, batch) for batch in (8, 1))
         lines.append(_readme_row(f"whole rcvit_{model}", *pair, None))
-    lines.append("| any GPU | " + " | ".join([NOT_MEASURED] * 6) + " |")
+    if not gpus:
+        lines.append("| any GPU | " + " | ".join([NOT_MEASURED] * 6) + " |")
     lines += ["", *_caption(documents), "", "![Speed-up by stage](docs/bench.svg)"]
+    for parts in (gpus or {}).values():
+        title = f"Mixers of stages 1 and 2 on {_gpu_facts(next(iter(parts.values())))}"
+        lines += ["", f"{title}; bfloat16, batch 256, 224x224 input:", ""]
+        lines += [f"- {line}" for line in goal_lines(parts[p] for p in SPEED if p in parts)]
     return "\n".join(lines)
 
 
+class Goal(NamedTuple):
+    """What is wanted of the mixers of stages 1 and 2; see `goal_lines`."""
+
+    text: str
+    level: str
+    figure: Callable[[Case], float | None]
+    least: float
+
+
+def _times(baseline: str) -> Callable[[Case], float | None]:
+    """How many times faster than a baseline."""
+
+    def figure(case: Case) -> float | None:
+        return _divide(_value(case, baseline), _value(case, "fused channels_last"))
+
+    return figure
+
+
+def _share(candidate: str) -> Callable[[Case], float | None]:
+    """The time to read q, k, v and write the output once, over the candidate's."""
+
+    def figure(case: Case) -> float | None:
+        units = 4 * case["batch"] * case["channels"] * case["size"] ** 2
+        return _divide(units * 2 / case["copy_bytes_per_s"], _value(case, candidate))
+
+    return figure
+
+
+def _less_kept(case: Case) -> float | None:
+    return _divide(
+        _value(case, "eager channels_last", "kept_bytes"),
+        _value(case, "fused channels_last", "kept_bytes"),
+    )
+
+
+def _value(case: Case, candidate: str, key: str = "median_s") -> float | None:
+    name = f"{candidate} bf16"
+    return next((r.get(key) for r in case.get("rows", ()) if r["candidate"] == name), None)
+
+
+def _divide(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+GOALS = (
+    Goal("forward, share of the memory floor", "mixer", _share("fused channels_last"), 0.6),
+    Goal("forward after the qkv product, share", "mixer", _share("fused mix channels_last"), 0.6),
+    Goal("forward over eager channels_last", "mixer", _times("eager channels_last"), 5.0),
+    Goal("forward over max-autotune", "mixer", _times("max-autotune channels_last"), 2.0),
+    Goal("step over eager channels_last", "training", _times("eager channels_last"), 3.0),
+    Goal("step over max-autotune", "training", _times("max-autotune channels_last"), 1.7),
+    Goal("times less kept for the backward", "training", _less_kept, 4.0),
+)
+
+
+def goal_lines(documents: Iterable[Document]) -> list[str]:
+    """For each goal the worst of the mixers of stages 1 and 2 (bf16, batch 256, 224x224 input)."""
+    cases = [case for document in documents for case in document["cases"]]
+    lines = []
+    for goal in GOALS:
+        figures = {}
+        for model in GPU_MODELS:
+            for stage in (1, 2):
+                wanted = {"level": goal.level, "model": model, "stage": stage}
+                wanted |= {"size": 112 >> stage, "batch": GPU_BATCH, "dtype": "bfloat16"}
+                for case in cases:
+                    if wanted.items() <= case.items() and (value := goal.figure(case)) is not None:
+                        figures[f"{model} stage {stage}"] = value
+        lines.append(_goal_line(goal, figures, of=2 * len(GPU_MODELS)))
+    return lines
+
+
+def _goal_line(goal: Goal, figures: dict[str, float], of: int) -> str:
+    text = f"{goal.text} (goal {goal.least:g})"
+    if not figures:
+        return f"{text}: {NOT_MEASURED}"
+    worst = min(figures, key=lambda name: figures[name])
+    verdict = "met" if figures[worst] >= goal.least else "missed"
+    if verdict == "met" and len(figures) < of:
+        verdict = "met where measured"
+    return f"{text}: {verdict}, {figures[worst]:.2f} at worst ({worst}; {len(figures)} of {of} measured)"
+
+
+def gpu_tables(name: str, parts: dict[str, Document]) -> list[str]:
+    """Everything that gpu.py found on one GPU."""
+    document = next(iter(parts.values()))
+    lines = ["", f"## {name}", "", f"{_gpu_facts(document)}.", ""]
+    lines += [f"- {line}" for line in goal_lines(parts[p] for p in SPEED if p in parts)]
+    for part in ("parity", "behaviour", "sanitizer"):
+        cases = parts[part]["cases"] if part in parts else []
+        passed = sum(bool(case.get("passed")) for case in cases)
+        lines.append(
+            f"- {part}: " + (f"{passed} of {len(cases)} passed" if cases else NOT_MEASURED)
+        )
+    lines += [
+        "",
+        "Speed-up: median of the best baseline over median of `fused channels_last`. Share: of the "
+        "time that a copy of as many bytes takes as reading q, k, v and writing the output once, "
+        "in a mixer's forward. Memory: what a call allocates at most.",
+    ]
+    for part in SPEED:
+        cases = parts[part]["cases"] if part in parts else []
+        lines += ["", f"### {part}", "", *(_matrix(cases, gpu=True) if cases else [NOT_MEASURED])]
+    return lines
+
+
 def complete_tables(
-    documents: list[Document], kept: Document | None, accuracy: Document | None = None
+    documents: list[Document],
+    kept: Document | None,
+    gpus: dict[str, dict[str, Document]] | None = None,
+    accuracy: Document | None = None,
 ) -> str:
     """bench/results/README.md."""
     lines = [
@@ -162,6 +320,8 @@ def complete_tables(
             cases = [c for c in document["cases"] if c["dtype"] == dtype]
             if cases:
                 lines += ["", f"### {dtype}", "", *_matrix(cases)]
+    for name, parts in (gpus or {}).items():
+        lines += gpu_tables(name, parts)
     if kept is not None:
         lines += ["", "## Memory kept for the backward", "", *_kept_table(kept)]
     if accuracy is not None:
@@ -251,12 +411,12 @@ def outputs(root: Path) -> dict[Path, str]:
     if not readme.is_file():
         raise ReportError(f"README.md: expected a file at {readme}")
     results = root / "bench" / "results"
-    documents, kept = load(results), load_kept(results)
+    documents, kept, gpus = load(results), load_kept(results), load_gpu(results)
     accuracy = load_accuracy(results)
     return {
-        readme: with_table(readme.read_text(encoding="utf-8"), readme_table(documents)),
+        readme: with_table(readme.read_text(encoding="utf-8"), readme_table(documents, gpus)),
         root / "docs" / "bench.svg": picture(documents),
-        results / "README.md": complete_tables(documents, kept, accuracy),
+        results / "README.md": complete_tables(documents, kept, gpus, accuracy),
     }
 
 
@@ -339,10 +499,20 @@ def _environments(documents: list[Document]) -> list[str]:
 def _facts(document: Document) -> str:
     e = document["environment"]
     runtime = e["onnxruntime"] or "not installed"
-    return (
+    gpu = f"{e['gpu']}, " if "gpu" in e else ""
+    return gpu + (
         f"{e['cpu']} ({e['isa']} kernels), {e['threads']} of {e['cores']} cores, "
         f"casvit_kernels {e['casvit_kernels']}, torch {e['torch']}, ONNX Runtime {runtime}, "
         f"{e['date'][:10]}"
+    )
+
+
+def _gpu_facts(document: Document) -> str:
+    e = document["environment"]
+    return (
+        f"{e['gpu']} (CUDA or HIP {e['cuda']}), backend {document['stamp']['backend']}, casvit_kernels "
+        f"{e['casvit_kernels']}, sources {document['stamp']['version']}, torch {e['torch']}, "
+        f"triton {e['triton']}, {e['date'][:10]}"
     )
 
 
@@ -352,6 +522,8 @@ def _gaps(cases: list[Case]) -> list[str]:
     for case in cases:
         if "refused" in case:
             gaps.append(f"Refused, {_title(case)}: {case['refused']}.")
+        if "error" in case:
+            gaps.append(f"Refused, {case['id']}: {case['error']}.")
         for row in case.get("rows", ()):
             if "absent" in row:
                 gaps.append(f"{row['candidate']} {NOT_MEASURED}: {row['absent']}.")
@@ -396,29 +568,39 @@ def _accuracy_table(accuracy: Document) -> list[str]:
     return lines
 
 
-def _matrix(cases: list[Case]) -> list[str]:
-    """Cases down, candidates across."""
+def _matrix(cases: list[Case], gpu: bool = False) -> list[str]:
+    """Cases down, candidates across; on a GPU memory and share beside the milliseconds."""
+    measured = [case for case in cases if "error" not in case]
     names = list(dict.fromkeys(row["candidate"] for c in cases for row in c.get("rows", ())))
     lines = [
         "| case | " + " | ".join([*names, "speed-up"]) + " |",
         "|---|" + "---:|" * (len(names) + 1),
     ]
-    for case in cases:
+    for case in measured:
         rows = {row["candidate"]: row for row in case.get("rows", ())}
-        cells = [_cell(rows.get(name)) for name in names]
-        cells.append(_speed_up(case, rows))
+        cells = [_cell(rows.get(name)) + _extra(case, name, gpu) for name in names]
+        cells.append(_speed_up(case, rows, " channels_last" if gpu else ""))
         lines.append(f"| {_title(case)} | {' | '.join(cells)} |")
     for gap in _gaps(cases):
         lines += ["", gap]
     return lines
 
 
-def _speed_up(case: Case, rows: dict[str, Any]) -> str:
+def _speed_up(case: Case, rows: dict[str, Any], layout: str) -> str:
     if case["level"] == "export" and "refused" not in case:
         pair = [rows.get(name, {}).get("median_s") for name in ("onnxruntime plain", "onnxruntime")]
         return f"{pair[0] / pair[1]:.2f}x" if all(pair) else NOT_MEASURED
-    verdict = judge(case)
+    verdict = judge(case, layout)
     return f"{verdict.ratio:.2f}x" if isinstance(verdict, Verdict) else verdict
+
+
+def _extra(case: Case, candidate: str, gpu: bool) -> str:
+    """Memory and share of a candidate, where they were measured."""
+    name = candidate.removesuffix(" bf16")
+    peak = _value(case, name, "peak_bytes") if gpu else None
+    share = _share(name)(case) if gpu and case["level"] == "mixer" else None
+    text = f", {peak / 2**20:,.0f} MiB" if peak is not None else ""
+    return text + (f", share {share:.2f}" if share is not None else "")
 
 
 def _cell(row: dict[str, Any] | None) -> str:

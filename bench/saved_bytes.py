@@ -8,6 +8,7 @@ Counted by saved-tensor hooks: every storage once, the input with it, parameters
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ MODELS, SIZES, BATCH = ("xs", "t"), (56, 28, 14, 7), 2
 def kept(module: nn.Module, x: Tensor) -> dict[int, int]:
     """Bytes of each storage that autograd keeps in one call, by address."""
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    return kept_by(lambda: module(x), own)
+
+
+def kept_by(
+    call: Callable[[], object], own: frozenset[int] | set[int] = frozenset()
+) -> dict[int, int]:
+    """As `kept`, of a call that may run the backward too; storages at addresses `own` are left out."""
     found: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -33,8 +41,7 @@ def kept(module: nn.Module, x: Tensor) -> dict[int, int]:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = module(x)  # alive until all is counted: no address comes twice
-    assert out.requires_grad
+        call()  # what it keeps is alive until all is counted: no address comes twice
     return found
 
 

@@ -6,34 +6,54 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from measure import REPLAY, Case, Measured, Settings, measure, randomise_statistics
+from measure import REPLAY, Case, Choice, Measured, Settings, measure, randomise_statistics
 
 from casvit_kernels.models import CONFIGS
 from casvit_kernels.reference import AdditiveTokenMixer
-from casvit_kernels.timing import MIXER_NAMES, mixer_candidates
+from casvit_kernels.timing import GPU_MIXER_NAMES, MIXER_NAMES, mixer_candidates
 
-NAMES = MIXER_NAMES
-SIZES = (56, 28, 14, 7)
+NAMES, GPU_NAMES = MIXER_NAMES, GPU_MIXER_NAMES
 BF16_BATCH = 8
 
 
-def cases(models: list[str], batches: list[int], quick: bool) -> list[Case]:
-    stages = [4] if quick else [1, 2, 3, 4]
+def cases(choice: Choice) -> list[Case]:
     return [
-        Case("mixer", m, s, CONFIGS[f"rcvit_{m}"].dims[s - 1], SIZES[s - 1], batch, dtype)
-        for m in models
-        for s in stages
-        for batch in batches
-        for dtype in (("float32", "bfloat16") if batch == BF16_BATCH else ("float32",))
+        Case("mixer", *mixer, batch, dtype)
+        for mixer in mixers(choice)
+        for batch in choice.batches
+        for dtype in dtypes(choice, batch)
     ]
 
 
+def mixers(choice: Choice) -> list[tuple[str, int, int, int]]:
+    """Model, stage, channels, size."""
+    return [
+        (model, stage, CONFIGS[f"rcvit_{model}"].dims[stage - 1], pixels // (2 << stage))
+        for pixels in choice.inputs
+        for model in choice.models
+        for stage in ([4] if choice.quick else [1, 2, 3, 4])
+    ]
+
+
+def dtypes(choice: Choice, batch: int) -> list[str]:
+    if choice.gpu:
+        return ["bfloat16"]
+    return ["float32", "bfloat16"] if batch == BF16_BATCH else ["float32"]
+
+
 def run(case: Case, names: list[str], settings: Settings) -> Measured:
-    torch.manual_seed(0)
-    mixer = randomise_statistics(AdditiveTokenMixer(case.channels))
-    x = torch.randn(case.batch, case.channels, case.size, case.size)
+    mixer, x = problem(case, settings)
     candidates = mixer_candidates(mixer, x, include=names, backend=settings.backend)
     return measure(case, mixer, x, candidates, settings)
+
+
+def problem(case: Case, settings: Settings) -> tuple[AdditiveTokenMixer, torch.Tensor]:
+    """A plain mixer and its input."""
+    torch.manual_seed(0)
+    mixer = AdditiveTokenMixer(case.channels)
+    randomise_statistics(mixer)
+    x = torch.randn(case.batch, case.channels, case.size, case.size, device=settings.device)
+    return mixer.to(settings.device), x
 
 
 @pytest.mark.benchmark(timer=REPLAY)

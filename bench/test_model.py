@@ -1,4 +1,4 @@
-"""Whole classification models at 224x224 input, fused by `fuse`, against every baseline."""
+"""Whole classification models, fused by `fuse`: forward, and on a GPU forward with backward."""
 
 from __future__ import annotations
 
@@ -6,25 +6,49 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from measure import REPLAY, Case, Measured, Settings, measure, randomise_statistics
+from measure import REPLAY, Case, Choice, Measured, Settings, measure, randomise_statistics
+from test_mixer import dtypes
 
 from casvit_kernels import models as family
-from casvit_kernels.timing import MODEL_NAMES, model_candidates
+from casvit_kernels.timing import (
+    GPU_MODEL_NAMES,
+    GPU_MODEL_TRAINING_NAMES,
+    MODEL_NAMES,
+    model_candidates,
+    model_training_candidates,
+)
 
-NAMES = MODEL_NAMES
+NAMES, GPU_NAMES = MODEL_NAMES, GPU_MODEL_NAMES
+TRAINING_GPU_NAMES = GPU_MODEL_TRAINING_NAMES
+COMPARED = 8  # images of a training step, which in float64 needs gigabytes for each
 
 
-def cases(models: list[str], batches: list[int], quick: bool) -> list[Case]:
-    size = 64 if quick else 224
-    return [Case("model", m, None, 3, size, b, "float32") for m in models for b in batches]
+def cases(choice: Choice) -> list[Case]:
+    levels = ["model", "model-training"] if choice.gpu else ["model"]
+    return [
+        Case(level, model, None, 3, 64 if choice.quick else pixels, batch, dtypes(choice, batch)[0])
+        for level in levels
+        for pixels in choice.inputs
+        for model in choice.models
+        for batch in choice.batches
+    ]
 
 
 def run(case: Case, names: list[str], settings: Settings) -> Measured:
     torch.manual_seed(0)
-    model = randomise_statistics(getattr(family, f"rcvit_{case.model}")())
-    x = torch.randn(case.batch, case.channels, case.size, case.size)
-    candidates = model_candidates(model, x, include=names, backend=settings.backend)
-    return measure(case, model, x, candidates, settings)
+    trains = case.level == "model-training"
+    model = getattr(family, f"rcvit_{case.model}")(distillation=not trains)  # then one output
+    randomise_statistics(model)
+    model.to(settings.device)
+    x = torch.randn(case.batch, case.channels, case.size, case.size, device=settings.device)
+    if not trains:
+        candidates = model_candidates(model, x, include=names, backend=settings.backend)
+        return measure(case, model, x, candidates, settings)
+    candidates = model_training_candidates(model, x, include=names, backend=settings.backend)
+    few = x[:COMPARED]
+    compared = [n for n in names if n.startswith(("eager", "fused")) and "compile" not in n]
+    trial = model_training_candidates(model, few, include=compared, backend=settings.backend)
+    return measure(case, model, x, candidates, settings, (few, trial))
 
 
 @pytest.mark.benchmark(timer=REPLAY)

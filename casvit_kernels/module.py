@@ -119,6 +119,12 @@ class FusedCATM(AdditiveTokenMixer):
         return {**self.__dict__, "_packed": PackedWeights()}
 
 
+def mixer_weights(mixer: FusedCATM) -> MixerWeights:
+    """The weights as `casvit_kernels.catm` takes them."""
+    ends = (mixer.qkv, mixer.dwc, mixer.proj)
+    return _weights(ends, _gate(mixer.oper_q), _gate(mixer.oper_k))
+
+
 # Below, look-ups in the dictionaries of nn.Module: its attributes and the indexing of nn.Sequential
 # cost up to a microsecond each, and a call makes dozens.
 

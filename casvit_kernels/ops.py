@@ -123,7 +123,7 @@ def mix_training(x: Tensor, w: MixerWeights, settings: Settings) -> tuple[Tensor
 
     Running statistics of such a gate are neither read nor written: `Saved` has what updates them.
     """
-    apply = torch.ops.casvit_kernels.mix_training if _opaque() else _Mix.apply
+    apply = torch.ops.casvit_kernels.mix_training if is_opaque() else _Mix.apply
     out, *saved = apply(x, *flatten(w), *settings)
     return out, Saved(*saved)
 
@@ -145,7 +145,7 @@ def _call(name: str, device: str, *inputs: Any) -> Any:
     return _kernels[name](*inputs)
 
 
-def _opaque() -> bool:
+def is_opaque() -> bool:
     """Whether somebody looks at operators: a compiler, a mode that records them.
 
     Elsewhere their kernels are called directly: an operator in Python costs 0.3 ms a step.
@@ -282,7 +282,9 @@ def _gradients(
                 "torch.autograd.grad for each, or use torch.func.vjp or backend='reference'"
             )
         needed = ctx.needs_input_grad[: 1 + _N]
-        direct = not (torch.is_grad_enabled() or _opaque())  # enabled: it is differentiated in turn
+        direct = not (
+            torch.is_grad_enabled() or is_opaque()
+        )  # enabled: it is differentiated in turn
         inputs = (grad, x, *weights, *settings, *saved, needed)
         gradients = iter(
             _call("mix_backward", x.device.type, *inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class PackedWeights:
 
     A write through autograd's eyes shows in the version counter, a move or replacement in the object
     or its address. A write through `.data` shows in neither: the kernel then finds that a fingerprint
-    differs, packs for that call alone, and sets the stale flag read here.
+    differs, packs for that call alone, and sets the stale flag read here (that of the CPU does so).
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class PackedWeights:
 
     def get(
         self, backend: Backend, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype
-    ) -> Tensor | None:
+    ) -> Any:
         """The packed weights for one call, or None where the backend shall work without.
 
         Raises:
@@ -60,7 +61,7 @@ class PackedWeights:
 
 
 class _Entry:
-    def __init__(self, sources: tuple[Tensor | None, ...], packed: Tensor, alike: bool) -> None:
+    def __init__(self, sources: tuple[Tensor | None, ...], packed: Any, alike: bool) -> None:
         self.packed = packed
         self.alike = alike  # False: such weights are fine under autocast only
         self._sources = sources
@@ -68,7 +69,11 @@ class _Entry:
         # Inference tensors have no version counter; the fingerprint watches over those.
         self._counted = [t for t in self._present if not t.is_inference()]
         self._state = self._current_state()
-        self._stale = ctypes.c_int64.from_address(packed.data_ptr() + _STALE_OFFSET)
+        self._stale = (
+            ctypes.c_int64.from_address(packed.data_ptr() + _STALE_OFFSET)
+            if isinstance(packed, Tensor)
+            else ctypes.c_int64(0)
+        )
 
     def is_current(self, sources: tuple[Tensor | None, ...]) -> bool:
         return (

@@ -18,7 +18,9 @@ import torch
 import torch.utils.deterministic
 from torch import Tensor, nn
 
-from .backends import BackendUnavailable, backends, check_name
+from .backends import BackendUnavailable, check_name, get
+from .backends.base import Problem
+from .models.rcvit import CONFIGS
 from .module import FusedCATM
 from .reference import AdditiveTokenMixer
 
@@ -39,10 +41,16 @@ class Target(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
 
 
+def _triton_device() -> str:
+    """Where there is no GPU, Triton's interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 # A new backend joins by one line.
 BACKENDS: dict[str, Target] = {
     "reference": Target("cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
     "cpu": Target("cpu", (torch.float32, torch.bfloat16, torch.float16)),
+    "triton": Target(_triton_device(), (torch.float32, torch.bfloat16, torch.float16)),
 }
 
 # eval: no gradients. frozen: training, BatchNorm in eval. train: batch statistics.
@@ -81,6 +89,24 @@ _PLAN: tuple[
     ((1, 512, 33, 47), _BOTH, ("eval",), (torch.float32,)),
 )
 _SWEEP, _LONG_SWEEP = 12, 400
+# Triton's interpreter takes seconds for each of these: several images in a tile, several tiles and
+# bands of an image, one and many blocks of channels, of images for the channel gates, odd sizes.
+_F32, _F16 = (torch.float32,), (torch.float16,)
+_INTERPRETED_PLAN = (
+    ((3, 3, 7, 9), LAYOUTS, ("eval",), _F32),
+    ((3, 3, 7, 9), _BOTH, ("frozen", "train"), (torch.float32, torch.float16, torch.bfloat16)),
+    ((1, 2, 9, 33), _BOTH, ("train",), (torch.float32, torch.float16)),
+    ((1, 33, 3, 47), _BOTH, ("eval", "train"), _F32),
+    ((2, 130, 3, 7), _BOTH, ("train",), _F16),
+    ((1, 260, 2, 9), _BOTH, ("train",), _F32),
+    ((17, 17, 1, 3), _BOTH, ("train",), _F32),
+    ((0, 3, 7, 7), _BOTH, MODES, _F32),
+    ((1, 1, 1, 1), _BOTH, MODES, _F32),
+    ((5, 3, 1, 1), _BOTH, ("train",), _F32),
+    ((3, 3, 5, 1), _BOTH, ("train",), _F32),
+)
+_LARGE = 100_000  # elements of x; from here the truth is computed on the device under test
+INPUTS = (224, 384)  # heights and widths of images in `real_cases`
 
 
 class Case(NamedTuple):
@@ -93,6 +119,7 @@ class Case(NamedTuple):
     shape: Shape
     attn_bias: bool = False
     seed: int = 0
+    device: str = "cpu"
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
@@ -128,6 +155,7 @@ def cases(
     modes: Iterable[str] = MODES,
     long: bool = False,
     seed: int = 0,
+    device: str | None = None,
 ) -> list[Case]:
     """The cases that `run` checks: a fixed list, then a seeded random sweep.
 
@@ -137,6 +165,7 @@ def cases(
         modes: of `MODES`, leave out all others.
         long: 400 random cases instead of 12.
         seed: of the sweep, and of all weights and inputs.
+        device: where the backend computes, as in `torch.device`; None: where `BACKENDS` says.
 
     Raises:
         ValueError: unknown backend, or a dtype or mode that is not checked.
@@ -144,7 +173,8 @@ def cases(
     check_name(backend, "backend")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    known = BACKENDS[backend].dtypes
+    own_device, known = BACKENDS[backend]
+    device = device or own_device
     wanted = known if dtypes is None else tuple(dtypes)
     wanted_modes = tuple(modes)
     for dtype in wanted:
@@ -154,26 +184,53 @@ def cases(
     for mode in wanted_modes:
         if mode not in MODES:
             raise ValueError(f"modes: expected some of {', '.join(MODES)}, got {mode!r}")
+    interpreted = backend == "triton" and torch.device(device).type == "cpu"
+    plan, sweep = (_INTERPRETED_PLAN, 0) if interpreted else (_PLAN, _SWEEP)
     found = [
-        Case(backend, dtype, layout, mode, shape, i % 2 == 1, seed)
-        for i, (shape, layouts, plan_modes, plan_dtypes) in enumerate(_PLAN)
+        Case(backend, dtype, layout, mode, shape, i % 2 == 1, seed, device)
+        for i, (shape, layouts, plan_modes, plan_dtypes) in enumerate(plan)
         for dtype in known
         if plan_dtypes is None or dtype in plan_dtypes
         for mode in plan_modes
         for layout in layouts
     ]
     rng = random.Random(seed)
-    for i in range(_LONG_SWEEP if long else _SWEEP):
+    for i in range(_LONG_SWEEP if long else sweep):
         size = 64 if long else 24
         shape = (rng.randint(1, 9), rng.randint(1, 130), rng.randint(1, size), rng.randint(1, size))
         layout, mode, dtype = rng.choice(LAYOUTS), rng.choice(MODES), rng.choice(known)
-        found.append(
-            Case(backend, dtype, layout, mode, shape, rng.random() < 0.5, seed * 1000 + i + 1)
-        )
+        bias = rng.random() < 0.5
+        found.append(Case(backend, dtype, layout, mode, shape, bias, seed * 1000 + i + 1, device))
     return [
         case
         for case in found
         if case.dtype in wanted and case.mode in wanted_modes and not _undefined(case)
+    ]
+
+
+def real_cases(
+    backend: str, batch: int, *, inputs: Iterable[int] = INPUTS, device: str | None = None
+) -> list[Case]:
+    """Every mixer of xs, s, m and t in every dtype of the backend, both layouts and every mode.
+
+    Args:
+        backend, device: as `cases` takes them.
+        batch: images.
+        inputs: heights and widths of the images, multiples of 32.
+    """
+    target = BACKENDS[backend]
+    shapes = {  # no set: its order would change from run to run
+        (batch, config.dims[stage], size // (4 << stage), size // (4 << stage)): None
+        for size in inputs
+        for stage in range(4)
+        for config in CONFIGS.values()
+    }
+    return [
+        Case(backend, dtype, layout, mode, shape, False, 0, device or target.device)
+        for shape in shapes
+        for dtype in target.dtypes
+        for mode in MODES
+        for layout in _BOTH
     ]
 
 
@@ -184,31 +241,39 @@ def run(
     modes: Iterable[str] = MODES,
     long: bool = False,
     seed: int = 0,
+    device: str | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[Row]:
     """Check a backend on this machine; one row for each case, whether it passed or not.
 
     Args:
-        backend, dtypes, modes, long, seed: as `cases` takes them.
+        backend, dtypes, modes, long, seed, device: as `cases` takes them.
         progress: called as ``progress(done, total)`` after each case.
 
     Raises:
         ValueError: as `cases` does.
         BackendUnavailable: the backend cannot run here, with its reason.
     """
-    todo = cases(backend, dtypes=dtypes, modes=modes, long=long, seed=seed)
-    reason = next(status.reason for status in backends() if status.name == backend)
+    todo = cases(backend, dtypes=dtypes, modes=modes, long=long, seed=seed, device=device)
+    reason = get(backend).why_not()
+    if reason is None and device is not None and todo:
+        reason = get(backend).why_not(Problem(torch.device(device).type, todo[0].dtype))
     if reason is not None:
         raise BackendUnavailable(f"backend={backend!r} cannot run here: {reason}")
     rows = []
     for case in todo:
-        try:
-            rows.append(check(case))
-        except Exception as error:  # a crash is a verdict too: the table goes on
-            rows.append(_row(case, (), (f"{type(error).__name__}: {error}",)))
+        rows.append(verdict(case))
         if progress is not None:
             progress(len(rows), len(todo))
     return rows
+
+
+def verdict(case: Case) -> Row:
+    """As `check`, but a crash is a verdict too."""
+    try:
+        return check(case)
+    except Exception as error:
+        return _row(case, (), (f"{type(error).__name__}: {error}",))
 
 
 def check(case: Case, build: Callable[[Case], nn.Module] | None = None) -> Row:
@@ -222,9 +287,18 @@ def check(case: Case, build: Callable[[Case], nn.Module] | None = None) -> Row:
     Raises:
         Whatever the mixer raises.
     """
-    samples = _samples(case.dtype, case.mode, case.shape, case.attn_bias, case.seed, _repeats(case))
-    main = samples[0]
-    device = BACKENDS[case.backend].device
+    device = case.device
+    truth_device = device if math.prod(case.shape) >= _LARGE else "cpu"
+    with _without_tf32(truth_device):
+        main, plain = _samples(
+            case.dtype,
+            case.mode,
+            case.shape,
+            case.attn_bias,
+            case.seed,
+            _repeats(case),
+            truth_device,
+        )
     mixer = (build or _fused)(case).to(device, case.dtype)
     mixer.load_state_dict(main.state)
     set_mode(mixer, case.mode)
@@ -233,7 +307,7 @@ def check(case: Case, build: Callable[[Case], nn.Module] | None = None) -> Row:
     watched = {"x": x_buffer, "grad_out": grad_buffer, **mixer.state_dict()}
     before = {name: _bits(t).clone() for name, t in watched.items()}
 
-    with poisoned():
+    with poisoned(), _without_tf32(device):
         _spoil_scratch(mixer, x, case.mode)
         results = _compute(mixer, x, grad_out, case.mode)
         changed = [name for name, t in watched.items() if not torch.equal(_bits(t), before[name])]
@@ -261,7 +335,7 @@ def check(case: Case, build: Callable[[Case], nn.Module] | None = None) -> Row:
             if results[name].item() != truth.item():
                 failures.append(f"{name}: expected {truth.item()}, got {results[name].item()}")
         else:
-            own = [s.plain[name] for s in samples]
+            own = [errors[name] for errors in plain]
             if name in ("out", "grad x"):
                 own = [e.on_scale_of(truth) for e in own]
             judged.append(_judge(name, results[name], truth, own, case))
@@ -329,6 +403,21 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
+@contextmanager
+def _without_tf32(device: str) -> Iterator[None]:
+    """Within the context, float32 convolutions and products on a GPU keep all their digits."""
+    if torch.device(device).type == "cpu":
+        yield
+        return
+    convolution, product = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolution
+        torch.backends.cuda.matmul.allow_tf32 = product
+
+
 _FORMATS = {False: torch.contiguous_format, True: torch.channels_last}
 
 
@@ -394,38 +483,64 @@ def _undefined(case: Case) -> bool:
     return case.mode == "train" and b * h * w == 1
 
 
-@functools.lru_cache(maxsize=4)  # the layouts of a shape share their truth
+@functools.lru_cache(maxsize=1)  # the layouts of a shape share their truth; it may be gigabytes
 def _samples(
-    dtype: torch.dtype, mode: str, shape: Shape, attn_bias: bool, seed: int, repeated: bool
-) -> list[_Sample]:
+    dtype: torch.dtype,
+    mode: str,
+    shape: Shape,
+    attn_bias: bool,
+    seed: int,
+    repeated: bool,
+    device: str,
+) -> tuple[_Sample, list[dict[str, _Errors]]]:
+    """The draw to check with, and plain PyTorch's own errors over several draws."""
     # The largest of a few errors is a lottery, and the errors of one channel, or of one pixel, go
     # together. So plain PyTorch's own error is taken over more draws where the tensors are small.
     b, c, h, w = shape
-    draws = math.ceil(64 / max(1, min(c, b * h * w)))
-    if math.prod(shape) < 100_000:
-        draws = min(max(draws, 4), 16)
-    return [_sample(dtype, mode, shape, attn_bias, seed * 100 + i, repeated) for i in range(draws)]
+    draws = min(max(math.ceil(64 / max(1, min(c, b * h * w))), 4), 16)
+
+    def sample(i: int) -> _Sample:
+        return _sample(dtype, mode, shape, attn_bias, seed * 100 + i, repeated, device)
+
+    first = sample(0)
+    return first, [first.plain, *(sample(i).plain for i in range(1, draws))]
 
 
 def _sample(
-    dtype: torch.dtype, mode: str, shape: Shape, attn_bias: bool, seed: int, repeated: bool
+    dtype: torch.dtype,
+    mode: str,
+    shape: Shape,
+    attn_bias: bool,
+    seed: int,
+    repeated: bool,
+    device: str,
 ) -> _Sample:
-    with torch.random.fork_rng(devices=[]):
+    # A ReLU input within rounding of 0 may fall on either side, and the gradient with it. So none
+    # shall be that near in float32; in a large tensor only channels of one sign can see to that.
+    exact = mode != "eval" and dtype.itemsize >= 4
+    large = math.prod(shape) >= _LARGE
+    near = 32 * torch.finfo(dtype).eps
+    # As a mean over pixels would scale it: the sums over all of them stay within float16.
+    scale_grad = min(1.0, 2**10 / max(1, shape[0] * shape[2] * shape[3]))
+    devices = [] if device == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         truth = AdditiveTokenMixer(shape[1], attn_bias).double()
         for _ in range(20):
             state = {k: _values(k, v).to(dtype).double() for k, v in truth.state_dict().items()}
+            if exact and large:
+                _one_sided(state)
             # An offset for each image and channel, so that the pooled means are not all near 0.
-            x = torch.randn(shape) + torch.randn(*shape[:2], 1, 1) + 0.3
-            grad_out = torch.randn(shape) + 0.3
+            x = torch.randn(shape, device=device)
+            x += torch.randn(*shape[:2], 1, 1, device=device) + 0.3
+            grad_out = (torch.randn(shape, device=device) + 0.3) * scale_grad
             if repeated:
                 x, grad_out = (t[:1].expand(shape) for t in (x, grad_out))
             x, grad_out = x.to(dtype).double(), grad_out.to(dtype).double()
             truth.load_state_dict(state)
+            truth.to(device)
             set_mode(truth, mode)
-            # A ReLU input within rounding of 0 may fall on either side, and the gradient with it.
-            near = 32 * torch.finfo(dtype).eps
-            if mode == "eval" or dtype.itemsize < 4 or _distance_to_kink(truth, x) > near:
+            if not exact or _distance_to_kink(truth, x) > near:
                 break
         # In float64 the plain code is the truth itself: its error is that in float32, scaled, and
         # doubled because the truth is then off by as much.
@@ -433,7 +548,7 @@ def _sample(
         if dtype is torch.float64:
             plain_dtype = torch.float32
             scale = 2 * torch.finfo(dtype).eps / torch.finfo(plain_dtype).eps
-        plain = AdditiveTokenMixer(shape[1], attn_bias).to(plain_dtype)
+        plain = AdditiveTokenMixer(shape[1], attn_bias).to(device, plain_dtype)
         for mixer in (truth, plain):
             mixer.load_state_dict(state)
             set_mode(mixer, mode)
@@ -441,6 +556,15 @@ def _sample(
         got = _compute(plain, x.to(plain_dtype), grad_out.to(plain_dtype), mode)
         errors = {name: _errors(t, results[name]).times(scale) for name, t in got.items()}
     return _Sample(state, x, grad_out, results, errors)
+
+
+def _one_sided(state: dict[str, Tensor]) -> None:
+    """BatchNorm weights that are small beside biases: each channel's ReLU is open or shut."""
+    for name, t in state.items():
+        if name.endswith("0.block.1.weight"):
+            t /= 32
+        elif name.endswith("0.block.1.bias"):
+            t.copy_(torch.where(t < 0, t - 1, t + 1))
 
 
 def _values(name: str, like: Tensor) -> Tensor:
@@ -510,7 +634,7 @@ def _bits(t: Tensor) -> Tensor:
 def _errors(got: Tensor, truth: Tensor) -> _Errors:
     if truth.numel() == 0:
         return _Errors(0.0, 0.0, 0.0, 0.0, 0.0)
-    got, truth = got.detach().to("cpu", torch.float64), truth.double()
+    got, truth = got.detach().to(truth.device, torch.float64), truth.double()
     error = got - truth
     size = _rms(truth)
     return _Errors(
@@ -554,7 +678,7 @@ def _judge(name: str, got: Tensor, truth: Tensor, own: list[_Errors], case: Case
     norm = factor * max(abs(e.norm) for e in own) + drift
     mean = factor * max(abs(e.mean) for e in own) + drift
 
-    flat, flat_truth = got.detach().to("cpu", torch.float64).flatten(), truth.flatten()
+    flat, flat_truth = got.detach().to(truth.device, torch.float64).flatten(), truth.flatten()
     cosine = _divide((flat @ flat_truth).item(), (flat.norm() * flat_truth.norm()).item(), 1.0)
     relative_norm = _divide(flat.norm().item(), flat_truth.norm().item(), 1.0)
     bias = _divide(error.mean, size)

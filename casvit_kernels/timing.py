@@ -1,6 +1,7 @@
 """Times several ways to compute one thing, in turn, so that all of them meet the same conditions.
 
-May touch: torch, the package below `swap`; onnxruntime where it is installed. CPU only.
+May touch: torch, the package below `swap`; onnxruntime where it is installed. On the CPU a wall clock
+measures, on a GPU its own events (`CudaStopwatch`).
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import _native
 from ._version import __version__
-from .module import FusedCATM
+from .backends import select
+from .backends.base import Problem
+from .module import FusedCATM, mixer_weights
 from .swap import fuse
 
 Call = Callable[[], object]
@@ -40,6 +43,27 @@ BASELINES = ("eager", "eager channels_last", "compile", "compile channels_last",
 MIXER_NAMES = (*BASELINES, "fused", "fused channels_last")
 MODEL_NAMES = (*MIXER_NAMES, "fused compile")
 TRAINING_NAMES = tuple(name for name in MIXER_NAMES if name != "onnxruntime")
+
+# On a GPU, all under autocast (append `BF16`). Compiled ones take minutes there, so in one layout only,
+# the one that favours them; "max-autotune" is torch.compile in that mode, CUDA graphs included; "fused
+# mix" is the mixer after its qkv product, which a library computes for every candidate.
+GPU_BASELINES = (
+    "eager",
+    "eager channels_last",
+    "compile channels_last",
+    "max-autotune channels_last",
+)
+GPU_MIXER_NAMES = (
+    *GPU_BASELINES,
+    "fused",
+    "fused channels_last",
+    "fused mix",
+    "fused mix channels_last",
+)
+GPU_TRAINING_NAMES = (*GPU_BASELINES, "fused", "fused channels_last")
+GPU_MODEL_NAMES = (*GPU_BASELINES, "fused channels_last", "fused max-autotune channels_last")
+GPU_MODEL_TRAINING_NAMES = (*GPU_BASELINES, "fused channels_last", "fused compile channels_last")
+_COMPILED = {"compile": "default", "max-autotune": "max-autotune"}  # a name's word and its mode
 
 
 class Unavailable(RuntimeError):
@@ -65,6 +89,53 @@ class Timings(dict[str, Timing]):
         self.absent: dict[str, str] = {}
 
 
+class Stopwatch(Protocol):
+    def __call__(self, call: Call, count: int) -> float:
+        """Seconds that `count` calls take together."""
+        ...
+
+
+class WallStopwatch:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+
+    def __call__(self, call: Call, count: int) -> float:
+        start = self._clock()
+        for _ in itertools.repeat(None, count):
+            call()
+        return self._clock() - start
+
+
+class CudaStopwatch:
+    """Seconds between events on the current stream, before and after each call.
+
+    With `cold`, twice the GPU's L2 cache is overwritten before each call, outside the events. The
+    launches of a call are then queued while that runs: up to that long they are not in the time.
+    Without, the GPU waits for each launch, and for as long as that takes, it is in the time.
+    """
+
+    def __init__(self, device: torch.device, cold: bool) -> None:
+        self._flush = None
+        if cold:
+            cache = torch.cuda.get_device_properties(device).L2_cache_size
+            self._flush = torch.empty(2 * cache, dtype=torch.int8, device=device)
+
+    def __call__(self, call: Call, count: int) -> float:
+        events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(count)
+        ]
+        torch.cuda.synchronize()
+        for start, end in events:
+            if self._flush is not None:
+                self._flush.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return sum(float(start.elapsed_time(end)) for start, end in events) / 1e3
+
+
 def interleave(
     candidates: Mapping[str, Call],
     *,
@@ -73,6 +144,7 @@ def interleave(
     pause_seconds: float = 0.05,
     progress: Callable[[int, int], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    stopwatch: Stopwatch | None = None,
 ) -> Timings:
     """Time each candidate `rounds` times, all of them in every round, in rotated order.
 
@@ -88,12 +160,14 @@ def interleave(
             while after a call (measured: up to 35 ms), on the cores that the next candidate needs.
         progress: called as ``progress(done, total)``, in turns.
         clock: seconds, monotonic.
+        stopwatch: what measures instead of `clock`.
 
     Raises:
         ValueError: `rounds` is less than 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    measure = stopwatch or WallStopwatch(clock)
     done, total = 0, len(candidates) * (rounds + 1)
     found = Timings()
     calls: dict[str, int] = {}
@@ -104,10 +178,7 @@ def interleave(
         time.sleep(pause_seconds)
         if count > 1:
             call()  # wakes the candidate's own threads
-        start = clock()
-        for _ in itertools.repeat(None, count):
-            call()
-        return clock() - start
+        return measure(call, count)
 
     def report(turns: int) -> None:
         nonlocal done
@@ -180,21 +251,22 @@ def mixer_candidates(
     """Ways to compute one mixer, for `interleave`; each call returns the output.
 
     Args:
-        mixer: a plain mixer, float32, on the CPU; it is copied, and the copy put in eval mode.
-        x: ``(B, C, H, W)``, float32; each candidate gets it in its own layout. Those under autocast
-            get it in bfloat16, as they do inside a model.
-        include: names out of `MIXER_NAMES`; with the suffix `BF16` under bfloat16 autocast (all but
-            ``"onnxruntime"``). Each is built by its first call.
+        mixer: a plain mixer, float32; it is copied, and the copy put in eval mode.
+        x: ``(B, C, H, W)``, float32, on the device of `mixer`; each candidate gets it in its own
+            layout. Those under autocast get it in bfloat16, as they do inside a model.
+        include: names out of `MIXER_NAMES` or `GPU_MIXER_NAMES`; with the suffix `BF16` under
+            bfloat16 autocast (all but ``"onnxruntime"``). Each is built by its first call.
         backend: of the fused ones, None for the automatic choice.
 
     Raises:
-        ValueError: a name is not known, `mixer` is fused, or `x` is not a float32 CPU tensor.
+        ValueError: a name is not known, `mixer` is fused, or `x` is not float32.
     """
 
     def fused(plain: nn.Module) -> nn.Module:
         return FusedCATM.from_mixer(plain, backend=backend)
 
-    return _candidates("mixer", mixer, fused, x, x.to(torch.bfloat16), include, MIXER_NAMES)
+    known = (*MIXER_NAMES, *GPU_MIXER_NAMES)
+    return _candidates("mixer", mixer, fused, x, x.to(torch.bfloat16), include, known)
 
 
 def model_candidates(
@@ -209,17 +281,42 @@ def model_candidates(
     Args:
         model: with at least one plain mixer that `casvit_kernels.fuse` can swap.
         x: the model's input, float32; those under autocast get it in float32 too.
-        include: names out of `MODEL_NAMES`; ``fused compile`` is compiled with the fused
-            mixers in place.
+        include: names out of `MODEL_NAMES` or `GPU_MODEL_NAMES`; ``fused compile`` is compiled with
+            the fused mixers in place.
     """
+    known = (*MODEL_NAMES, *GPU_MODEL_NAMES)
+    return _candidates("model", model, partial(_fused_model, backend), x, x, include, known)
 
-    def fused(plain: nn.Module) -> nn.Module:
-        report = fuse(plain, backend=backend)
-        if not report.swapped or report.refused:
-            raise ValueError(f"model: expected mixers that can all be fused; {report}")
-        return plain
 
-    return _candidates("model", model, fused, x, x, include, MODEL_NAMES)
+def model_training_candidates(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    include: Iterable[str] = GPU_MODEL_TRAINING_NAMES,
+    backend: str | None = None,
+) -> dict[str, Call]:
+    """Forward and backward of one model in training mode, for `interleave`.
+
+    As `model_candidates`, but names are out of `GPU_MODEL_TRAINING_NAMES`, `model` returns one tensor,
+    and each call returns what `training_step` does, without a gradient of the images.
+    """
+    return _candidates(
+        "model",
+        model,
+        partial(_fused_model, backend),
+        x,
+        x,
+        include,
+        GPU_MODEL_TRAINING_NAMES,
+        partial(_training_call, True),
+    )
+
+
+def _fused_model(backend: str | None, plain: nn.Module) -> nn.Module:
+    report = fuse(plain, backend=backend)
+    if not report.swapped or report.refused:
+        raise ValueError(f"model: expected mixers that can all be fused; {report}")
+    return plain
 
 
 def training_candidates(
@@ -236,45 +333,67 @@ def training_candidates(
         mixer: its copies are put in training mode: every call uses and updates batch statistics.
         backward: whether a call computes all gradients too. It then returns what `training_step`
             does, else the output alone.
-        include: names out of `TRAINING_NAMES`.
+        include: names out of `TRAINING_NAMES` or `GPU_TRAINING_NAMES`.
     """
 
     def fused(plain: nn.Module) -> nn.Module:
         return FusedCATM.from_mixer(plain, backend=backend)
 
     def call(own: nn.Module, run: Forward, own_x: Tensor, autocast: Context) -> Call:
-        own.train()
-        own_x = own_x.detach().requires_grad_()
-        grad = output_gradient(own_x)
+        return _training_call(backward, own, run, own_x.detach().requires_grad_(), autocast)
 
-        def step() -> object:
-            with torch.inference_mode(False), torch.enable_grad():
-                with autocast():
-                    out = run(own_x)
-                return training_step(own, own_x, out, grad) if backward else out
+    known = (*TRAINING_NAMES, *GPU_TRAINING_NAMES)
+    return _candidates("mixer", mixer, fused, x, x.to(torch.bfloat16), include, known, call)
 
-        with torch._dynamo.config.patch(recompile_limit=256):  # see _compiled
-            step()
-        return step
 
-    return _candidates(
-        "mixer", mixer, fused, x, x.to(torch.bfloat16), include, TRAINING_NAMES, call
-    )
+def _training_call(
+    backward: bool, own: nn.Module, run: Forward, x: Tensor, autocast: Context
+) -> Call:
+    own.train()
+    grads: list[Tensor] = []  # of the output, whose shape the first call tells
+
+    def step() -> object:
+        with torch.inference_mode(False), torch.enable_grad():
+            with autocast():
+                out = run(x)
+            if not backward:
+                return out
+            if not grads:
+                grads.append(output_gradient(out))
+            return training_step(own, x, out, grads[0])
+
+    with torch._dynamo.config.patch(recompile_limit=256):  # see _compiled
+        step()
+    return step
 
 
 def output_gradient(x: Tensor) -> Tensor:
     """The gradient that every training candidate gets for an output like `x`."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator))
+    generator = torch.Generator(x.device).manual_seed(1)
+    values = torch.randn(x.shape, generator=generator, device=x.device)
+    return torch.empty_like(x, requires_grad=False).copy_(values)
 
 
 def training_step(module: nn.Module, x: Tensor, out: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """The output, then the gradients of `x` and of the module's parameters, in order."""
-    return (out, *torch.autograd.grad(out, [x, *module.parameters()], grad))
+    """The output, then the gradients of `x`, if it wants one, and of the parameters, in order."""
+    wanted = [*([x] if x.requires_grad else []), *module.parameters()]
+    return (out, *torch.autograd.grad(out, wanted, grad))
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """What a measurement depends on, with the date; nothing that identifies the machine's owner."""
+    kind = torch.device(device).type
+    gpu: dict[str, Any] = {}
+    if kind == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+            "cuda": torch.version.cuda or torch.version.hip,
+            "triton": _installed("triton"),
+        }
     library, _ = _native.load()
     isa = None if library is None else library.casvit_cpu_isa_active().decode()
     return {
@@ -283,13 +402,14 @@ def environment() -> dict[str, Any]:
         "onnxruntime": _installed("onnxruntime"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "device": "cpu",
+        "device": kind,
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": isa,  # of this library's kernels; None: not built
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **gpu,
     }
 
 
@@ -316,13 +436,16 @@ def _candidates(
     known: tuple[str, ...],
     training: Callable[[nn.Module, Forward, Tensor, Context], Call] | None = None,
 ) -> dict[str, Call]:
+    known = tuple(dict.fromkeys(known))
     known += tuple(name + BF16 for name in known if name != "onnxruntime")
     names = list(include)
     for name in names:
         if name not in known:
             raise ValueError(f"include: expected names out of {', '.join(known)}, got {name!r}")
-    if x.device.type != "cpu" or x.dtype is not torch.float32:
-        raise ValueError(f"x: expected a float32 CPU tensor, got {x.dtype} on {x.device}")
+    if x.dtype is not torch.float32:
+        raise ValueError(f"x: expected a float32 tensor, got {x.dtype}")
+    if any(p.device != x.device for p in module.parameters()):
+        raise ValueError(f"x: expected the device of the {argument}, got {x.device}")
     if any(isinstance(m, FusedCATM) for m in module.modules()):
         raise ValueError(f"{argument}: expected a plain one (see unfuse), got one that is fused")
 
@@ -338,10 +461,14 @@ def _candidates(
             return _onnxruntime(own, own_x)
 
         def autocast() -> AbstractContextManager[object]:
-            return torch.autocast("cpu", torch.bfloat16) if is_bf16(name) else nullcontext()
+            device = x.device.type
+            return torch.autocast(device, torch.bfloat16) if is_bf16(name) else nullcontext()
 
+        if "mix" in words:
+            return _after_product(own, own_x)
+        mode = next((mode for word, mode in _COMPILED.items() if word in words), None)
         with autocast():
-            run = _compiled(own, own_x) if "compile" in words else own
+            run = _compiled(own, own_x, mode) if mode else own
         if training is not None:
             return training(own, run, own_x, autocast)
         if not is_bf16(name):
@@ -361,9 +488,26 @@ def _candidates(
     return {name: _Lazy(partial(chosen, name)) for name in names}
 
 
-def _compiled(module: nn.Module, x: Tensor) -> Callable[[Tensor], object]:
+def _after_product(mixer: nn.Module, x: Tensor) -> Call:
+    """The backend's gates and combination, on a qkv that is there already."""
+    assert isinstance(mixer, FusedCATM)
+    backend = select(mixer.backend, Problem(x.device.type, x.dtype))
+    if backend.phases is None:
+        raise Unavailable(f"the backend {backend.name!r} has no mixing apart from the product")
+    w = mixer_weights(mixer)
+    running = [torch.stack([g.norm_mean, g.norm_var]) for g in (w.q, w.k)]  # type: ignore[list-item]
+    statistics = torch.stack(running).float()
+    eps_q, eps_k = (m.eps for m in mixer.modules() if isinstance(m, nn.BatchNorm2d))
+    mix = backend.phases.mix
+    qkv = backend.phases.project(x, w, x.dtype)
+    return lambda: mix(x, qkv, w, statistics, (eps_q, eps_k), x.dtype).out
+
+
+def _compiled(module: nn.Module, x: Tensor, mode: str) -> Callable[[Tensor], object]:
     module(x)  # what fails without a compiler is no matter of the compiler
-    compiled: Callable[[Tensor], object] = torch.compile(module, fullgraph=True, dynamic=False)
+    compiled: Callable[[Tensor], object] = torch.compile(
+        module, fullgraph=True, dynamic=False, mode=mode
+    )
     try:
         # The limit counts what other candidates compiled of the same forward; past it lies eager.
         with torch._dynamo.config.patch(recompile_limit=256):
@@ -371,7 +515,14 @@ def _compiled(module: nn.Module, x: Tensor) -> Callable[[Tensor], object]:
     except Exception as error:
         text = str(error).strip().splitlines() or [""]
         raise Unavailable(f"torch.compile failed: {type(error).__name__}: {text[0]}") from error
-    return compiled
+    if mode != "max-autotune":
+        return compiled
+
+    def call(x: Tensor) -> object:
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(x)
+
+    return call
 
 
 def _onnxruntime(module: nn.Module, x: Tensor) -> Call:

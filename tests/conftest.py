@@ -9,6 +9,10 @@ import casvit_kernels
 
 REQUIRE_NATIVE = "CASVIT_KERNELS_REQUIRE_NATIVE"
 
+# The backend whose training test_training.py and test_field.py look at; tests/test_triton.py runs
+# them again, in a process of its own, with another one.
+BACKEND = os.environ.get("CASVIT_KERNELS_TEST_BACKEND", "cpu")
+
 
 def require_backend(name):
     """Skip the calling test unless backend `name` is usable, with the backend's own reason.

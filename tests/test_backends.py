@@ -34,7 +34,7 @@ def native_is_usable():
 
 def test_every_backend_is_listed_with_its_reason():
     rows = backends()
-    assert [r.name for r in rows] == ["cuda", "triton", "cpu", "reference"]
+    assert [r.name for r in rows] == ["cpu", "cuda", "triton", "reference"]
     for row in rows:
         assert row.usable == (row.reason is None)
         assert row.reason is None or len(row.reason) > 10
@@ -141,7 +141,7 @@ def test_use_backend_is_of_one_task():
 
 def test_unknown_names_list_the_known(monkeypatch):
     for call in (lambda: choice("metal"), lambda: use_backend("metal").__enter__()):
-        with pytest.raises(ValueError, match="cuda, triton, cpu, reference, got 'metal'"):
+        with pytest.raises(ValueError, match="cpu, cuda, triton, reference, got 'metal'"):
             call()
     monkeypatch.setenv(ENVIRONMENT, "metal")
     with pytest.raises(ValueError, match=f"{ENVIRONMENT}: expected one of .*got 'metal'"):
@@ -154,8 +154,9 @@ def test_impossible_requests_say_who_asked_and_why(monkeypatch, name):
     reason = next(s.reason for s in backends() if s.name == name)
     if reason is None:
         pytest.skip(f"{name} is usable here")
-    with pytest.raises(BackendUnavailable, match=f"backend='{name}' .*float32 on cpu.*{reason}"):
+    with pytest.raises(BackendUnavailable, match=f"backend='{name}' .*float32 on cpu") as caught:
         choice(name)
+    assert reason in str(caught.value)
     with use_backend(name), pytest.raises(BackendUnavailable, match=f"use_backend='{name}'"):
         choice()
     monkeypatch.setenv(ENVIRONMENT, name)

@@ -18,6 +18,9 @@ from casvit_kernels.reference import AdditiveTokenMixer
 ROOT = Path(__file__).parents[1]
 
 
+sys.path.insert(0, str(ROOT / "bench"))  # where its files find each other
+
+
 def _load(name):
     spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import require_native
+from conftest import BACKEND, require_backend
 from mixers import filled
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -64,7 +64,7 @@ class NetWithFrozenNorms(Net):
 
 @pytest.fixture(autouse=True)
 def _setup():
-    require_native()
+    require_backend(BACKEND)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -78,7 +78,7 @@ def pair(cls=Net):
         with torch.no_grad():
             block.attn.proj.weight.mul_(0.3)
     fused = copy.deepcopy(plain)
-    assert len(fuse(fused, "cpu").swapped) == 2
+    assert len(fuse(fused, BACKEND).swapped) == 2
     return plain.train(), fused.train()
 
 
@@ -140,8 +140,8 @@ def test_ema_by_deepcopy(when):
         unfuse(fused)
     averages = [copy.deepcopy(plain), copy.deepcopy(fused)]
     if when == "before":
-        fuse(fused, "cpu")
-        fuse(averages[1], "cpu")
+        fuse(fused, BACKEND)
+        fuse(averages[1], BACKEND)
     assert isinstance(averages[1].blocks[0].attn, FusedCATM)
     data = batches()
     for model, average in zip((plain, fused), averages, strict=True):
@@ -301,7 +301,7 @@ def test_norms_synchronised_before_or_after_the_swap(when):
         unfuse(fused)
     fused = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
     if when == "before":
-        report = fuse(fused, "cpu")
+        report = fuse(fused, BACKEND)
         assert len(report.swapped) == 2
         assert not report.refused
     assert isinstance(fused.blocks[0].attn.oper_q[0].block[1], nn.SyncBatchNorm)
@@ -326,7 +326,7 @@ def _process(rank, folder):
                 model = _mixers_only(model)
             parallel = DistributedDataParallel(model, find_unused_parameters=False)
             if how == "fused after":
-                fuse(model, "cpu")
+                fuse(model, BACKEND)
             if how == "synchronised":  # before, DistributedDataParallel refuses it on the CPU
                 nn.SyncBatchNorm.convert_sync_batchnorm(model)
             x, y = _batch()

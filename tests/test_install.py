@@ -19,6 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Another torch than the one the tests run with; on Linux wheels this small exist for the CPU only.
 OTHER_TORCH = os.environ.get("CASVIT_KERNELS_OTHER_TORCH", "torch==2.13.0")
 
+# The oldest torch, with its triton; the interpreter of that one needs a numpy of its time.
+OLDEST_TORCH = ("torch==2.11.0", "numpy<2.4")
+
 USE = """
 import warnings, torch, casvit_kernels as c
 warnings.simplefilter("always")
@@ -92,6 +95,36 @@ def test_a_wheel_built_with_one_torch_passes_parity_under_another(tmp_path: Path
     assert report["backend"] == "cpu"
     assert report["passed"]
     assert len(report["rows"]) > 100
+
+
+INTERPRET = """
+import json, torch, triton
+from casvit_kernels import parity
+rows = [parity.check(case) for case in parity.cases("triton")[::5]]
+failures = [[str(r[:5]), r.failures] for r in rows if not r.passed]
+print(json.dumps([torch.__version__, triton.__version__, len(rows), failures]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="torch brings triton on x86-64")
+def test_the_oldest_torch_and_its_triton(tmp_path: Path) -> None:
+    """Parity of the CPU's kernels and, in the interpreter, of Triton's."""
+    if torch.__version__.startswith("2.11"):
+        pytest.skip("it is the one that runs")
+    wheel = build_wheel(tmp_path, CASVIT_KERNELS_REQUIRE_NATIVE="1")
+    other = tmp_path / "venv"
+    venv.create(other, with_pip=True)
+    python = other / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", *OLDEST_TORCH, wheel, cwd=tmp_path)
+    parity = "-m", "casvit_kernels", "parity", "--backend", "cpu", "--dtype", "float32", "--json"
+    assert json.loads(run(python, *parity, cwd=tmp_path))["passed"]
+    said = run(python, "-c", INTERPRET, env={"TRITON_INTERPRET": "1"}, cwd=tmp_path)
+    torch_version, triton_version, count, failures = json.loads(said.splitlines()[-1])
+    assert torch_version.startswith("2.11")
+    assert triton_version.startswith("3.6")
+    assert count >= 8
+    assert failures == []
 
 
 def test_without_a_compiler_the_package_installs_and_says_what_is_missing(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import json
 
 import pytest
 import torch
+from conftest import require_native
 
 from casvit_kernels import BackendUnavailable, FusedCATM, timing
+from casvit_kernels.models import rcvit_xs
 from casvit_kernels.reference import AdditiveTokenMixer
 from casvit_kernels.timing import Timing, interleave, mixer_candidates, ratio_to_best
 
@@ -211,8 +213,10 @@ def test_wrong_arguments_are_named(mixer, x):
         mixer_candidates(mixer, x, include=["fastest"])
     with pytest.raises(ValueError, match=r"include: .*, got 'onnxruntime bf16'"):
         mixer_candidates(mixer, x, include=["onnxruntime bf16"])
-    with pytest.raises(ValueError, match=r"x: expected a float32 CPU tensor, got torch.float64"):
+    with pytest.raises(ValueError, match=r"x: expected a float32 tensor, got torch.float64"):
         mixer_candidates(mixer, x.double())
+    with pytest.raises(ValueError, match=r"x: expected the device of the mixer, got meta"):
+        mixer_candidates(mixer, x.to("meta"))
     with pytest.raises(ValueError, match="mixer: expected a plain one"):
         mixer_candidates(FusedCATM(5), x)
 
@@ -230,3 +234,48 @@ def test_environment_names_what_a_number_depends_on():
     assert found["threads"] == torch.get_num_threads()
     assert found["cpu"]
     assert found["date"][:2] == "20"
+
+
+def test_a_stopwatch_measures_instead_of_the_clock():
+    calls = []
+
+    def stopwatch(call, count):
+        for _ in range(count):
+            call()
+        return 0.25 * count
+
+    found = interleave(
+        {"a": lambda: calls.append(1)},
+        rounds=3,
+        min_round_seconds=0.5,
+        pause_seconds=0,
+        stopwatch=stopwatch,
+    )
+    assert found["a"].median == 0.25
+    assert found["a"].calls >= 2
+    assert len(calls) > 3 * found["a"].calls
+
+
+def test_the_mix_alone_gives_the_output_of_the_mixer(mixer, x):
+    require_native()
+    include = ["fused", "fused mix", "fused mix channels_last", "fused mix bf16", "fused bf16"]
+    calls = mixer_candidates(mixer, x, include=include, backend="cpu")
+    with torch.inference_mode():
+        torch.testing.assert_close(calls["fused mix"](), calls["fused"]())
+        torch.testing.assert_close(calls["fused mix channels_last"](), calls["fused"]())
+        got, expected = calls["fused mix bf16"](), calls["fused bf16"]()
+    torch.testing.assert_close(got, expected, atol=0.01, rtol=0.02)
+    calls = mixer_candidates(mixer, x, include=["fused mix"], backend="reference")
+    with pytest.raises(timing.Unavailable, match="no mixing apart from the product"):
+        calls["fused mix"]()
+
+
+def test_a_models_step_gives_the_gradients_of_its_parameters():
+    require_native()
+    model = rcvit_xs(num_classes=3, distillation=False)
+    x = torch.randn(2, 3, 32, 32)
+    include = ["eager", "fused channels_last"]
+    calls = timing.model_training_candidates(model, x, include=include, backend="cpu")
+    eager, fused = (call() for call in calls.values())
+    assert len(eager) == len(fused) == 1 + len(list(model.parameters()))
+    torch.testing.assert_close(fused[0], eager[0], atol=1e-3, rtol=1e-3)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from conftest import require_native
+from conftest import BACKEND, require_backend
 from mixers import filled, plain_copy
 from torch import nn
 from torch.func import functional_call
@@ -33,7 +33,7 @@ EPS = (1e-5, 1e-4)
 
 @pytest.fixture(autouse=True)
 def _setup():
-    require_native()
+    require_backend(BACKEND)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -41,7 +41,7 @@ def _setup():
 
 @pytest.fixture
 def mixer():
-    return filled(FusedCATM(5, True, backend="cpu")).train()
+    return filled(FusedCATM(5, True, backend=BACKEND)).train()
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def assert_close(found, expected, tolerance=1e-4, least=1e-2):
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_every_combination_of_norms(x, batch, affine, memory_format):
-    mixer = FusedCATM(5, True, backend="cpu").train()
+    mixer = FusedCATM(5, True, backend=BACKEND).train()
     for gate, training in zip((mixer.oper_q, mixer.oper_k), batch, strict=True):
         gate[0].block[1] = nn.BatchNorm2d(5, eps=0.03, affine=affine).train(training)
     filled(mixer)
@@ -153,7 +153,7 @@ def test_statistics_follow_batch_norm_exactly(mixer, x, momentum):
 def test_large_offsets_lose_no_digits():
     """Variance of values far from zero: a sum of squares in float32 would be off by far more."""
     torch.manual_seed(1)
-    mixer = filled(FusedCATM(5, True, backend="cpu")).train()
+    mixer = filled(FusedCATM(5, True, backend=BACKEND)).train()
     with torch.no_grad():
         mixer.oper_q[0].block[0].bias += 3000.0
     x = torch.randn(4, 5, 16, 16)
@@ -175,7 +175,7 @@ def test_one_value_per_channel_changes_nothing(mixer):
 
 
 @pytest.mark.parametrize("batch", BOTH, ids=str)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [BACKEND, "reference"])
 def test_the_function(x, batch, backend):
     w, twin = weights(), weights()
     for a, b in zip(ops.flatten(twin), ops.flatten(w), strict=True):
@@ -195,11 +195,11 @@ def test_the_function(x, batch, backend):
 
 def test_the_function_without_running_statistics(x):
     w = weights(running=(False, True))
-    out = catm(x, w, training=(True, False), backend="cpu")
+    out = catm(x, w, training=(True, False), backend=BACKEND)
     expected = catm(x, w, training=(True, False), backend="reference")
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"expected running statistics .* got None"):
-        catm(x, w, training=(False, True), backend="cpu")
+        catm(x, w, training=(False, True), backend=BACKEND)
 
 
 @pytest.mark.parametrize("missing", ["norm_mean", "norm_var"])
@@ -208,7 +208,7 @@ def test_half_of_the_running_statistics(x, missing):
     w = w._replace(k=w.k._replace(**{missing: None}))
     before = copy.deepcopy(w)
     with pytest.raises(ValueError, match=rf"weights\.k: expected both .* got no {missing}"):
-        catm(x, w, training=True, backend="cpu")
+        catm(x, w, training=True, backend=BACKEND)
     assert torch.equal(w.q.norm_mean, before.q.norm_mean)
 
 
@@ -228,7 +228,7 @@ def test_wrong_arguments_of_the_function(x, wrong):
     w = weights()
     before = copy.deepcopy(w)
     with pytest.raises(TypeError, match=rf"{next(iter(wrong))}: expected a .* got"):
-        catm(x, w, **{"training": True, "backend": "cpu", **wrong})
+        catm(x, w, **{"training": True, "backend": BACKEND, **wrong})
     assert torch.equal(w.q.norm_mean, before.q.norm_mean)
 
 
@@ -275,8 +275,8 @@ class Counted:
 
 @pytest.fixture
 def counted(monkeypatch):
-    counted = Counted(get("cpu").phases)
-    monkeypatch.setattr(get("cpu"), "phases", counted)
+    counted = Counted(get(BACKEND).phases)
+    monkeypatch.setattr(get(BACKEND), "phases", counted)
     return counted
 
 
@@ -348,7 +348,7 @@ def test_the_same_bits_again(mixer, mode):
 def test_opcheck_mix_training(shape, memory_format, dtype, batch):
     w = requires_grad(weights(running=[not b for b in batch], dtype=dtype))
     x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
-    settings = ops.Settings(*EPS, *batch, None, "cpu", "")
+    settings = ops.Settings(*EPS, *batch, None, BACKEND, "")
     torch.library.opcheck(torch.ops.casvit_kernels.mix_training, (x, *ops.flatten(w), *settings))
 
 
@@ -358,7 +358,7 @@ def test_opcheck_mix_training(shape, memory_format, dtype, batch):
 def test_opcheck_mix_backward(shape, bias, affine):
     w = weights(bias=bias, affine=affine, running=(False, False))
     x = torch.randn(shape)
-    settings = ops.Settings(*EPS, True, True, None, "cpu", "")
+    settings = ops.Settings(*EPS, True, True, None, BACKEND, "")
     out, saved = ops.mix_training(x, w, settings)
     requires_grad(w)
     x.requires_grad_()
@@ -591,7 +591,7 @@ def test_autocast_around_the_backward_too(mixer, x):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_large_activations_in_float16(autocast):
     """6e4 is near the largest float16: sums and gates inside have the range of float32."""
-    mixer = filled(FusedCATM(16, True, backend="cpu")).train()
+    mixer = filled(FusedCATM(16, True, backend=BACKEND)).train()
     with torch.no_grad():
         mixer.proj.weight.mul_(1e-9)  # a product of two large values comes out
         mixer.proj.bias.zero_()
@@ -622,7 +622,7 @@ def test_a_copy_trains_on_alike(mixer, x, how):
 
 
 def test_two_threads():
-    mixers = [filled(FusedCATM(5, True, backend="cpu"), seed).train() for seed in range(2)]
+    mixers = [filled(FusedCATM(5, True, backend=BACKEND), seed).train() for seed in range(2)]
     inputs = [torch.randn(2, 5, 12 + seed, 9) for seed in range(2)]
     expected = [step(copy.deepcopy(m), x) for m, x in zip(mixers, inputs, strict=True)]
     found = [[], []]
@@ -698,7 +698,7 @@ def _batch():
 
 
 def _synchronised(rank, parts):
-    mixer = filled(FusedCATM(5, True, backend="cpu")).train()
+    mixer = filled(FusedCATM(5, True, backend=BACKEND)).train()
     mixer = nn.SyncBatchNorm.convert_sync_batchnorm(mixer)
     found = step(mixer, _batch().split(parts)[rank])
     # Frozen in one gate, without a gradient of x in the other.
@@ -708,7 +708,7 @@ def _synchronised(rank, parts):
 
 def _few(rank):
     """Statistics of an empty batch, and of a single value, over all processes."""
-    mixer = nn.SyncBatchNorm.convert_sync_batchnorm(filled(FusedCATM(5, True, backend="cpu")))
+    mixer = nn.SyncBatchNorm.convert_sync_batchnorm(filled(FusedCATM(5, True, backend=BACKEND)))
     found = step(mixer, _batch()[:0])
     before = copy.deepcopy(mixer.state_dict())
     with pytest.raises(ValueError, match="more than 1 value per channel over all processes"):
@@ -718,7 +718,7 @@ def _few(rank):
 
 def _refusals(rank):
     texts = []
-    mixer = filled(FusedCATM(5, True, backend="cpu")).train()
+    mixer = filled(FusedCATM(5, True, backend=BACKEND)).train()
     half = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(mixer))
     half.oper_q[0].block[1] = nn.BatchNorm2d(5)
     mixer = nn.SyncBatchNorm.convert_sync_batchnorm(mixer)
@@ -739,7 +739,7 @@ def _refusals(rank):
 def test_synchronised_batch_norm(tmp_path):
     torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
-    mixer = filled(FusedCATM(5, True, backend="cpu")).train()
+    mixer = filled(FusedCATM(5, True, backend=BACKEND)).train()
     whole = [step(mixer, _batch())]
     norms(mixer)[0].eval()
     whole.append(step(mixer, _batch()))
@@ -751,7 +751,7 @@ def test_synchronised_batch_norm(tmp_path):
             found |= {k: a[k] for k, _ in mixer.named_buffers()}
             assert_close(found, expected)
             assert all(torch.equal(a[k], b[k]) for k, _ in mixer.named_buffers())
-    empty = step(filled(FusedCATM(5, True, backend="cpu")), _batch()[:0])
+    empty = step(filled(FusedCATM(5, True, backend=BACKEND)), _batch()[:0])
     del empty["out"], empty["x"]
     for r in ranks:
         assert r["few"][0].pop("out").shape == r["few"][0].pop("x").shape == (0, 5, 6, 7)
@@ -772,9 +772,9 @@ def test_converted_on_one_process(mixer, x):
 
 def test_nan_in_the_input_reaches_every_gradient_that_plain_pytorch_fills_with_it():
     torch.manual_seed(0)
-    require_native()
+    require_backend(BACKEND)
     plain = reference.AdditiveTokenMixer(5).train()
-    fused = FusedCATM.from_mixer(copy.deepcopy(plain), backend="cpu").train()
+    fused = FusedCATM.from_mixer(copy.deepcopy(plain), backend=BACKEND).train()
     x = torch.randn(2, 5, 6, 6)
     x[0, 0, 2, 2] = torch.nan
     for mixer in (plain, fused):

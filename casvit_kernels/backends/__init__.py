@@ -21,15 +21,16 @@ from .base import Backend, Problem
 from .cpu import CpuBackend
 from .missing import MissingBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 ENVIRONMENT = "CASVIT_KERNELS_BACKEND"
 
 _REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
+        CpuBackend(),  # before Triton, which in its interpreter takes tensors on the CPU too, if asked
         MissingBackend("cuda", "this version has no CUDA kernels yet"),
-        MissingBackend("triton", "this version has no Triton kernels yet"),
-        CpuBackend(),
+        TritonBackend(),
         ReferenceBackend(),
     )
 }

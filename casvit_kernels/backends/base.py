@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,12 +31,15 @@ class Backend(Protocol):
         """The reason why this backend cannot serve `problem` (None: any at all here), or None."""
         ...
 
-    def pack(self, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype) -> Tensor | None:
-        """The weights folded and laid out for `project_and_mix`, worth keeping between calls."""
+    def pack(self, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype) -> Any:
+        """The weights folded and laid out for `project_and_mix`, worth keeping between calls, or None.
+
+        A tensor starts with the header of csrc/cpu/pack.h, in which a kernel notes that it is stale.
+        """
         ...
 
     def project_and_mix(
-        self, x: Tensor, w: MixerWeights, eps: tuple[float, float], packed: Tensor | None
+        self, x: Tensor, w: MixerWeights, eps: tuple[float, float], packed: Any
     ) -> Tensor:
         """x to out with BatchNorm's running statistics, differentiable."""
         ...
@@ -52,7 +55,7 @@ class Mixed(NamedTuple):
 class Combined(NamedTuple):
     grad_qkv: Tensor  # the backend's own layout; the part of v is filled in
     grad_sum: Tensor  # the backend's own layout; ga, the gradient at a
-    pixel: Tensor  # (B, 2, H, W) sum over c of ga g z
+    pixel: Tensor  # (B, 2, H, W) sum over c of ga g z, or the backend's own terms of it
     channel: Tensor  # (2, B, C) sum over the pixels of ga z s
     dwc_weight: Tensor  # (C, 1, 3, 3) gradients, from here down
     dwc_bias: Tensor  # (C,)
@@ -84,23 +87,24 @@ class Phases(Protocol):
 
     Tensors named in the tuples above are float32 and contiguous but for `out`, which has `dtype` and
     the memory format `ops.output_memory_format(x)`; so are statistics, shift and coefficients.
-    `qkv`, `grad_sum` and `grad_qkv` have what layout and dtype the backend likes. x and the weights
-    come as the user has them, of any dtype and strides; B, C, H and W are at least 1. `norm_mean` and
-    `norm_var` may be None: `statistics` says what to use. Equal inputs give equal bits.
+    `qkv` is what the backend likes; `grad_sum` and `grad_qkv` have what layout and dtype it likes.
+    x and the weights come as the user has them, of any dtype and strides; B, C, H and W are at least
+    1. `norm_mean` and `norm_var` may be None: `statistics` says what to use. Equal inputs give equal
+    bits.
     """
 
-    def project(self, x: Tensor, w: MixerWeights, dtype: torch.dtype) -> Tensor:
+    def project(self, x: Tensor, w: MixerWeights, dtype: torch.dtype) -> Any:
         """qkv; the product's operands are rounded to `dtype`, its sums are float32."""
         ...
 
-    def statistics(self, x: Tensor, qkv: Tensor, w: MixerWeights) -> Tensor:
+    def statistics(self, x: Tensor, qkv: Any, w: MixerWeights) -> Tensor:
         """(2, 2, C): of q and k, mean and biased variance of d over images and pixels."""
         ...
 
     def mix(
         self,
         x: Tensor,
-        qkv: Tensor,
+        qkv: Any,
         w: MixerWeights,
         statistics: Tensor,
         eps: tuple[float, float],
@@ -111,7 +115,7 @@ class Phases(Protocol):
         self,
         grad: Tensor,
         x: Tensor,
-        qkv: Tensor,
+        qkv: Any,
         w: MixerWeights,
         spatial: Tensor,
         channel: Tensor,
@@ -122,7 +126,7 @@ class Phases(Protocol):
     def backward_gate(
         self,
         x: Tensor,
-        qkv: Tensor,
+        qkv: Any,
         w: MixerWeights,
         statistics: Tensor,
         eps: tuple[float, float],
@@ -139,7 +143,7 @@ class Phases(Protocol):
     def backward_depthwise(
         self,
         x: Tensor,
-        qkv: Tensor,
+        qkv: Any,
         w: MixerWeights,
         statistics: Tensor,
         eps: tuple[float, float],
@@ -149,7 +153,7 @@ class Phases(Protocol):
         logit: Tensor,
         coefficients: Tensor,
         grad_sum: Tensor,
-        grad_qkv: Tensor,
+        grad_qkv: Any,
     ) -> tuple[Tensor, Tensor]:
         """Fill the parts of q and k in grad_qkv: (ga g + shift) s + transposed convolution of gd.
 
@@ -161,7 +165,7 @@ class Phases(Protocol):
         ...
 
     def project_backward(
-        self, grad_qkv: Tensor, x: Tensor, w: MixerWeights, needed: tuple[bool, bool, bool]
+        self, grad_qkv: Any, x: Tensor, w: MixerWeights, needed: tuple[bool, bool, bool]
     ) -> ProjectionGradients:
         """Those of the gradients that are needed, in any dtype: they are rounded afterwards."""
         ...

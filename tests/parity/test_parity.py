@@ -425,3 +425,26 @@ def test_a_backend_that_cannot_run_says_why():
         pytest.skip("every checked backend is usable here")
     with pytest.raises(BackendUnavailable, match="cannot run here"):
         parity.run(unusable[0].name)
+
+
+def test_real_cases_are_the_mixers_of_the_models():
+    found = parity.real_cases("cpu", 2, device="cuda")
+    shapes = {case.shape for case in found}
+    assert {(2, 48, 56, 56), (2, 48, 96, 96), (2, 220, 7, 7), (2, 512, 12, 12)} <= shapes
+    assert len(shapes) == 30  # 16 mixers, of which one has the shape of another, at two inputs
+    assert len(found) == 30 * 3 * 2 * len(parity.MODES)
+    assert {case.device for case in found} == {"cuda"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradients_of_a_real_shape_can_be_judged(dtype):
+    """Not by luck: in float32 no ReLU input is near 0, in float16 no sum overflows."""
+    case = _case(dtype, "train", (2, 48, 56, 56))
+    assert _check(AdditiveTokenMixer, case).passed
+    assert not _check(HalfGradient, case).passed
+
+
+def test_a_backend_is_not_checked_where_it_does_not_compute():
+    require_native()
+    with pytest.raises(BackendUnavailable, match="it computes on the CPU"):
+        parity.run("cpu", device="cuda")

@@ -1,0 +1,352 @@
+"""Compiles the Triton kernels ahead of time and reads the machine code; needs no GPU.
+
+    python bench/triton_kernels.py             compile all, write the JSON file and the table
+    python bench/triton_kernels.py --check     exit 1 where the files are not those of these sources
+
+Each launch is recorded from the real phases, so what is compiled is what a GPU would be given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "triton_kernels.json"
+TABLE = ROOT / "docs" / "triton_kernels.md"
+SOURCES = ("tile", "forward", "backward")
+CHANNELS = (48, 56, 64, 96, 112, 128, 192, 220, 256, 384, 512)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# What a thread block of each may have.
+MOST_SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
+
+class Config(NamedTuple):
+    kernel: str
+    channels: int
+    layout: str
+    dtype: str
+    target: str
+
+
+class Counts(NamedTuple):
+    """What the compiler made of one kernel."""
+
+    registers: int
+    spilled: int  # bytes of stack a thread, or registers moved there
+    shared: int  # bytes
+    load: int  # bytes of the widest load from global memory
+    store: int
+    barriers: int
+    shuffles: int
+    instructions: int  # in the text, not executed
+
+
+def source_hash() -> str:
+    """Of all that decides what is compiled: the kernels' sources, constants and options."""
+    folder = ROOT / "casvit_kernels" / "backends" / "triton"
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update((folder / f"{name}.py").read_bytes())
+    for c in CHANNELS:
+        for layout in LAYOUTS:
+            for it in launches(c, layout, torch.float32).values():
+                digest.update(
+                    repr((it.name, it.constants, it.options(32), it.options(64))).encode()
+                )
+    return digest.hexdigest()
+
+
+def configs(
+    channels: Iterable[int] = CHANNELS,
+    dtypes: Iterable[str] = tuple(DTYPES),
+    targets: Iterable[str] = TARGETS,
+) -> Iterator[Config]:
+    from casvit_kernels.backends.triton.launch import KERNELS
+
+    targets, dtypes = tuple(targets), tuple(dtypes)
+    channels = tuple(channels)
+    for dtype in dtypes:
+        for c in channels:
+            for layout in LAYOUTS:
+                for kernel in KERNELS:
+                    if kernel in SMALL and (layout, dtype) != ("channels_last", "fp32"):
+                        continue  # they see no map
+                    for target in targets:
+                        yield Config(kernel, c, layout, dtype, target)
+
+
+SMALL = ("merge_statistics", "channel_gates")
+
+
+def _weights(c: int, device: str) -> Any:
+    from casvit_kernels.reference import GateWeights, MixerWeights
+
+    def e(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device=device)
+
+    gate = GateWeights(e(c, 1, 3, 3), *(e(c) for _ in range(5)), e(1, c, 1, 1), e(c, c, 1, 1))
+    return MixerWeights(
+        e(3 * c, c, 1, 1), None, gate, gate, e(c, 1, 3, 3), e(c), e(c, 1, 3, 3), e(c)
+    )
+
+
+def launches(
+    channels: int,
+    layout: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int] = (2, 14, 14),
+    device: str = "meta",
+) -> dict[str, Any]:
+    """The launches of a training step of a mixer, by kernel. shape: B, H, W."""
+    from casvit_kernels.backends.triton import launch, phases
+
+    b, height, width = shape
+    x = torch.empty(
+        (b, channels, height, width), dtype=dtype, device=device, memory_format=LAYOUTS[layout]
+    )
+    w, p, eps = _weights(channels, device), phases.TritonPhases(), (1e-5, 1e-5)
+    with launch.recorded() as record, torch.no_grad():
+        qkv = p.project(x, w, dtype)
+        statistics = p.statistics(x, qkv, w)
+        out, spatial, pooled, channel = p.mix(x, qkv, w, statistics, eps, dtype)
+        done = p.backward_combine(torch.empty_like(out), x, qkv, w, spatial, channel)
+        shift = torch.empty_like(pooled)
+        gated = p.backward_gate(x, qkv, w, statistics, eps, spatial, done.pixel, shift)
+        coefficients = torch.empty((2, 3, channels), device=device)
+        p.backward_depthwise(
+            x, qkv, w, statistics, eps, spatial, channel, shift, gated.logit, coefficients,
+            done.grad_sum, done.grad_qkv,
+        )  # fmt: skip
+    return {it.name: it for it in record}
+
+
+def specialise(it: Any, target: str) -> tuple[Any, Any, list[tuple[str, Any]]]:
+    """Triton's own view of a launch: kernel, its backend for the target, and for each argument the
+    type and value that it compiles for. With the constants and options they are its cache's key."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from casvit_kernels.backends.triton.launch import KERNELS
+
+    amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
+    kernel, backend = KERNELS[it.name], make_backend(gpu)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    _, found, _ = bind(*it.arguments, **it.constants)
+    return kernel, backend, found
+
+
+def compile_launch(it: Any, target: str) -> Counts:
+    """Compile one launch for a GPU that need not be there."""
+    import triton
+    from triton.compiler import ASTSource
+
+    kernel, backend, found = specialise(it, target)
+    names = [p.name for p in kernel.params]
+    attributes = {
+        (i,): backend.parse_attr(value)
+        for i, (kind, value) in enumerate(found)
+        if kind != "constexpr" and isinstance(value, str)
+    }
+    source = ASTSource(
+        kernel,
+        {name: kind for name, (kind, _) in zip(names, found, strict=True)},
+        {(names.index(name),): value for name, value in it.constants.items()},
+        attributes,
+    )
+    options = it.options(backend.target.warp_size)
+    done = triton.compile(source, target=backend.target, options=options)
+    shared = int(done.metadata.shared)
+    return (
+        _amd(done.asm["amdgcn"], shared)
+        if "amdgcn" in done.asm
+        else _nvidia(done.asm["cubin"], shared)
+    )
+
+
+_WIDTHS = {"": 4, "64": 8, "128": 16, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
+
+
+def _nvidia(cubin: bytes, shared: int) -> Counts:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, text = (
+            subprocess.run(
+                [tool, flag, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage: no registers in {usage!r}")
+    registers, stack, local = map(int, found.groups())
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", text, re.M)
+    moved = sum(4 for op in lines if op.startswith(("STL", "LDL")))
+
+    def widest(*names: str) -> int:
+        ops = (op.split(".") for op in lines if op.split(".")[0] in names)
+        return max(
+            (max((_WIDTHS[part] for part in op[1:] if part in _WIDTHS), default=4) for op in ops),
+            default=0,
+        )
+
+    return Counts(
+        registers,
+        max(stack + local, moved),
+        shared,
+        widest("LDG", "LDGSTS"),
+        widest("STG"),
+        sum(op.startswith("BAR") for op in lines),
+        sum(op.startswith("SHFL") for op in lines),
+        len(lines),
+    )
+
+
+def _amd(text: str, shared: int) -> Counts:
+    fields = dict(re.findall(r"^\s+\.(\w+):\s+(\d+)\s*$", text, re.M))
+    ops = re.findall(r"^\s+([a-z]\w+)(?:\s|$)", text, re.M)
+    widths = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2}
+
+    def widest(kind: str) -> int:
+        found = (re.match(rf"(?:global|buffer)_{kind}_(\w+)", op) for op in ops)
+        return max(
+            (next((n for key, n in widths.items() if key in m[1]), 1) for m in found if m),
+            default=0,
+        )
+
+    return Counts(
+        int(fields["vgpr_count"]),
+        int(fields["private_segment_fixed_size"]) + int(fields["vgpr_spill_count"]),
+        shared,
+        widest("load"),
+        widest("store"),
+        sum(op == "s_barrier" for op in ops),
+        sum(op.startswith("ds_bpermute") or op.endswith("_dpp") for op in ops),
+        len(ops),
+    )
+
+
+def count(config: Config, cache: dict[Any, Any]) -> Counts:
+    """cache: keeps the recorded launches between calls."""
+    key = config.channels, config.layout, config.dtype
+    if key not in cache:
+        cache[key] = launches(config.channels, config.layout, DTYPES[config.dtype])
+    return compile_launch(cache[key][config.kernel], config.target)
+
+
+def occupancy(registers: int, threads: int) -> int:
+    """Blocks on an NVIDIA multiprocessor, as far as registers limit them."""
+    warp = -(-registers // 8) * 8 * 32
+    return 65536 // (warp * max(1, threads // 32))
+
+
+WHY_NARROW = """\
+Loads of 16 bytes need 8 neighbouring channels of 16 bits in one thread. In channels_last `statistics`,
+`gates` and `combine` have them wherever C is a multiple of 8 (C = 220: 8 bytes, the start of a pixel
+is no multiple of 16). `backward_combine` and `backward_depthwise` keep 20 sums of weight gradients for
+each channel of a thread, so a thread has two channels or fewer, and loads as much. In NCHW nothing
+is known of the alignment of a row when the kernel is compiled (7 x 7 images have odd rows), so a thread
+loads single pixels; the threads of a warp load neighbours."""
+
+
+def table(document: dict[str, Any]) -> str:
+    """docs/triton_kernels.md."""
+    from casvit_kernels.backends.triton.tuning import tile
+
+    lines = [
+        "# Triton kernels, as compiled",
+        "",
+        "Generated by `python bench/triton_kernels.py` from the machine code of every configuration; do",
+        f"not edit. Triton {document['triton']}. Nothing here was timed.",
+        "",
+        "Registers of a thread (VGPRs on gfx942), `+n` bytes spilled; bytes of shared memory; bytes of",
+        "the widest load from and store to global memory; barriers, shuffles, instructions in the text.",
+        "",
+        *WHY_NARROW.splitlines(),
+    ]
+    rows = [(Config(*r[:5]), Counts(*r[5:])) for r in document["rows"]]
+    for target in TARGETS:
+        lines += [
+            "",
+            f"## {target}",
+            "",
+            "| kernel | dtype | layout | C | tile | threads | registers | shared | load | store | "
+            "barriers | shuffles | instructions |",
+            "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        for config, n in sorted(
+            rows, key=lambda row: (row[0].kernel, row[0].dtype, row[0].layout, row[0].channels)
+        ):
+            if config.target != target:
+                continue
+            t = None if config.kernel in SMALL else tile(config.kernel, config.channels)
+            size = "16 x 16" if t is None else f"{t.pixels} x {t.channels}"
+            threads = 128 if t is None else t.threads
+            spilled = f" +{n.spilled}" if n.spilled else ""
+            lines.append(
+                f"| {config.kernel} | {config.dtype} | {config.layout} | {config.channels} | {size} | "
+                f"{threads} | {n.registers}{spilled} | {n.shared} | {n.load} | {n.store} | "
+                f"{n.barriers} | {n.shuffles} | {n.instructions} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    import triton
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 when out of date"
+    )
+    parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS)
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: nothing can be compiled in that process")
+    old = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"source": "", "rows": []}
+    kept = {tuple(r[:5]): r for r in old["rows"]} if old["source"] == source_hash() else {}
+    todo = [c for c in configs(options.channels) if tuple(c) not in kept]
+    if options.check:  # of what there is, whatever the rest
+        stale = bool(todo) or not TABLE.is_file() or TABLE.read_text() != table(old)
+        print("out of date" if stale else "up to date", file=sys.stderr)
+        return int(stale)
+    document = {"triton": triton.__version__, "source": source_hash(), "rows": list(kept.values())}
+    cache: dict[Any, Any] = {}
+    for number, config in enumerate(todo):
+        n = count(config, cache)
+        document["rows"].append([*config, *n])
+        print(f"{number + 1}/{len(todo)}", *config, n, flush=True)
+        if number % 20 == 0 or number + 1 == len(todo):
+            RESULTS.write_text(_json(document))
+    RESULTS.write_text(_json(document))
+    TABLE.write_text(table(document))
+    return 0
+
+
+def _json(document: dict[str, Any]) -> str:
+    """A row a line."""
+    rows = ",\n".join(json.dumps(r) for r in document["rows"])
+    head = json.dumps({k: v for k, v in document.items() if k != "rows"}, indent=1)
+    return head[:-2] + ',\n "rows": [\n' + rows + "\n]}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

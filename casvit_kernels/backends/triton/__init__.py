@@ -1,0 +1,128 @@
+"""Fused Triton kernels on NVIDIA and AMD GPUs; in Triton's interpreter on the CPU.
+
+tile.py, forward.py and backward.py hold the kernels, tuning.py their sizes, phases.py launches them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...reference import MixerWeights
+from ..base import Phases, Problem
+
+OLDEST = (3, 6)
+OLDEST_CAPABILITY = (8, 0)  # NVIDIA's Ampere
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INSTALL = "pip install 'triton>=3.6'"
+
+
+@functools.cache
+def _phases() -> Any:
+    """The module with the launches; it imports triton."""
+    return importlib.import_module(f"{__name__}.phases")
+
+
+@functools.cache
+def _triton() -> tuple[bool, str | None]:
+    """Whether triton interprets, and the reason why it cannot be used at all."""
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return False, f"triton cannot be imported ({error}): {_INSTALL}"
+    version = tuple(int(p) for p in triton.__version__.split("+")[0].split(".")[:2])
+    if version < OLDEST:
+        return False, f"it needs triton 3.6 or later, found {triton.__version__}: {_INSTALL}"
+    interprets = bool(triton.knobs.runtime.interpret)
+    if interprets and version == (3, 6) and _numpy() >= (2, 4):
+        return (
+            interprets,
+            "the interpreter of triton 3.6 needs an older numpy: pip install 'numpy<2.4'",
+        )
+    return interprets, None
+
+
+def _numpy() -> tuple[int, ...]:
+    import numpy
+
+    return tuple(int(p) for p in numpy.__version__.split(".")[:2])
+
+
+@functools.cache
+def _device(count: int) -> str | None:
+    """Why the GPUs here cannot be used. count: of them."""
+    if count == 0:
+        return "no GPU that this PyTorch can use: torch.cuda.is_available() is False"
+    if torch.version.hip is not None:
+        return None
+    for index in range(count):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < OLDEST_CAPABILITY:
+            name = torch.cuda.get_device_name(index)
+            return (
+                f"it needs a GPU of compute capability 8.0 or later, {name} (cuda:{index}) "
+                f"has {capability[0]}.{capability[1]}"
+            )
+    return None
+
+
+def _computed_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _differentiates(x: Tensor, w: MixerWeights) -> bool:
+    return torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *ops.flatten(w))
+    )
+
+
+class TritonBackend:
+    name = "triton"
+
+    @functools.cached_property
+    def phases(self) -> Phases | None:
+        phases: Phases = _phases().TritonPhases()
+        return phases
+
+    def why_not(self, problem: Problem | None = None) -> str | None:
+        interprets, reason = _triton()
+        if reason is not None:
+            return reason
+        if not interprets:
+            reason = _device(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+            if reason is not None:
+                hint = (
+                    "; with TRITON_INTERPRET=1 set before Python starts it runs, slowly, on the CPU"
+                )
+                return reason + hint
+        if problem is None:
+            return None
+        expected = "cpu" if interprets else "cuda"
+        if problem.device != expected:
+            where = "in Triton's interpreter (TRITON_INTERPRET is set) " if interprets else ""
+            return f"{where}it computes on {expected!r}, the tensors are on {problem.device!r}"
+        if problem.dtype not in DTYPES:
+            return f"it computes float32, bfloat16 and float16, not {problem.dtype}"
+        return None
+
+    def pack(
+        self, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype
+    ) -> tuple[Tensor | None, ...]:
+        packed: tuple[Tensor | None, ...] = _phases().pack(w, dtype)
+        return packed
+
+    def project_and_mix(
+        self, x: Tensor, w: MixerWeights, eps: tuple[float, float], packed: Any
+    ) -> Tensor:
+        dtype = _computed_dtype(x)
+        if packed is None or ops.is_opaque() or _differentiates(x, w):
+            settings = ops.Settings(*eps, False, False, dtype, self.name, "")
+            return ops.mix_training(x, w, settings)[0]
+        out: Tensor = _phases().infer(x, packed, eps, dtype)
+        return out

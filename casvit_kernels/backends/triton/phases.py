@@ -1,0 +1,279 @@
+"""Training and inference by the Triton kernels: tensors for their results, and their launches.
+
+Imported on first use: `import casvit_kernels` needs no triton.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import ops
+from ...reference import MixerWeights
+from ..base import Combined, Gated, Mixed, ProjectionGradients
+from .launch import launch, launch_small
+from .tuning import BLOCK, Cut, cut, tile
+
+ALIGNMENT = 16  # bytes; kernels are compiled for tensors that have it, as all allocated here do
+
+
+class Projected(NamedTuple):
+    """What `project` hands to the other phases."""
+
+    qkv: Tensor  # (B, 3C, H, W), channels innermost or contiguous as `ops.output_memory_format(x)`
+    vectors: Tensor  # see `vectors`
+
+
+class Packed(NamedTuple):
+    """A mixer's weights for inference."""
+
+    qkv_weight: Tensor  # (3C, C), of the dtype computed in
+    qkv_bias: Tensor | None  # (3C,)
+    vectors: Tensor
+    statistics: Tensor  # (2, 2, C) float32, the running ones
+
+
+def pack(w: MixerWeights, dtype: torch.dtype) -> Packed:
+    moments = (w.q.norm_mean, w.q.norm_var, w.k.norm_mean, w.k.norm_var)
+    statistics = torch.stack([t.float() for t in moments if t is not None])
+    weight, bias = _qkv(w, dtype)
+    return Packed(weight, bias, vectors(w), statistics.view(2, 2, -1))
+
+
+def _qkv(w: MixerWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return w.qkv_weight.flatten(1).to(dtype), None if w.qkv_bias is None else w.qkv_bias.to(dtype)
+
+
+def vectors(w: MixerWeights) -> Tensor:
+    """All weights but those of qkv as one float32 vector, as the kernels read them.
+
+    For q and k: depthwise (C, 9), its bias, BatchNorm's weight and bias, to the spatial gate (C each):
+    13C; for dwc and proj: (C, 9) and bias: 10C each; 46C in all. Then the channel gates' (2, C, C).
+    """
+    c = w.dwc_bias.shape[0]
+    pieces: list[Tensor] = []
+    for gate in (w.q, w.k):
+        pieces += gate.depthwise_weight, gate.depthwise_bias
+        pieces.append(w.dwc_bias.new_ones(c) if gate.norm_weight is None else gate.norm_weight)
+        pieces.append(w.dwc_bias.new_zeros(c) if gate.norm_bias is None else gate.norm_bias)
+        pieces.append(gate.spatial_weight)
+    pieces += w.dwc_weight, w.dwc_bias, w.proj_weight, w.proj_bias
+    pieces += w.q.channel_weight, w.k.channel_weight
+    packed = torch.empty((46 + 2 * c) * c, dtype=torch.float32, device=w.dwc_bias.device)
+    torch.cat([p.reshape(-1) for p in pieces], out=packed)
+    return packed
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The qkv product by the library, in the layout of x: (B, 3C, H, W).
+
+    weight (3C, C) and bias (3C,) are of the dtype to compute in. Float32 follows PyTorch's setting for
+    matrix products (`torch.set_float32_matmul_precision`), not that for convolutions.
+    """
+    b, c, height, width = x.shape
+    if not _pixels_last(x):
+        return _maps(F.linear(_rows(x, weight.dtype), weight, bias), x)
+    maps = x.to(weight.dtype).contiguous().view(b, c, height * width)
+    every = weight.expand(b, -1, -1)
+    out = torch.bmm(every, maps) if bias is None else torch.baddbmm(bias[:, None], every, maps)
+    return out.view(b, 3 * c, height, width)
+
+
+class TritonPhases:
+    """`base.Phases`; sums are float32 whatever goes in, maps are of the dtype computed in."""
+
+    def project(self, x: Tensor, w: MixerWeights, dtype: torch.dtype) -> Projected:
+        return Projected(product(x, *_qkv(w, dtype)), vectors(w))
+
+    def statistics(self, x: Tensor, qkv: Projected, w: MixerWeights) -> Tensor:
+        c = x.shape[1]
+        size = _cut("statistics", x)
+        number = _empty(x, size.programs)
+        partial = _empty(x, size.programs, 2, 2, c)
+        result = _empty(x, 2, 2, c)
+        given = (*qkv, number, partial)
+        launch("statistics", x, size, given, 2)
+        grid = (-(-c // BLOCK), 2, 1)
+        launch_small("merge_statistics", x, grid, (number, partial, result, size.programs))
+        return result
+
+    def mix(
+        self,
+        x: Tensor,
+        qkv: Projected,
+        w: MixerWeights,
+        statistics: Tensor,
+        eps: tuple[float, float],
+        dtype: torch.dtype,
+    ) -> Mixed:
+        return mix(x, *qkv, statistics, eps, dtype)
+
+    def backward_combine(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        qkv: Projected,
+        w: MixerWeights,
+        spatial: Tensor,
+        channel: Tensor,
+    ) -> Combined:
+        b, c, height, width = x.shape
+        size = _cut("backward_combine", x)
+        if grad.data_ptr() % ALIGNMENT:  # a part of a larger tensor
+            grad = grad.clone()
+        grad_qkv = torch.empty_like(qkv.qkv)
+        grad_sum = ops.empty_output(x, qkv.qkv.dtype)
+        blocks = -(-c // tile("backward_combine", c).channels)
+        pixel = _empty(x, blocks, b, 2, height, width)
+        channel_sum = _empty(x, size.parts, 2, b, c)
+        weights = _empty(x, size.programs, 20 * c)
+        given = (grad, *qkv, spatial, channel)
+        results = (grad_qkv, grad_sum, pixel, channel_sum, weights)
+        launch("backward_combine", x, size, (*given, *results))
+        dwc, dwc_bias, proj, proj_bias = weights.sum(0).split((9 * c, c, 9 * c, c))
+        return Combined(
+            grad_qkv,
+            grad_sum,
+            pixel.sum(0),
+            channel_sum.sum(0),
+            dwc.view(c, 1, 3, 3),
+            dwc_bias,
+            proj.view(c, 1, 3, 3),
+            proj_bias,
+        )
+
+    def backward_gate(
+        self,
+        x: Tensor,
+        qkv: Projected,
+        w: MixerWeights,
+        statistics: Tensor,
+        eps: tuple[float, float],
+        spatial: Tensor,
+        pixel: Tensor,
+        shift: Tensor,
+    ) -> Gated:
+        c = x.shape[1]
+        size = _cut("backward_gate", x)
+        logit = torch.empty_like(spatial)
+        partial = _empty(x, size.programs, 2, 2, c)
+        given = (*qkv, statistics, *eps, spatial, pixel, shift)
+        results = (logit, partial)
+        launch("backward_gate", x, size, (*given, *results), 2)
+        sums = partial.sum(0)
+        per_gate = qkv.vectors[: 26 * c].view(2, 13, c)
+        norm_weight, norm_bias, to_logit = per_gate[:, 10:].unbind(1)
+        # r is the norm's weight times n^ plus its bias where n > 0.
+        of_logit = norm_weight * sums[:, 1] + norm_bias * sums[:, 0]
+        return Gated(logit, of_logit, sums * to_logit[:, None])
+
+    def backward_depthwise(
+        self,
+        x: Tensor,
+        qkv: Projected,
+        w: MixerWeights,
+        statistics: Tensor,
+        eps: tuple[float, float],
+        spatial: Tensor,
+        channel: Tensor,
+        shift: Tensor,
+        logit: Tensor,
+        coefficients: Tensor,
+        grad_sum: Tensor,
+        grad_qkv: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        c = x.shape[1]
+        size = _cut("backward_depthwise", x)
+        weights = _empty(x, size.programs, 2, 10 * c)
+        given = (*qkv, statistics, *eps, spatial, channel, shift, logit, coefficients, grad_sum)
+        launch("backward_depthwise", x, size, (*given, grad_qkv, weights))
+        of_taps, of_bias = weights.sum(0).split((9 * c, c), 1)
+        return of_taps.reshape(2, c, 3, 3), of_bias
+
+    def project_backward(
+        self, grad_qkv: Tensor, x: Tensor, w: MixerWeights, needed: tuple[bool, bool, bool]
+    ) -> ProjectionGradients:
+        need_x, need_weight, need_bias = needed
+        b, c, height, width = x.shape
+        weight = w.qkv_weight.flatten(1).to(grad_qkv.dtype)
+        grad_x = grad_weight = grad_bias = None
+        if need_bias:
+            grad_bias = grad_qkv.sum((0, 2, 3), dtype=torch.float32)
+        if need_weight:
+            grad_weight = _weight_gradient(grad_qkv, x)
+        if need_x and _pixels_last(x):
+            maps = grad_qkv.view(b, 3 * c, height * width)
+            grad_x = torch.bmm(weight.t().expand(b, -1, -1), maps).view(x.shape)
+        elif need_x:
+            grad_x = _maps(_rows(grad_qkv, grad_qkv.dtype) @ weight, x)
+        return ProjectionGradients(grad_x, grad_weight, grad_bias)
+
+
+def mix(
+    x: Tensor,
+    qkv: Tensor,
+    vectors: Tensor,
+    statistics: Tensor,
+    eps: tuple[float, float],
+    dtype: torch.dtype,
+) -> Mixed:
+    """`Phases.mix`: three launches."""
+    b, c, height, width = x.shape
+    size = _cut("gates", x)
+    spatial = _empty(x, b, 2, height, width)
+    partial = _empty(x, size.parts, 2, b, c)
+    given = (qkv, vectors, statistics, *eps, spatial, partial)
+    launch("gates", x, size, given, 2)
+    pooled, channel = _empty(x, 2, b, c), _empty(x, 2, b, c)
+    grid = (-(-c // BLOCK), -(-b // BLOCK), 2)
+    arguments = (partial, vectors, pooled, channel, size.parts, 1 / (height * width), b)
+    launch_small("channel_gates", x, grid, arguments)
+    out = ops.empty_output(x, dtype)
+    size = _cut("combine", x)
+    launch("combine", x, size, (qkv, vectors, spatial, channel, out))
+    return Mixed(out, spatial, pooled, channel)
+
+
+def infer(x: Tensor, packed: Packed, eps: tuple[float, float], dtype: torch.dtype) -> Tensor:
+    """x to out with running statistics: four launches."""
+    if x.shape[0] == 0:
+        return ops.empty_output(x, dtype)
+    qkv = product(x, packed.qkv_weight, packed.qkv_bias)
+    return mix(x, qkv, packed.vectors, packed.statistics, eps, dtype).out
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """(3C, C): that of the qkv product."""
+    b, c, height, width = x.shape
+    if _pixels_last(x) and c < height * width:
+        maps = x.to(grad.dtype).contiguous().view(b, c, -1)
+        return torch.bmm(grad.view(b, 3 * c, -1), maps.transpose(1, 2)).sum(0, dtype=torch.float32)
+    # As many sums as images would be larger than the maps: rather turn these.
+    return _rows(grad, grad.dtype).t() @ _rows(x, grad.dtype)
+
+
+def _cut(kernel: str, x: Tensor) -> Cut:
+    b, c, height, width = x.shape
+    return cut(kernel, c, b, height, width)
+
+
+def _pixels_last(x: Tensor) -> bool:
+    return ops.output_memory_format(x) is torch.contiguous_format
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B H W, C): a view of what is channels_last, else a copy."""
+    return x.to(dtype).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _maps(rows: Tensor, x: Tensor) -> Tensor:
+    """(B, C, H, W) of rows of channels_last pixels."""
+    b, _, height, width = x.shape
+    return rows.view(b, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _empty(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=x.device)

@@ -1,0 +1,312 @@
+"""The Triton backend: in the interpreter here, in processes of their own; what it says where it cannot.
+
+TRITON_INTERPRET must be set before triton is imported, and what is interpreted cannot be compiled.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import weights
+from torch._subclasses import FakeTensorMode
+
+from casvit_kernels import BackendUnavailable, FusedCATM, backends, ops, parity
+from casvit_kernels.backends import get, triton
+from casvit_kernels.backends.base import Problem
+from casvit_kernels.backends.triton import tuning
+
+triton_itself = pytest.importorskip("triton")
+HERE = Path(__file__).parent
+INTERPRETED = {
+    **os.environ,
+    "TRITON_INTERPRET": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+}
+
+
+def interpret(script):
+    """Start Python on a script in the interpreter; `result` waits for it."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", script],
+        env=INTERPRETED,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def result(process):
+    """What the script printed last, as JSON."""
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+def test_parity():
+    """Each half of the cases in a process."""
+    script = """
+import json
+from casvit_kernels import parity
+rows = [parity.check(c) for c in parity.cases("triton")[{start}::2]]
+print(json.dumps([len(rows), [[str(r[:5]), r.failures] for r in rows if not r.passed]]))
+"""
+    found = [result(p) for p in [interpret(script.format(start=i)) for i in range(2)]]
+    assert [failures for _, failures in found] == [[], []]
+    if not torch.cuda.is_available():
+        assert sum(count for count, _ in found) == len(parity.cases("triton"))
+
+
+TRAINING = (
+    "opcheck or compiled_step or compiled_once or gradient_scaler or around_the_backward or "
+    "second_derivatives or frozen_parts or nothing_but or the_same_bits or large_offsets or "
+    "gradients_have_the_strides or synchronised_batch_norm or ddp or nan"
+)
+
+
+def test_training_tests():
+    """Those of the training suites that could differ between backends, on this one."""
+    suites = [str(HERE / f"test_{name}.py") for name in ("training", "field")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", TRAINING, *suites],
+        env={**INTERPRETED, "CASVIT_KERNELS_TEST_BACKEND": "triton"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+def test_inference():
+    """Launches, what is kept between calls, and when it is made anew."""
+    found = result(
+        interpret(
+            """
+import json
+import torch
+from casvit_kernels import FusedCATM, use_backend
+from casvit_kernels.backends import Problem, select
+from casvit_kernels.backends.triton import forward, phases
+
+calls = []
+def counting(name):
+    kernel = getattr(forward, name)
+    class Counted:
+        def __getitem__(self, grid):
+            calls.append(name)
+            return kernel[grid]
+    setattr(forward, name, Counted())
+for name in ("gates_kernel", "channel_gates_kernel", "combine_kernel", "statistics_kernel"):
+    counting(name)
+product, vectors = phases.product, phases.vectors
+phases.product = lambda *a: calls.append("product") or product(*a)
+phases.vectors = lambda *a: calls.append("vectors") or vectors(*a)
+
+mixer, x = FusedCATM(5, True).eval(), torch.randn(2, 5, 4, 6)
+for p in mixer.parameters():
+    torch.nn.init.normal_(p)
+def run(*, backend="triton"):
+    calls.clear()
+    with use_backend(backend), torch.no_grad():
+        return mixer(x)
+def error():
+    return float((run() - run(backend="reference")).abs().max())
+
+document = {"automatic": select(None, Problem("cpu", torch.float32)).name}
+document["error"] = error()
+run()
+document["calls"] = list(calls)
+with torch.no_grad():
+    mixer.oper_q[0].block[1].running_var.mul_(3)
+run()
+document["changed"] = "vectors" in calls
+document["error after a change"] = error()
+with torch.autocast("cpu", torch.bfloat16):
+    document["autocast"] = str(run().dtype)
+    run()
+    document["kept under autocast"] = list(calls)
+with torch.inference_mode():
+    document["error in inference mode"] = error()
+with use_backend("triton"):
+    out = mixer(x.requires_grad_())
+    out.square().sum().backward()
+    document["gradient"] = bool(x.grad.isfinite().all() and mixer.qkv.weight.grad is not None)
+    document["empty"] = list(mixer(x[:0]).shape)
+print(json.dumps(document))
+"""
+        )
+    )
+    assert found["automatic"] == "cpu"  # interpreted, it must be asked for
+    four = ["product", "gates_kernel", "channel_gates_kernel", "combine_kernel"]
+    assert found["calls"] == found["kept under autocast"] == four
+    assert found["changed"]
+    assert found["autocast"] == "torch.bfloat16"
+    assert max(found[k] for k in found if "error" in k) < 1e-3
+    assert found["gradient"]
+    assert found["empty"] == [0, 5, 4, 6]
+
+
+def test_offsets_past_two_gigaelements():
+    """k begins 2^31 elements into the tensor; nothing but the few pixels read is ever touched."""
+    found = result(
+        interpret(
+            """
+import json
+import phases
+import torch
+from casvit_kernels.backends.triton import forward
+
+H, W, C, TILE = 2, 2**28 + 64, 4, 32
+qkv = torch.empty(3 * C * H * W, dtype=torch.float16)
+small = torch.randn(C, H, TILE).half()
+qkv.as_strided((C, H, TILE), (H * W, W, 1), C * H * W).copy_(small)
+taps, bias = torch.randn(C, 9), torch.randn(C)
+vectors = torch.cat([torch.zeros(13 * C), taps.flatten(), bias, torch.zeros(36 * C)])
+number, partial = torch.empty(1), torch.zeros(2, 2, C)
+# The first program alone: its tile owns the 31 columns on the left.
+forward.statistics_kernel[(1, 1, 2)](
+    qkv, vectors, number, partial, 1, H, W, H, 1, C, True, TILE, 16, 1
+)
+d = phases.convolve(small[None].double(), taps.view(C, 1, 3, 3).double(), bias.double())
+own = d[0, :, :, : TILE - 2].flatten(1)
+print(json.dumps([C * H * W > 2**31, (partial[1, 0] - own.mean(1)).abs().max().item(), number.item()]))
+"""
+        )
+    )
+    assert found[0]
+    assert found[1] < 1e-5
+    assert found[2] == 2 * 30
+
+
+def test_rows_and_images_of_a_program_only_change_rounding():
+    """Bands of rows and groups of images, however they are cut, give the same results."""
+    found = result(
+        interpret(
+            """
+import json
+import torch
+from casvit_kernels import FusedCATM
+from casvit_kernels.backends.triton import tuning
+
+mixer = FusedCATM(3, True, backend="triton").train()
+x = torch.randn(4, 3, 5, 6)
+results = []
+for few, many, band in ((1, 1, 8), (10**6, 10**6, 1), (10**6, 1, 2)):
+    tuning.FEW_PROGRAMS, tuning.MANY_PROGRAMS, tuning.SMALLEST_BAND = few, many, band
+    cut = tuning.cut("combine", 3, *x.shape[:1], *x.shape[2:])
+    y = x.clone().requires_grad_()
+    mixer.zero_grad()
+    mixer(y).square().sum().backward()
+    results.append((list(cut), [y.grad, *(p.grad.clone() for p in mixer.parameters())]))
+errors = [
+    max(float((a - b).abs().max() / b.abs().max().clamp(min=0.1)) for a, b in zip(r, results[0][1]))
+    for _, r in results
+]
+print(json.dumps([[cut for cut, _ in results], errors]))
+"""
+        )
+    )
+    cuts, errors = found
+    assert len({tuple(c) for c in cuts}) == 3
+    assert max(errors) < 1e-4
+
+
+def test_fake_tensors_of_a_gpu():
+    """What torch.compile sees of a call on CUDA, here without a GPU."""
+    with FakeTensorMode(), torch.device("cuda"):
+        w = weights(6, dtype=torch.bfloat16)
+        x = torch.empty(2, 6, 8, 9, dtype=torch.bfloat16)
+        x = x.contiguous(memory_format=torch.channels_last)
+        settings = ops.Settings(1e-5, 1e-5, True, True, None, "triton", "")
+        out, saved = ops.mix_training(x, w, settings)
+        assert out.device.type == saved.spatial.device.type == "cuda"
+        assert out.dtype is torch.bfloat16
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        assert saved.spatial.shape == (2, 2, 8, 9)
+
+
+# Where it cannot run.
+
+
+@pytest.fixture
+def fresh():
+    """The backend as on a first call."""
+    for cached in (triton._triton, triton._device):
+        cached.cache_clear()
+    yield get("triton")
+    for cached in (triton._triton, triton._device):
+        cached.cache_clear()
+
+
+def reason_of(backend):
+    reason = backend.why_not()
+    assert next(s.reason for s in backends() if s.name == "triton") == reason
+    mixer, x = FusedCATM(3, backend="triton"), torch.randn(1, 3, 4, 4)
+    if reason is not None:
+        with pytest.raises(BackendUnavailable) as caught:
+            mixer(x)
+        assert reason in str(caught.value)
+    return reason
+
+
+def test_without_triton(fresh, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "triton cannot be imported" in reason_of(fresh)
+    assert "pip install" in reason_of(fresh)
+
+
+def test_triton_too_old(fresh, monkeypatch):
+    monkeypatch.setattr(triton_itself, "__version__", "3.5.1+git")
+    assert "needs triton 3.6 or later, found 3.5.1+git" in reason_of(fresh)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(fresh):
+    assert "no GPU" in reason_of(fresh)
+    assert "TRITON_INTERPRET=1" in reason_of(fresh)
+
+
+def test_gpu_too_old(fresh, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (7, 5))[i])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ("H100", "T4")[i])
+    reason = reason_of(fresh)
+    assert "compute capability 8.0 or later, T4 (cuda:1) has 7.5" in reason
+
+
+def test_what_it_does_not_compute(fresh, monkeypatch):
+    monkeypatch.setattr(triton, "_device", lambda count: None)
+    assert fresh.why_not() is None
+    assert fresh.why_not(Problem("cuda", torch.bfloat16)) is None
+    assert "not torch.float64" in fresh.why_not(Problem("cuda", torch.float64))
+    assert "tensors are on 'cpu'" in fresh.why_not(Problem("cpu", torch.float32))
+
+
+@pytest.mark.parametrize("channels", [1, 16, 17, 48, 130, 220, 256, 512, 1000])
+def test_tiles(channels):
+    """Powers of two that hold all channels where they must; programs that cover every image."""
+    for kernel, halo in tuning.HALO.items():
+        tile = tuning.tile(kernel, channels)
+        assert tile.pixels & (tile.pixels - 1) == tile.channels & (tile.channels - 1) == 0
+        assert tile.pixels > 2 * halo
+        if kernel in ("gates", "backward_gate"):
+            assert tile.channels >= channels
+        for images, height, width in (
+            (1, 1, 1),
+            (256, 7, 7),
+            (3, 56, 56),
+            (64, 96, 96),
+            (2, 9, 33),
+        ):
+            cut = tuning.cut(kernel, channels, images, height, width)
+            owned = tile.pixels if width <= tile.pixels else tile.pixels - 2 * halo
+            together = (tile.pixels + 1) // (width + 1) or 1
+            columns = -(-width // owned)
+            assert cut.parts == columns * -(-height // cut.rows)
+            groups = cut.programs // cut.parts * cut.repeat
+            assert groups * together >= images > (groups - cut.repeat) * together
