@@ -7,6 +7,9 @@ import torch
 
 import casvit_kernels
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreted  # noqa: F401
+
 REQUIRE_NATIVE = "CASVIT_KERNELS_REQUIRE_NATIVE"
 
 # The backend whose training test_training.py and test_field.py look at; tests/test_triton.py runs

@@ -32,7 +32,7 @@ INTERPRETED = {
 def interpret(script):
     """Start Python on a script in the interpreter; `result` waits for it."""
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", script],
+        [sys.executable, "-W", "ignore", "-c", f"import interpreted\n{script}"],
         env=INTERPRETED,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
