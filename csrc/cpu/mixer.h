@@ -149,6 +149,12 @@ struct Kernels {
   void (*backward_depthwise)(const Geometry&, const TrainingGate&, const BackwardDepthwise&,
                              int64_t which, int64_t image, int64_t block, int64_t y_begin,
                              int64_t y_end, double* sums, float* temp);
+  // Of one block of the pooled means: with e = grad, the gradient at the channel gate's logits,
+  // shift = scale * sum_o e[o] weight[o][i] and to[o][i] = sum over images of e[o] pooled[i], which
+  // may be null. grad, pooled, shift: [images][padded]; weight, to: [C][C].
+  void (*channel_gate_backward)(const Geometry&, const float* grad, const float* pooled,
+                                const float* weight, float scale, int64_t images, int64_t block,
+                                float* shift, float* to);
 
   // The product's own gradients, in float32; null where library products are as good. grad: the
   // gradient at q, k and v, [pixels][3C]; weight: [3C][C]. Pixels count through all images.

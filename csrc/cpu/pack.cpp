@@ -256,7 +256,7 @@ void fill_mixing(const Kernels& k, const Sources& s, const MixingLayout& layout,
     pack_depthwise(
         g.depthwise_weight, g.depthwise_bias, C, k.lanes, floats(base, layout.gate[i][0]),
         floats(base, layout.gate[i][1]),
-        [&](int64_t c) { return gamma(g, c) * reciprocal_deviation(g, c); },
+        [&](int64_t c) { return normalizer(g, c); },
         [&](int64_t c, double scale) { return beta(g, c) - at(g.norm_mean, c) * scale; });
     copy_row(g.spatial_weight, 0, C, floats(base, layout.gate[i][2]));
     transpose(g.channel_weight, C, padded, floats(base, layout.gate[i][3]), pool);
@@ -322,6 +322,13 @@ WeightsView view(const Kernels& k, int64_t C, Product kind, const void* packed) 
   return v;
 }
 
+double normalizer(const GateSources& g, int64_t c) {
+  return gamma(g, c) * reciprocal_deviation(g, c);
+}
+
+void pack_vector(const Source& s, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = at(s, i);
+}
 void pack_matrix(const Source& s, int64_t rows, int64_t columns, float* to) {
   for (int64_t row = 0; row < rows; ++row) copy_row(s, row, columns, to + row * columns);
 }

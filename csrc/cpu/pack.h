@@ -47,6 +47,11 @@ void pack(const Kernels&, const Sources&, Product, void* to);
 bool is_current(const Kernels&, const Sources&, Product, void* packed, int64_t bytes);
 WeightsView view(const Kernels&, int64_t C, Product, const void* packed);
 
+// norm_weight / sqrt(norm_var + eps)
+double normalizer(const GateSources&, int64_t channel);
+// A vector as dense floats.
+void pack_vector(const Source&, int64_t n, float* to);
+
 // Parts of that for the phases of training, in scratch of the calling thread until the next call.
 // Absent in a view is what its phase does not read.
 // The qkv product alone.
