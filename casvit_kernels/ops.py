@@ -305,11 +305,13 @@ torch.library.register_autograd(
 class _Mix(torch.autograd.Function):
     """The operator `mix_training` without the dispatcher."""
 
+    # Without a setup_context of its own: with one, each call inspects the signature of forward.
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return _call("mix_training", inputs[0].device.type, *inputs)
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _call("mix_training", inputs[0].device.type, *inputs)
+        _setup_mix(ctx, inputs, output)
+        return output
 
-    setup_context = staticmethod(_setup_mix)
     backward = staticmethod(_mix_backward)
 
 

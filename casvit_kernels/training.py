@@ -130,14 +130,14 @@ def _backward_by_phases(
 
 
 def update_running(
-    running: tuple[Tensor, Tensor], batch: Tensor, number: Tensor, momentum: float | Tensor
+    running: tuple[Tensor, Tensor], batch: Tensor, number: Tensor | int, momentum: float | Tensor
 ) -> None:
     """Move the running mean and variance towards those of a batch, in place, as nn.BatchNorm does.
 
     Args:
         running: mean and variance, ``(C,)``.
         batch: mean and biased variance, ``(2, C)``; the variance is made unbiased here.
-        number: how many values of each channel they are taken over, ``()``.
+        number: how many values of each channel they are taken over, ``()`` if a tensor.
         momentum: weight of the batch; 1 / n for an average over n batches.
     """
     mean, var = batch

@@ -1,6 +1,8 @@
 // The gradients of the qkv product on the matrix unit, in float32 by the six passes of
 // mixer_amx.cpp. G: [pixels][3C], the gradient at q, k and v; W: [3C][C].
-//   of x: G W, one row for each pixel;   of the weights: G^T X, a sum over pixels.
+//   of x: G W, one row for each pixel;
+//   of the weights: X^T G, a sum over pixels, written transposed. Either way round, but so neither G
+//   nor an x with channels first is transposed on the way in.
 #pragma once
 
 namespace casvit {
@@ -8,9 +10,9 @@ namespace CASVIT_ISA {
 
 constexpr int64_t PARTS_BYTES = 3 * TILE_BYTES;  // a depth tile: high, middle, low
 
-// One depth tile of 16 lines. Of the left operand (split_cut) line i is a row, first[i] and
-// second[i] its channels 0 to 15 and 16 to 31; of the right one (split_rounded) rows i and i + 16
-// of the depth.
+// One depth tile of 16 lines. Of the left operand line i is a row, first[i] and second[i] its
+// channels (or pixels) 0 to 15 and 16 to 31; of the right one they are rows i and i + 16 of the
+// depth. One operand of the two is cut, the other rounded: see split_rounded.
 template <class SplitBy>
 CASVIT_INLINE void put_parts(const Vec (&first)[TILE], const Vec (&second)[TILE],
                              const SplitBy& split, unsigned char* to) {
@@ -20,16 +22,50 @@ CASVIT_INLINE void put_parts(const Vec (&first)[TILE], const Vec (&second)[TILE]
       _mm512_store_si512(to + part * TILE_BYTES + i * 64, pairs(a.part[part], b.part[part]));
   }
 }
-CASVIT_INLINE void put_rows(const Vec (&first)[TILE], const Vec (&second)[TILE],
-                            unsigned char* to) {
+CASVIT_INLINE void put_cut(const Vec (&first)[TILE], const Vec (&second)[TILE], unsigned char* to) {
   put_parts(first, second, [](Vec a) { return split_cut(a); }, to);
 }
-CASVIT_INLINE void put_depth(const Vec (&first)[TILE], const Vec (&second)[TILE],
-                             unsigned char* to) {
+CASVIT_INLINE void put_rounded(const Vec (&first)[TILE], const Vec (&second)[TILE],
+                               unsigned char* to) {
   put_parts(first, second, [](Vec a) { return split_rounded(a); }, to);
 }
-CASVIT_INLINE Vec load_some(const float* p, int64_t n) {
-  return n >= TILE ? load(p) : n <= 0 ? zero() : load_first_as_float(p, static_cast<int>(n));
+// 16 numbers of 16 lines; zeros where a line or a number is past the end.
+CASVIT_INLINE void load_lines(const float* from, int64_t stride, int64_t lines, int64_t numbers,
+                              Vec (&to)[TILE]) {
+  if (lines >= TILE && numbers >= TILE) {
+    for (int i = 0; i < TILE; ++i) to[i] = load(from + i * stride);
+    return;
+  }
+  const int n = numbers > TILE ? TILE : static_cast<int>(numbers);
+  for (int i = 0; i < TILE; ++i)
+    to[i] = i < lines && n > 0 ? load_first_as_float(from + i * stride, n) : zero();
+}
+// Channels c to c + 15 of 16 pixels, a vector for each channel; zeros past the end.
+template <class T>
+CASVIT_INLINE void load_channels(const T* x, int64_t channel_stride, int64_t C,
+                                 const Piece<TILE>& piece, int64_t c, Vec (&to)[TILE]) {
+  if (piece.consecutive) {
+    const T* p = x + piece.from[0] + c * channel_stride;
+    for (int i = 0; i < TILE; ++i)
+      to[i] = c + i < C ? load_as_float(p + i * channel_stride) : zero();
+    return;
+  }
+  alignas(64) float pixels[TILE * TILE];
+  gather(x, channel_stride, C, piece, c, pixels, TILE);
+  for (int i = 0; i < TILE; ++i) to[i] = i < piece.count ? load(pixels + i * TILE) : zero();
+  transpose(to);
+}
+static void load_channels(const Input& x, int64_t C, const Piece<TILE>& piece, int64_t c,
+                          Vec (&to)[TILE]) {
+  const int64_t stride = x.channel_stride;
+  switch (x.dtype) {
+    case DType::F32:
+      return load_channels(static_cast<const float*>(x.data), stride, C, piece, c, to);
+    case DType::BF16:
+      return load_channels(static_cast<const Bf16*>(x.data), stride, C, piece, c, to);
+    case DType::F16:
+      return load_channels(static_cast<const F16*>(x.data), stride, C, piece, c, to);
+  }
 }
 
 // sums [rows][row_floats] (+)= left right: `row_tiles` by `column_tiles` tiles, each with `depth`
@@ -80,55 +116,55 @@ static void multiply_add(const unsigned char* left, const unsigned char* right, 
 
 // Tiles of pixels at a time: their left operand stays in the second-level cache.
 static int64_t gradient_rows(int64_t depth) {
-  const int64_t n = (256 << 10) / (depth * PARTS_BYTES) / 2 * 2;
+  const int64_t n = (1 << 20) / (depth * PARTS_BYTES) / 2 * 2;
   return n < 2 ? 2 : n > 16 ? 16 : n;
 }
-// Depth tiles of pixels at a time, for the gradient of the weights.
-static int64_t gradient_depth(int64_t tiles) {
-  const int64_t n = 256 / tiles;
-  return n < 2 ? 2 : n > 16 ? 16 : n;
+
+// Weights: [column tile][depth tile].
+static int64_t input_gradient_weight_bytes(int64_t C) {
+  return (C + TILE - 1) / TILE * ((3 * C + DEPTH - 1) / DEPTH) * PARTS_BYTES;
+}
+// One column tile of them.
+static void input_gradient_pack_weights(const float* weight, int64_t C, int64_t column, void* to) {
+  const int64_t K = 3 * C, depth = (K + DEPTH - 1) / DEPTH, c = column * TILE;
+  unsigned char* tiles = static_cast<unsigned char*>(to) + column * depth * PARTS_BYTES;
+  for (int64_t k = 0; k < K; k += DEPTH, tiles += PARTS_BYTES) {
+    Vec first[TILE], second[TILE];
+    load_lines(weight + k * C + c, C, K - k, C - c, first);
+    load_lines(weight + (k + TILE) * C + c, C, K - k - TILE, C - c, second);
+    put_rounded(first, second, tiles);
+  }
 }
 
 static int64_t input_gradient_temp_bytes(int64_t C) {
   const int64_t depth = (3 * C + DEPTH - 1) / DEPTH, columns = (C + TILE - 1) / TILE;
   const int64_t rows = gradient_rows(depth);
-  return (columns + rows) * depth * PARTS_BYTES + (rows + 1) * columns * TILE_BYTES;
+  return rows * depth * PARTS_BYTES + (rows + 1) * columns * TILE_BYTES;
 }
 
 // Pixels [begin, end) of all images of the gradient at x.
-static void input_gradient(const Geometry& g, const float* grad, const float* weight, int64_t begin,
+static void input_gradient(const Geometry& g, const float* grad, const void* weights, int64_t begin,
                            int64_t end, const Output& out, void* temp) {
-  const int64_t C = g.C, K = 3 * C, depth = (K + DEPTH - 1) / DEPTH;
-  const int64_t columns = (C + TILE - 1) / TILE, most = gradient_rows(depth);
-  unsigned char* right = static_cast<unsigned char*>(temp);
-  unsigned char* left = right + columns * depth * PARTS_BYTES;
+  const int64_t K = 3 * g.C, depth = (K + DEPTH - 1) / DEPTH;
+  const int64_t columns = (g.C + TILE - 1) / TILE, most = gradient_rows(depth);
+  unsigned char* left = static_cast<unsigned char*>(temp);
   float* sums = reinterpret_cast<float*>(left + most * depth * PARTS_BYTES);
-  for (int64_t c = 0; c < columns; ++c)
-    for (int64_t t = 0; t < depth; ++t) {
-      Vec first[TILE], second[TILE];
-      for (int i = 0; i < TILE; ++i) {
-        const int64_t k = t * DEPTH + i, n = C - c * TILE;
-        first[i] = load_some(weight + k * C + c * TILE, k < K ? n : 0);
-        second[i] = load_some(weight + (k + TILE) * C + c * TILE, k + TILE < K ? n : 0);
-      }
-      put_depth(first, second, right + (c * depth + t) * PARTS_BYTES);
-    }
   const TileConfig config;
   _tile_loadconfig(&config);
   for (int64_t pixel = begin; pixel < end; pixel += most * TILE) {
     const int64_t count = end - pixel < most * TILE ? end - pixel : most * TILE;
     const int64_t rows = (count + TILE - 1) / TILE;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t t = 0; t < depth; ++t) {
+    unsigned char* to = left;
+    for (int64_t p = 0; p < count; p += TILE)
+      for (int64_t k = 0; k < K; k += DEPTH, to += PARTS_BYTES) {
+        const float* from = grad + (pixel + p) * K + k;
         Vec first[TILE], second[TILE];
-        for (int i = 0; i < TILE; ++i) {
-          const int64_t p = r * TILE + i < count ? pixel + r * TILE + i : end - 1;
-          first[i] = load_some(grad + p * K + t * DEPTH, K - t * DEPTH);
-          second[i] = load_some(grad + p * K + t * DEPTH + TILE, K - t * DEPTH - TILE);
-        }
-        put_rows(first, second, left + (r * depth + t) * PARTS_BYTES);
+        load_lines(from, K, count - p, K - k, first);
+        load_lines(from + TILE, K, count - p, K - k - TILE, second);
+        put_cut(first, second, to);
       }
-    multiply_add(left, right, rows, columns, depth, false, sums);
+    multiply_add(left, static_cast<const unsigned char*>(weights), rows, columns, depth, false,
+                 sums);
     // To memory: a piece of one image at a time.
     for (int64_t done = 0; done < count;) {
       const int64_t image = (pixel + done) / g.pixels(), at = (pixel + done) % g.pixels();
@@ -147,10 +183,17 @@ static void input_gradient(const Geometry& g, const float* grad, const float* we
   _tile_release();
 }
 
-static int64_t weight_gradient_temp_bytes(int64_t C, int64_t row_tiles) {
-  const int64_t columns = (C + TILE - 1) / TILE;
-  return (row_tiles + columns) * gradient_depth(row_tiles + columns) * PARTS_BYTES +
-         row_tiles * columns * TILE_BYTES;
+// For the gradient of the weights: depth tiles of pixels at a time, while their left operand stays
+// in the second-level cache, and column tiles at a time.
+static int64_t gradient_depth(int64_t rows) {
+  const int64_t n = (5 << 18) / (rows * PARTS_BYTES);
+  return n < 2 ? 2 : n > 16 ? 16 : n;
+}
+constexpr int64_t COLUMNS = 4;
+
+static int64_t weight_gradient_temp_bytes(int64_t C, int64_t columns) {
+  const int64_t rows = (C + TILE - 1) / TILE, whole = (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
+  return (rows + COLUMNS) * gradient_depth(rows) * PARTS_BYTES + rows * whole * TILE_BYTES;
 }
 
 // Rows [row_begin, row_end) of the gradient of the weights, summed over pixels [begin, end) of all
@@ -158,12 +201,10 @@ static int64_t weight_gradient_temp_bytes(int64_t C, int64_t row_tiles) {
 static void weight_gradient(const Geometry& g, const float* grad, const Input& x, int64_t begin,
                             int64_t end, int64_t row_begin, int64_t row_end, float* to,
                             void* temp) {
-  const int64_t C = g.C, K = 3 * C, columns = (C + TILE - 1) / TILE;
-  const int64_t rows = (row_end - row_begin + TILE - 1) / TILE;
-  const int64_t depth = gradient_depth(rows + columns);
+  const int64_t C = g.C, K = 3 * C, rows = (C + TILE - 1) / TILE, depth = gradient_depth(rows);
   unsigned char* left = static_cast<unsigned char*>(temp);
   unsigned char* right = left + rows * depth * PARTS_BYTES;
-  float* sums = reinterpret_cast<float*>(right + columns * depth * PARTS_BYTES);
+  float* const sums = reinterpret_cast<float*>(right + COLUMNS * depth * PARTS_BYTES);
   const TileConfig config;
   _tile_loadconfig(&config);
   for (int64_t pixel = begin; pixel < end; pixel += depth * DEPTH) {
@@ -171,45 +212,51 @@ static void weight_gradient(const Geometry& g, const float* grad, const Input& x
     const int64_t tiles = (count + DEPTH - 1) / DEPTH;
     const PixelRun run{&x, &g, 0, pixel, end};
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t p = pixel + t * DEPTH, left_over = end - p;  // pixels from here on
+      const int64_t p = t * DEPTH;
       Piece<TILE> pieces[2];
-      pieces[0].locate(run, p, 0);
-      if (left_over > TILE) pieces[1].locate(run, p + TILE, 0);
-      for (int64_t c = 0; c < columns; ++c) {
-        Vec halves[2][TILE];
-        for (int h = 0; h < 2; ++h) {
-          alignas(64) float channels[TILE * TILE];
-          if (left_over > h * TILE) gather_any(x, C, pieces[h], c * TILE, channels);
-          for (int i = 0; i < TILE; ++i)
-            halves[h][i] = h * TILE + i < left_over ? load(channels + i * TILE) : zero();
-        }
-        put_depth(halves[0], halves[1], right + (c * tiles + t) * PARTS_BYTES);
-      }
+      pieces[0].locate(run, pixel + p, 0);
+      if (count > p + TILE) pieces[1].locate(run, pixel + p + TILE, 0);
       for (int64_t r = 0; r < rows; ++r) {
-        const int64_t row = row_begin + r * TILE, n = K - row;
-        Vec halves[2][TILE];
-        for (int h = 0; h < 2; ++h) {
-          const float* from = grad + (p + h * TILE) * K + row;
-          if (left_over >= (h + 1) * TILE && n >= TILE) {
-            load_transposed(from, K, halves[h]);
-          } else {
-            for (int i = 0; i < TILE; ++i)
-              halves[h][i] = h * TILE + i < left_over ? load_some(from + i * K, n) : zero();
-            transpose(halves[h]);
-          }
-        }
-        put_rows(halves[0], halves[1], left + (r * tiles + t) * PARTS_BYTES);
+        Vec first[TILE], second[TILE];
+        load_channels(x, C, pieces[0], r * TILE, first);
+        if (count > p + TILE) load_channels(x, C, pieces[1], r * TILE, second);
+        else
+          for (int i = 0; i < TILE; ++i) second[i] = zero();
+        put_rounded(first, second, left + (r * tiles + t) * PARTS_BYTES);
       }
     }
-    multiply_add(left, right, rows, columns, tiles, pixel > begin, sums);
+    float* group_sums = sums;
+    for (int64_t row = row_begin; row < row_end; row += COLUMNS * TILE) {
+      const int64_t left_over = (row_end - row + TILE - 1) / TILE;
+      const int64_t columns = left_over < COLUMNS ? left_over : COLUMNS;
+      unsigned char* tile = right;
+      for (int64_t c = row; c < row + columns * TILE; c += TILE)
+        for (int64_t p = 0; p < count; p += DEPTH, tile += PARTS_BYTES) {
+          const float* from = grad + (pixel + p) * K + c;
+          Vec first[TILE], second[TILE];
+          load_lines(from, K, count - p, K - c, first);
+          load_lines(from + TILE * K, K, count - p - TILE, K - c, second);
+          put_cut(first, second, tile);
+        }
+      multiply_add(left, right, rows, columns, tiles, pixel > begin, group_sums);
+      group_sums += rows * columns * TILE * TILE;
+    }
   }
   _tile_release();
-  for (int64_t row = row_begin; row < row_end; ++row)
-    for (int64_t c = 0; c < columns; ++c) {
-      const Vec v = load(sums + (row - row_begin) * columns * TILE + c * TILE);
-      store_first(to + row * C + c * TILE, v,
-                  static_cast<int>(C - c * TILE < TILE ? C - c * TILE : TILE));
-    }
+  const float* group_sums = sums;
+  for (int64_t row = row_begin; row < row_end; row += COLUMNS * TILE) {
+    const int64_t left_over = (row_end - row + TILE - 1) / TILE;
+    const int64_t columns = left_over < COLUMNS ? left_over : COLUMNS;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c) {
+        Vec tile[TILE];
+        load_transposed(group_sums + r * columns * TILE * TILE + c * TILE, columns * TILE, tile);
+        const int64_t first = row + c * TILE, n = C - r * TILE < TILE ? C - r * TILE : TILE;
+        for (int64_t i = 0; i < TILE && first + i < row_end; ++i)
+          store_first(to + (first + i) * C + r * TILE, tile[i], static_cast<int>(n));
+      }
+    group_sums += rows * columns * TILE * TILE;
+  }
 }
 
 }  // namespace CASVIT_ISA

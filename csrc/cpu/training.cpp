@@ -426,13 +426,19 @@ void backward_depthwise(const TrainingProblem& p, const TrainingGates& w, const 
 void input_gradient(const TrainingProblem& p, const Source& weight, const float* grad,
                     const Output& grad_x) {
   const Geometry& g = p.geometry;
-  float* matrix = Arrays(Arrays::bytes<float>(3 * g.C * g.C)).take<float>(3 * g.C * g.C);
+  const int64_t packed_bytes = p.kernels.input_gradient_weight_bytes(g.C);
+  Arrays arrays(Arrays::bytes<float>(3 * g.C * g.C) + packed_bytes);
+  float* matrix = arrays.take<float>(3 * g.C * g.C);
+  unsigned char* packed = arrays.take<unsigned char>(packed_bytes);
   pack_matrix(weight, 3 * g.C, g.C, matrix);
+  run(p.pool, divide_up(g.C, 16), [&](int64_t column) {
+    p.kernels.input_gradient_pack_weights(matrix, g.C, column, packed);
+  });
   const int64_t pixels = p.images * g.pixels();
   const int64_t part = divide_up(divide_up(pixels, p.pool.threads), 16) * 16;
   run(p.pool, divide_up(pixels, part), [&](int64_t i) {
     const int64_t end = (i + 1) * part < pixels ? (i + 1) * part : pixels;
-    p.kernels.input_gradient(g, grad, matrix, i * part, end, grad_x,
+    p.kernels.input_gradient(g, grad, packed, i * part, end, grad_x,
                              task_buffer.get(p.kernels.input_gradient_temp_bytes(g.C)));
   });
 }
