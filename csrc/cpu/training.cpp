@@ -317,7 +317,9 @@ void backward_channel_gate(const TrainingProblem& p, const Sources& s, const flo
   Arrays arrays(3 * Arrays::bytes<float>(vectors) + 2 * Arrays::bytes<float>(square));
   float *grads = arrays.take<float>(vectors), *means = arrays.take<float>(vectors);
   float* shifts = arrays.take<float>(vectors);
-  float* const weights[2] = {arrays.take<float>(square), arrays.take<float>(square)};
+  const float* weights[2];
+  for (int i = 0; i < 2; ++i)
+    weights[i] = dense_matrix(s.gate[i].channel_weight, g.C, g.C, arrays.take<float>(square));
   pad(g, rows, sum, grads);
   pad(g, rows, pooled, means);
   for (int64_t r = 0; r < rows; ++r)
@@ -325,7 +327,6 @@ void backward_channel_gate(const TrainingProblem& p, const Sources& s, const flo
       const float gate = channel[r * g.C + c];
       grads[r * g.padded() + c] *= gate * (1.0f - gate);
     }
-  run(p.pool, 2, [&](int64_t i) { pack_matrix(s.gate[i].channel_weight, g.C, g.C, weights[i]); });
   const float scale = 1.0f / static_cast<float>(g.pixels());
   run(p.pool, 2 * g.blocks, [&](int64_t i) {
     const int64_t which = i / g.blocks, at = which * p.images * g.padded();
@@ -428,9 +429,8 @@ void input_gradient(const TrainingProblem& p, const Source& weight, const float*
   const Geometry& g = p.geometry;
   const int64_t packed_bytes = p.kernels.input_gradient_weight_bytes(g.C);
   Arrays arrays(Arrays::bytes<float>(3 * g.C * g.C) + packed_bytes);
-  float* matrix = arrays.take<float>(3 * g.C * g.C);
   unsigned char* packed = arrays.take<unsigned char>(packed_bytes);
-  pack_matrix(weight, 3 * g.C, g.C, matrix);
+  const float* matrix = dense_matrix(weight, 3 * g.C, g.C, arrays.take<float>(3 * g.C * g.C));
   run(p.pool, divide_up(g.C, 16), [&](int64_t column) {
     p.kernels.input_gradient_pack_weights(matrix, g.C, column, packed);
   });
