@@ -74,7 +74,8 @@ for _phase in (
     " Tensor statistics, Tensor spatial, Tensor pooled, Tensor channel, int needed,"
     " Tensor(a!) qkv, Tensor(b!) grad_qkv, Tensor(c!) grad_sum) -> Tensor[]",
     # amx alone
-    "cpu_project_backward(Tensor grad_qkv, Tensor x, Tensor qkv_weight, bool need_x, bool need_weight)"
+    "cpu_project_backward(Tensor grad_qkv, Tensor x, Tensor qkv_weight, ScalarType dtype,"
+    " bool need_x, bool need_weight)"
     " -> (Tensor grad_x, Tensor grad_weight)",
 ):
     _library.define(_phase)

@@ -162,9 +162,9 @@ def _alone(t: Tensor) -> Tensor:
 
 def _like(grad: Tensor, weight: Any) -> Tensor:
     """The gradient in the shape, dtype and strides of the weight; see `ops.empty_gradients`."""
-    if grad.dtype is weight.dtype and grad.shape == weight.shape:
-        if grad.stride() == weight.stride():
-            return grad
+    alike = grad.dtype is weight.dtype and grad.shape == weight.shape
+    if alike and grad.stride() == weight.stride():
+        return grad
     grad = grad.to(weight.dtype)
     if weight.is_contiguous():
         return grad.as_strided(weight.shape, weight.stride())

@@ -191,17 +191,17 @@ std::tuple<Tensor, Tensor> backward_depthwise(const Tensor& qkv, IntHeaderOnlyAr
   const float* from_sum = read(grad_sum, "grad_sum", problem.grad_sum_floats());
   check_floats(grad_qkv, "grad_qkv", B * pixels * 3 * C);
   Tensor weight = empty({2, C, 3, 3}), bias = empty({2, C});
-  casvit::backward_depthwise(problem, casvit::pack_gates(problem.kernels, sources), from_qkv,
-                             from_spatial, from_channel, from_shift, from_logit, factors, from_sum,
-                             {write(grad_qkv),
-                              {write(weight), write(weight) + 9 * C},
-                              {write(bias), write(bias) + C}});
+  casvit::backward_depthwise(
+      problem, casvit::pack_gates(problem.kernels, sources), from_qkv, from_spatial, from_channel,
+      from_shift, from_logit, factors, from_sum,
+      {write(grad_qkv), {write(weight), write(weight) + 9 * C}, {write(bias), write(bias) + C}});
   return {weight, bias};
 }
 
 std::tuple<Tensor, Tensor> project_backward(const Tensor& grad_qkv, const Tensor& x,
-                                            const Tensor& qkv_weight, bool need_x,
+                                            const Tensor& qkv_weight, ScalarType dtype, bool need_x,
                                             bool need_weight) {
+  const casvit::Product kind = product_for(dtype);
   const casvit::Input input = input_of(x, "x");
   const Shape shape = shape_of(x.sizes(), qkv_weight);
   const int64_t C = shape.C;
@@ -212,8 +212,8 @@ std::tuple<Tensor, Tensor> project_backward(const Tensor& grad_qkv, const Tensor
   const float* grad = read(grad_qkv, "grad_qkv", shape.B * shape.H * shape.W * 3 * C);
   Tensor grad_x = need_x ? empty_output(x, x.scalar_type()) : empty({0});
   Tensor grad_weight = empty({need_weight ? 3 * C : 0, C});
-  if (need_x) casvit::input_gradient(problem, weight, grad, output_of(grad_x, x));
-  if (need_weight) casvit::weight_gradient(problem, input, grad, write(grad_weight));
+  if (need_x) casvit::input_gradient(problem, weight, kind, grad, output_of(grad_x, x));
+  if (need_weight) casvit::weight_gradient(problem, input, kind, grad, write(grad_weight));
   return {grad_x, grad_weight};
 }
 

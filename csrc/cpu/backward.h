@@ -408,8 +408,7 @@ CASVIT_INLINE void channel_gate_backward_of(const Geometry& g, const float* grad
     for (int m = 0; m < M; ++m) product = fma(mean[m], splat(grad[m * padded + o]), product);
     store_first(p, product, channels);
   }
-  for (int m = 0; m < M; ++m)
-    store(shift + m * padded + block * VL, mul(sum[m], splat(scale)));
+  for (int m = 0; m < M; ++m) store(shift + m * padded + block * VL, mul(sum[m], splat(scale)));
 }
 static void channel_gate_backward(const Geometry& g, const float* grad, const float* pooled,
                                   const float* weight, float scale, int64_t images, int64_t block,

@@ -262,8 +262,7 @@ void fill_mixing(const Kernels& k, const Sources& s, const MixingLayout& layout,
     const GateSources& g = s.gate[i];
     pack_depthwise(
         g.depthwise_weight, g.depthwise_bias, C, k.lanes, floats(base, layout.gate[i][0]),
-        floats(base, layout.gate[i][1]),
-        [&](int64_t c) { return normalizer(g, c); },
+        floats(base, layout.gate[i][1]), [&](int64_t c) { return normalizer(g, c); },
         [&](int64_t c, double scale) { return beta(g, c) - at(g.norm_mean, c) * scale; });
     copy_row(g.spatial_weight, 0, C, floats(base, layout.gate[i][2]));
     transpose(g.channel_weight, C, padded, floats(base, layout.gate[i][3]), pool);

@@ -424,26 +424,27 @@ void backward_depthwise(const TrainingProblem& p, const TrainingGates& w, const 
   });
 }
 
-void input_gradient(const TrainingProblem& p, const Source& weight, const float* grad,
+void input_gradient(const TrainingProblem& p, const Source& weight, Product kind, const float* grad,
                     const Output& grad_x) {
   const Geometry& g = p.geometry;
-  const int64_t packed_bytes = p.kernels.input_gradient_weight_bytes(g.C);
+  const int64_t packed_bytes = p.kernels.input_gradient_weight_bytes(g.C, kind);
   Arrays arrays(Arrays::bytes<float>(3 * g.C * g.C) + packed_bytes);
   unsigned char* packed = arrays.take<unsigned char>(packed_bytes);
   const float* matrix = dense_matrix(weight, 3 * g.C, g.C, arrays.take<float>(3 * g.C * g.C));
   run(p.pool, divide_up(g.C, 16), [&](int64_t column) {
-    p.kernels.input_gradient_pack_weights(matrix, g.C, column, packed);
+    p.kernels.input_gradient_pack_weights(matrix, g.C, kind, column, packed);
   });
   const int64_t pixels = p.images * g.pixels();
   const int64_t part = divide_up(divide_up(pixels, p.pool.threads), 16) * 16;
   run(p.pool, divide_up(pixels, part), [&](int64_t i) {
     const int64_t end = (i + 1) * part < pixels ? (i + 1) * part : pixels;
-    p.kernels.input_gradient(g, grad, packed, i * part, end, grad_x,
-                             task_buffer.get(p.kernels.input_gradient_temp_bytes(g.C)));
+    p.kernels.input_gradient(g, grad, packed, kind, i * part, end, grad_x,
+                             task_buffer.get(p.kernels.input_gradient_temp_bytes(g.C, kind)));
   });
 }
 
-void weight_gradient(const TrainingProblem& p, const Input& x, const float* grad, float* to) {
+void weight_gradient(const TrainingProblem& p, const Input& x, Product kind, const float* grad,
+                     float* to) {
   const Geometry& g = p.geometry;
   const int64_t rows = 3 * g.C, size = rows * g.C, pixels = p.images * g.pixels();
   // Sums over parts of the pixels, cut by the shape alone, then the rows for the threads.
@@ -458,9 +459,9 @@ void weight_gradient(const TrainingProblem& p, const Input& x, const float* grad
     const int64_t first = i / bands, begin = first * part, row = i % bands * band;
     const int64_t end = begin + part < pixels ? begin + part : pixels;
     const int64_t row_end = row + band < rows ? row + band : rows;
-    p.kernels.weight_gradient(
-        g, grad, x, begin, end, row, row_end, sums + first * size,
-        task_buffer.get(p.kernels.weight_gradient_temp_bytes(g.C, divide_up(row_end - row, 16))));
+    p.kernels.weight_gradient(g, grad, x, kind, begin, end, row, row_end, sums + first * size,
+                              task_buffer.get(p.kernels.weight_gradient_temp_bytes(
+                                  g.C, divide_up(row_end - row, 16), kind)));
   });
   if (parts == 1) return;
   run(p.pool, p.pool.threads, [&](int64_t i) {

@@ -74,8 +74,8 @@ void backward_depthwise(const TrainingProblem&, const TrainingGates&, const floa
                         const DepthwiseGradients&);
 
 // Only where the kernels have them. grad: what the phases left in grad_qkv; weight: (3C, C).
-void input_gradient(const TrainingProblem&, const Source& weight, const float* grad,
+void input_gradient(const TrainingProblem&, const Source& weight, Product, const float* grad,
                     const Output& grad_x);
-void weight_gradient(const TrainingProblem&, const Input& x, const float* grad, float* to);
+void weight_gradient(const TrainingProblem&, const Input& x, Product, const float* grad, float* to);
 
 }  // namespace casvit
