@@ -121,12 +121,14 @@ def train(
     settings = ops.Settings(*eps, *batch, dtype, chosen.name, group)
     out, saved = ops.mix_training(x, w, settings)
     if b > 0 or group:
+        fixed = not (group or torch.compiler.is_compiling())
+        number = b * height * width if fixed else saved.number
         for i, gate in enumerate((w.q, w.k)):
             mean, var, weight = gate.norm_mean, gate.norm_var, momentum[i]
             if batch[i] and mean is not None and var is not None:
                 if group:  # all processes may be without an image
                     weight = weight * (saved.number > 0)
-                update_running((mean, var), saved.statistics[i], saved.number, weight)
+                update_running((mean, var), saved.statistics[i], number, weight)
     return out
 
 

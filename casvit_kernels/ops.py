@@ -19,22 +19,15 @@ from .reference import GateWeights, MixerWeights
 
 _GATE = (
     "Tensor {z}_depthwise_weight, Tensor {z}_depthwise_bias, "
-    "Tensor? {z}_norm_weight, Tensor? {z}_norm_bias, Tensor{o} {z}_norm_mean, Tensor{o} {z}_norm_var, "
+    "Tensor? {z}_norm_weight, Tensor? {z}_norm_bias, Tensor? {z}_norm_mean, Tensor? {z}_norm_var, "
     "Tensor {z}_spatial_weight, Tensor {z}_channel_weight"
 )
-
-
-def _weights(optional: str) -> str:
-    """The weights in a schema. optional: "?" where batch statistics may stand for running ones."""
-    gates = (_GATE.format(z=z, o=optional) for z in "qk")
-    return (
-        f"Tensor qkv_weight, Tensor? qkv_bias, {', '.join(gates)}, "
-        "Tensor dwc_weight, Tensor dwc_bias, Tensor proj_weight, Tensor proj_bias, "
-        "float eps_q, float eps_k"
-    )
-
-
-_WEIGHTS = _weights("")
+# Running statistics may be absent where batch statistics stand for them.
+_WEIGHTS = (
+    f"Tensor qkv_weight, Tensor? qkv_bias, {_GATE.format(z='q')}, {_GATE.format(z='k')}, "
+    "Tensor dwc_weight, Tensor dwc_bias, Tensor proj_weight, Tensor proj_bias, "
+    "float eps_q, float eps_k"
+)
 _N = len(MixerWeights._fields) - 2 + 2 * len(GateWeights._fields)  # tensors of the weights
 
 _library = torch.library.Library("casvit_kernels", "DEF")
@@ -46,9 +39,7 @@ _library.define(
 _library.define(f"pack({_WEIGHTS}, ScalarType dtype) -> Tensor")
 # batch: whether the gate's BatchNorm uses batch statistics. group: the name of the process group
 # that these are reduced over, "" for none. number: of the values behind each of them.
-_TRAINING = (
-    f"{_weights('?')}, bool batch_q, bool batch_k, ScalarType? dtype, str backend, str group"
-)
+_TRAINING = f"{_WEIGHTS}, bool batch_q, bool batch_k, ScalarType? dtype, str backend, str group"
 _library.define(
     f"mix_training(Tensor x, {_TRAINING}) -> (Tensor out, "
     "Tensor statistics, Tensor number, Tensor spatial, Tensor pooled, Tensor channel)"
@@ -74,8 +65,17 @@ for _phase in (
     f"cpu_backward_depthwise(Tensor qkv, int[] shape, {_WEIGHTS}, Tensor statistics,"
     " Tensor spatial, Tensor channel, Tensor shift, Tensor logit, Tensor coefficients,"
     " Tensor grad_sum, Tensor(a!) grad_qkv) -> (Tensor depthwise_weight, Tensor depthwise_bias)",
+    # The phases together. needed: bit i stands for x and the weights, in order; the gradients of
+    # those from the gates on are returned.
+    f"cpu_forward(Tensor x, {_WEIGHTS}, bool batch_q, bool batch_k, ScalarType dtype,"
+    " Tensor(a!) qkv)"
+    " -> (Tensor out, Tensor statistics, Tensor spatial, Tensor pooled, Tensor channel)",
+    f"cpu_backward(Tensor grad, Tensor x, {_WEIGHTS}, bool batch_q, bool batch_k, ScalarType dtype,"
+    " Tensor statistics, Tensor spatial, Tensor pooled, Tensor channel, int needed,"
+    " Tensor(a!) qkv, Tensor(b!) grad_qkv, Tensor(c!) grad_sum) -> Tensor[]",
     # amx alone
-    "cpu_project_backward(Tensor grad_qkv, Tensor x, Tensor qkv_weight, bool need_x, bool need_weight)"
+    "cpu_project_backward(Tensor grad_qkv, Tensor x, Tensor qkv_weight, ScalarType dtype,"
+    " bool need_x, bool need_weight)"
     " -> (Tensor grad_x, Tensor grad_weight)",
 ):
     _library.define(_phase)
@@ -308,11 +308,13 @@ torch.library.register_autograd(
 class _Mix(torch.autograd.Function):
     """The operator `mix_training` without the dispatcher."""
 
+    # Without a setup_context of its own: with one, each call inspects the signature of forward.
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return _call("mix_training", inputs[0].device.type, *inputs)
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _call("mix_training", inputs[0].device.type, *inputs)
+        _setup_mix(ctx, inputs, output)
+        return output
 
-    setup_context = staticmethod(_setup_mix)
     backward = staticmethod(_mix_backward)
 
 

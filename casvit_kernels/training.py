@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import ops
 from .backends import get
-from .backends.base import Phases
+from .backends.base import Phases, WholeStep
 from .ops import Saved, Settings
 from .reference import GateWeights, MixerWeights
 
@@ -27,9 +27,12 @@ def forward(x: Tensor, w: MixerWeights, s: Settings) -> tuple[Tensor, Saved]:
         RuntimeError: the backend has no phases of training.
     """
     phases, gates, batch = _phases(s.backend), (w.q, w.k), (s.batch_q, s.batch_k)
-    dtype = s.dtype or x.dtype
+    dtype, eps = s.dtype or x.dtype, (s.eps_q, s.eps_k)
     images, channels, height, width = x.shape
     number = torch.full((), images * height * width, dtype=torch.float64, device=x.device)
+    if images and not s.group and isinstance(phases, WholeStep):
+        out, statistics, *saved = phases.forward(x, w, eps, batch, dtype)
+        return out, Saved(statistics, number, *saved)
     statistics = torch.zeros((2, 2, channels), dtype=torch.float32, device=x.device)
     if images:
         qkv = phases.project(x, w, dtype)
@@ -41,7 +44,7 @@ def forward(x: Tensor, w: MixerWeights, s: Settings) -> tuple[Tensor, Saved]:
         if not own:
             torch.stack([gate.norm_mean, gate.norm_var], out=used)  # type: ignore[list-item]
     if images:
-        out, *saved = phases.mix(x, qkv, w, statistics, (s.eps_q, s.eps_k), dtype)
+        out, *saved = phases.mix(x, qkv, w, statistics, eps, dtype)
     else:
         out = ops.empty_output(x, dtype)
         saved = [statistics.new_empty(n) for n in ((0, 2, height, width), *[(2, 0, channels)] * 2)]
@@ -52,6 +55,27 @@ def backward(
     grad: Tensor, x: Tensor, w: MixerWeights, s: Settings, saved: Saved, needed: list[bool]
 ) -> list[Tensor]:
     """The gradients of x and of each weight that are needed, those alone; see `ops.mix_backward`."""
+    phases = _phases(s.backend)
+    grad = grad.contiguous(memory_format=ops.output_memory_format(x))
+    if x.shape[0] and not s.group and isinstance(phases, WholeStep):
+        eps, batch, small = (s.eps_q, s.eps_k), (s.batch_q, s.batch_k), (saved[0], *saved[2:])
+        found = phases.backward(grad, x, w, eps, batch, s.dtype or x.dtype, small, needed)
+    else:
+        found = _backward_by_phases(phases, grad, x, w, s, saved, needed)
+    of_x = [found[0].to(x.dtype)] if needed[0] else []
+    weights = [t for t, n in zip(ops.flatten(w), needed[1:], strict=True) if n]
+    return of_x + [_like(g, t) for g, t in zip(found[len(of_x) :], weights, strict=True)]
+
+
+def _backward_by_phases(
+    phases: Phases,
+    grad: Tensor,
+    x: Tensor,
+    w: MixerWeights,
+    s: Settings,
+    saved: Saved,
+    needed: list[bool],
+) -> list[Tensor]:
     need: MixerWeights = ops.unflatten(needed[1:])
     gates = (need.q, need.k)
     project = (needed[0], bool(need.qkv_weight), bool(need.qkv_bias))
@@ -63,9 +87,8 @@ def backward(
             _all_reduce(torch.zeros((2, 2, x.shape[1]), device=x.device), s.group)
         return [g.zero_() for g in ops.empty_gradients(x, ops.flatten(w), needed)]
 
-    phases, eps = _phases(s.backend), (s.eps_q, s.eps_k)
+    eps = (s.eps_q, s.eps_k)
     statistics, number, spatial, pooled, channel = saved
-    grad = grad.contiguous(memory_format=ops.output_memory_format(x))
     qkv = phases.project(x, w, s.dtype or x.dtype)
     combined = phases.backward_combine(grad, x, qkv, w, spatial, channel)
     by_logit = combined.channel * channel * (1 - channel)
@@ -103,20 +126,18 @@ def backward(
     )
     q, k = ([pairs[f][i] if f in pairs else None for f in GateWeights._fields] for i in range(2))
     found: tuple[Any, ...] = (*of_qkv, *q, *k, *combined[4:])
-    of_weights = zip(found, ops.flatten(w), needed[1:], strict=True)
-    of_x = [] if grad_x is None else [grad_x.to(x.dtype)]
-    return of_x + [_like(g, t) for g, t, n in of_weights if n]
+    return [_alone(g) for g, n in zip((grad_x, *found), needed, strict=True) if n]
 
 
 def update_running(
-    running: tuple[Tensor, Tensor], batch: Tensor, number: Tensor, momentum: float | Tensor
+    running: tuple[Tensor, Tensor], batch: Tensor, number: Tensor | int, momentum: float | Tensor
 ) -> None:
     """Move the running mean and variance towards those of a batch, in place, as nn.BatchNorm does.
 
     Args:
         running: mean and variance, ``(C,)``.
         batch: mean and biased variance, ``(2, C)``; the variance is made unbiased here.
-        number: how many values of each channel they are taken over, ``()``.
+        number: how many values of each channel they are taken over, ``()`` if a tensor.
         momentum: weight of the batch; 1 / n for an average over n batches.
     """
     mean, var = batch
@@ -134,8 +155,16 @@ def _phases(backend: str) -> Phases:
     return phases
 
 
+# A gradient may be a part of a tensor that another one shares; an operator's outputs may not.
+def _alone(t: Tensor) -> Tensor:
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
+
+
 def _like(grad: Tensor, weight: Any) -> Tensor:
     """The gradient in the shape, dtype and strides of the weight; see `ops.empty_gradients`."""
+    alike = grad.dtype is weight.dtype and grad.shape == weight.shape
+    if alike and grad.stride() == weight.stride():
+        return grad
     grad = grad.to(weight.dtype)
     if weight.is_contiguous():
         return grad.as_strided(weight.shape, weight.stride())
@@ -194,11 +223,6 @@ def _group(name: str) -> Any:
 # The two operators, for tensors of any device: to a compiler they are opaque.
 
 
-# A gradient may be a part of a tensor that another one shares; an operator's outputs may not.
-def _alone(t: Tensor) -> Tensor:
-    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
-
-
 def _mix_training(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     n = len(rest) - len(Settings._fields)
     out, saved = forward(x, ops.unflatten(rest[:n]), Settings(*rest[n:]))
@@ -210,7 +234,7 @@ def _mix_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     m = len(rest) - len(Saved._fields)
     n = m - len(Settings._fields)
     weights, settings, saved = ops.unflatten(rest[:n]), Settings(*rest[n:m]), Saved(*rest[m:])
-    return [_alone(g) for g in backward(grad, x, weights, settings, saved, needed)]
+    return backward(grad, x, weights, settings, saved, needed)
 
 
 ops.implement("mix_training", _mix_training)

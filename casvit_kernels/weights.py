@@ -33,6 +33,9 @@ def check_alike(w: MixerWeights) -> bool:
         TypeError: a weight is of another dtype (the message names it).
     """
     device, dtype, autocast = w.qkv_weight.device, w.qkv_weight.dtype, autocasts(w)
+    flat = (w[0], w[1], *w.q, *w.k, *w[4:])
+    if all(t is None or (t.dtype is dtype and t.device == device) for t in flat):
+        return True
     alike = True
     for name, t in _named(w):
         if t.device != device:

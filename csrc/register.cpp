@@ -9,11 +9,18 @@ namespace {
 
 using namespace casvit::binding;
 
+casvit::Sources with_running(const casvit::Sources& s) {
+  for (const casvit::GateSources& g : s.gate)
+    STD_TORCH_CHECK(g.norm_mean.data && g.norm_var.data,
+                    "norm_mean, norm_var: expected running statistics, got None");
+  return s;
+}
+
 Tensor pack(WEIGHT_PARAMETERS, ScalarType dtype) {
   STD_TORCH_CHECK(qkv_weight.dim() == 4, "qkv_weight: expected 4 dimensions, got ",
                   qkv_weight.dim());
   const int64_t C = qkv_weight.size(1);
-  const casvit::Sources sources WEIGHT_SOURCES;
+  const casvit::Sources sources = with_running(casvit::Sources WEIGHT_SOURCES);
   const casvit::Kernels& kernels = casvit::active_kernels();
   const casvit::Product kind = product_for(dtype);
   const int64_t bytes[] = {casvit::packed_bytes(kernels, C, kind)};
@@ -32,7 +39,7 @@ Tensor project_and_mix(const Tensor& x, WEIGHT_PARAMETERS, const Optional& packe
   STD_TORCH_CHECK(qkv_weight.size(1) == C, "x: expected ", qkv_weight.size(1), " channels, got ",
                   C);
   const casvit::Input input = input_of(x, "x");
-  const casvit::Sources sources WEIGHT_SOURCES;
+  const casvit::Sources sources = with_running(casvit::Sources WEIGHT_SOURCES);
 
   Tensor out = empty_output(x, dtype.value_or(x.scalar_type()));
   if (x.numel() == 0) return out;

@@ -51,11 +51,11 @@ inline casvit::Source source(const Optional& t, const char* name, int64_t numel,
   return t ? source(*t, name, numel, dim) : casvit::Source{};
 }
 
-#define GATE_PARAMETERS(z)                                                                         \
-  const Tensor &z##_depthwise_weight, const Tensor &z##_depthwise_bias,                            \
-      const Optional &z##_norm_weight, const Optional &z##_norm_bias, const Tensor &z##_norm_mean, \
-      const Tensor &z##_norm_var, const Tensor &z##_spatial_weight,                                \
-      const Tensor &z##_channel_weight
+#define GATE_PARAMETERS(z)                                              \
+  const Tensor &z##_depthwise_weight, const Tensor &z##_depthwise_bias, \
+      const Optional &z##_norm_weight, const Optional &z##_norm_bias,   \
+      const Optional &z##_norm_mean, const Optional &z##_norm_var,      \
+      const Tensor &z##_spatial_weight, const Tensor &z##_channel_weight
 #define WEIGHT_PARAMETERS                                                                     \
   const Tensor &qkv_weight, const Optional &qkv_bias, GATE_PARAMETERS(q), GATE_PARAMETERS(k), \
       const Tensor &dwc_weight, const Tensor &dwc_bias, const Tensor &proj_weight,            \

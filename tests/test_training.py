@@ -19,6 +19,7 @@ from torch import nn
 from torch.func import functional_call
 
 from casvit_kernels import FusedCATM, catm, ops, reference
+from casvit_kernels import training as steps
 from casvit_kernels.backends import get
 from casvit_kernels.reference import GateWeights, MixerWeights
 
@@ -781,3 +782,28 @@ def test_nan_in_the_input_reaches_every_gradient_that_plain_pytorch_fills_with_i
         mixer(x).sum().backward()
     for (name, p), q in zip(plain.named_parameters(), fused.parameters(), strict=True):
         assert torch.equal(p.grad.isnan(), q.grad.isnan()), name
+
+
+@pytest.mark.parametrize("batch", BOTH)
+@pytest.mark.parametrize("images", [2, 5])
+def test_the_whole_step_computes_what_its_phases_do(batch, images, monkeypatch):
+    """Only a process group makes the CPU backend go by phases; here it is made to."""
+    x, w = torch.randn(images, 19, 6, 7), weights(19)
+    grad = torch.randn_like(x)
+    settings = ops.Settings(*EPS, *batch, None, "cpu", "")
+    every = [True, *(t is not None for t in ops.flatten(w))]
+    for index in (7, 8, 15, 16):  # running statistics have no gradients
+        every[index] = False
+
+    def step(needed):
+        out, saved = steps.forward(x, w, settings)
+        return [out, *saved, *steps.backward(grad, x, w, settings, saved, needed)]
+
+    for needed in (every, [n and i > 2 for i, n in enumerate(every)]):
+        whole = step(needed)
+        with monkeypatch.context() as patched:
+            patched.setattr(steps, "WholeStep", type("Nobody", (), {}))
+            by_phases = step(needed)
+        for a, b in zip(whole, by_phases, strict=True):
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(10.0, float(b.abs().max())))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -169,3 +171,38 @@ class Phases(Protocol):
     ) -> ProjectionGradients:
         """Those of the gradients that are needed, in any dtype: they are rounded afterwards."""
         ...
+
+
+class WholeStep(ABC):
+    """What phases may be, too: each way in one call, for steps that no process group interrupts.
+
+    Worth it where a call costs as much as a phase. B is at least 1; otherwise as `Phases`.
+    """
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,
+        w: MixerWeights,
+        eps: tuple[float, float],
+        batch: tuple[bool, bool],
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """out, statistics that were used (batch: whether those of x), spatial, pooled, channel."""
+
+    @abstractmethod
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        w: MixerWeights,
+        eps: tuple[float, float],
+        batch: tuple[bool, bool],
+        dtype: torch.dtype,
+        small: tuple[Tensor, Tensor, Tensor, Tensor],
+        needed: Sequence[bool],
+    ) -> list[Tensor]:
+        """The gradients that are needed of x and the flat weights, in any dtype.
+
+        small: what `forward` returned after out.
+        """

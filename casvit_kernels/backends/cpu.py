@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _native, ops
 from ..reference import MixerWeights
-from .base import Combined, Gated, Mixed, Problem, ProjectionGradients
+from .base import Combined, Gated, Mixed, Problem, ProjectionGradients, WholeStep
 
 KEPT_FLOATS = (256 << 20) // 4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,7 +59,7 @@ class Workspace(threading.local):
         return piece[:floats]
 
 
-class CpuPhases:
+class CpuPhases(WholeStep):
     """Training: `base.Phases` by the kernels of `csrc/cpu`, float32 inside whatever goes in.
 
     qkv is what `cpu_project` lays out; grad_qkv is (B*H*W, 3C), one row for each pixel.
@@ -152,12 +152,23 @@ class CpuPhases:
     def project_backward(
         self, grad_qkv: Tensor, x: Tensor, w: MixerWeights, needed: tuple[bool, bool, bool]
     ) -> ProjectionGradients:
+        return self._project_backward(grad_qkv, x, w, needed, x.dtype)
+
+    def _project_backward(
+        self,
+        grad_qkv: Tensor,
+        x: Tensor,
+        w: MixerWeights,
+        needed: tuple[bool, bool, bool],
+        dtype: torch.dtype,
+    ) -> ProjectionGradients:
+        """dtype: that of the products' operands, where a kernel of this library computes them."""
         images, channels, height, width = x.shape
         need_x, need_weight, need_bias = needed
         grad_bias = grad_qkv.sum(0) if need_bias else None
         if active_instruction_set() == "amx":  # beats library products
             of_x, of_weight = _cpu.cpu_project_backward(
-                grad_qkv, x, w.qkv_weight, need_x, need_weight
+                grad_qkv, x, w.qkv_weight, dtype, need_x, need_weight
             )
             return ProjectionGradients(
                 of_x if need_x else None, of_weight if need_weight else None, grad_bias
@@ -175,6 +186,44 @@ class CpuPhases:
             grad_weight = grad_qkv.t() @ pixels
         return ProjectionGradients(grad_x, grad_weight, grad_bias)
 
+    def forward(
+        self,
+        x: Tensor,
+        w: MixerWeights,
+        eps: tuple[float, float],
+        batch: tuple[bool, bool],
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        qkv = _workspace.take("qkv", floats("qkv", x.shape))
+        found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+        found = _cpu.cpu_forward(x, *_arguments(w, eps), *batch, dtype, qkv)
+        return found
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        w: MixerWeights,
+        eps: tuple[float, float],
+        batch: tuple[bool, bool],
+        dtype: torch.dtype,
+        small: tuple[Tensor, Tensor, Tensor, Tensor],
+        needed: Sequence[bool],
+    ) -> list[Tensor]:
+        b, c, height, width = x.shape
+        qkv = _workspace.take("qkv", floats("qkv", x.shape))
+        grad_qkv = _workspace.take("grad_qkv", b * height * width * 3 * c).view(-1, 3 * c)
+        grad_sum = _workspace.take("grad_sum", floats("grad_sum", x.shape))
+        bits = sum(n << i for i, n in enumerate(needed))
+        rest: list[Tensor] = _cpu.cpu_backward(
+            grad, x, *_arguments(w, eps), *batch, dtype, *small, bits, qkv, grad_qkv, grad_sum
+        )
+        first = needed[0], needed[1], needed[2]
+        if not any(first):
+            return rest
+        product = self._project_backward(grad_qkv, x, w, first, dtype)
+        return [g for g in product if g is not None] + rest
+
 
 _cpu = torch.ops.casvit_kernels
 _workspace = Workspace()
@@ -187,9 +236,7 @@ def floats(name: str, shape: Sequence[int]) -> int:
 
 
 def _arguments(w: MixerWeights, eps: tuple[float, float] = (0.0, 0.0)) -> tuple[Any, ...]:
-    """The weights as the phases take them, which read statistics instead of running ones."""
-    q, k = (g._replace(norm_mean=g.depthwise_bias, norm_var=g.depthwise_bias) for g in (w.q, w.k))
-    return (*ops.flatten(w._replace(q=q, k=k)), *eps)
+    return (*ops.flatten(w), *eps)
 
 
 class CpuBackend:

@@ -387,6 +387,41 @@ static void backward_gate(const Geometry& g, const TrainingGate& w, const float*
   }
 }
 
+template <int M>
+CASVIT_INLINE void channel_gate_backward_of(const Geometry& g, const float* grad,
+                                            const float* pooled, const float* weight, float scale,
+                                            int64_t block, bool add_up, float* shift, float* to) {
+  const int64_t padded = g.padded(), left = g.C - block * VL;
+  const int channels = static_cast<int>(left < VL ? left : VL);
+  weight += block * VL;
+  Vec sum[M], mean[M];
+  for (int m = 0; m < M; ++m) {
+    sum[m] = zero();
+    mean[m] = load(pooled + m * padded + block * VL);
+  }
+  for (int64_t o = 0; o < g.C; ++o) {
+    const Vec row = load_first_as_float(weight + o * g.C, channels);
+    for (int m = 0; m < M; ++m) sum[m] = fma(row, splat(grad[m * padded + o]), sum[m]);
+    if (!to) continue;
+    float* p = to + o * g.C + block * VL;
+    Vec product = add_up ? load_first_as_float(p, channels) : zero();
+    for (int m = 0; m < M; ++m) product = fma(mean[m], splat(grad[m * padded + o]), product);
+    store_first(p, product, channels);
+  }
+  for (int m = 0; m < M; ++m) store(shift + m * padded + block * VL, mul(sum[m], splat(scale)));
+}
+static void channel_gate_backward(const Geometry& g, const float* grad, const float* pooled,
+                                  const float* weight, float scale, int64_t images, int64_t block,
+                                  float* shift, float* to) {
+  for (int64_t i = 0; i < images;) {
+    const int64_t at = i * g.padded();
+    const bool four = i + 4 <= images;
+    auto* f = four ? channel_gate_backward_of<4> : channel_gate_backward_of<1>;
+    f(g, grad + at, pooled + at, weight, scale, block, i > 0, shift + at, to);
+    i += four ? 4 : 1;
+  }
+}
+
 // One gate: from the gradient at its logits to those at the depthwise convolution (gd) and at z.
 static void backward_depthwise(const Geometry& g, const TrainingGate& w,
                                const BackwardDepthwise& io, int64_t which, int64_t image,

@@ -1,43 +1,88 @@
-// The gradients of the qkv product on the matrix unit, in float32 by the six passes of
-// mixer_amx.cpp. G: [pixels][3C], the gradient at q, k and v; W: [3C][C].
-//   of x: G W, one row for each pixel;   of the weights: G^T X, a sum over pixels.
+// The gradients of the qkv product on the matrix unit, as mixer_amx.cpp does the product: float32
+// by six passes, bf16 (operands are rounded, sums are float32) by one. G: [pixels][3C], the
+// gradient at q, k and v; W: [3C][C].
+//   of x: G W, one row for each pixel;
+//   of the weights: X^T G, a sum over pixels, written transposed. Either way round, but so neither
+//   G nor an x with channels first is transposed on the way in.
 #pragma once
 
 namespace casvit {
 namespace CASVIT_ISA {
 
-constexpr int64_t PARTS_BYTES = 3 * TILE_BYTES;  // a depth tile: high, middle, low
+// A depth tile: high, middle, low; or bf16.
+static int64_t parts_bytes(Product kind) { return (kind == Product::F32 ? 3 : 1) * TILE_BYTES; }
 
-// One depth tile of 16 lines. Of the left operand (split_cut) line i is a row, first[i] and
-// second[i] its channels 0 to 15 and 16 to 31; of the right one (split_rounded) rows i and i + 16
-// of the depth.
+// One depth tile of 16 lines. Of the left operand line i is a row, first[i] and second[i] its
+// channels (or pixels) 0 to 15 and 16 to 31; of the right one they are rows i and i + 16 of the
+// depth. One operand of the two is cut, the other rounded: see split_rounded. bf16 is rounded.
 template <class SplitBy>
-CASVIT_INLINE void put_parts(const Vec (&first)[TILE], const Vec (&second)[TILE],
+CASVIT_INLINE void put_parts(const Vec (&first)[TILE], const Vec (&second)[TILE], Product kind,
                              const SplitBy& split, unsigned char* to) {
+  if (kind == Product::BF16) {
+    for (int i = 0; i < TILE; ++i)
+      _mm512_store_si512(to + i * 64,
+                         pairs(split_rounded(first[i]).part[0], split_rounded(second[i]).part[0]));
+    return;
+  }
   for (int i = 0; i < TILE; ++i) {
     const Split a = split(first[i]), b = split(second[i]);
     for (int part = 0; part < 3; ++part)
       _mm512_store_si512(to + part * TILE_BYTES + i * 64, pairs(a.part[part], b.part[part]));
   }
 }
-CASVIT_INLINE void put_rows(const Vec (&first)[TILE], const Vec (&second)[TILE],
-                            unsigned char* to) {
-  put_parts(first, second, [](Vec a) { return split_cut(a); }, to);
+CASVIT_INLINE void put_cut(const Vec (&first)[TILE], const Vec (&second)[TILE], Product kind,
+                           unsigned char* to) {
+  put_parts(first, second, kind, [](Vec a) { return split_cut(a); }, to);
 }
-CASVIT_INLINE void put_depth(const Vec (&first)[TILE], const Vec (&second)[TILE],
-                             unsigned char* to) {
-  put_parts(first, second, [](Vec a) { return split_rounded(a); }, to);
+CASVIT_INLINE void put_rounded(const Vec (&first)[TILE], const Vec (&second)[TILE], Product kind,
+                               unsigned char* to) {
+  put_parts(first, second, kind, [](Vec a) { return split_rounded(a); }, to);
 }
-CASVIT_INLINE Vec load_some(const float* p, int64_t n) {
-  return n >= TILE ? load(p) : n <= 0 ? zero() : load_first_as_float(p, static_cast<int>(n));
+// 16 numbers of 16 lines; zeros where a line or a number is past the end.
+CASVIT_INLINE void load_lines(const float* from, int64_t stride, int64_t lines, int64_t numbers,
+                              Vec (&to)[TILE]) {
+  if (lines >= TILE && numbers >= TILE) {
+    for (int i = 0; i < TILE; ++i) to[i] = load(from + i * stride);
+    return;
+  }
+  const int n = numbers > TILE ? TILE : static_cast<int>(numbers);
+  for (int i = 0; i < TILE; ++i)
+    to[i] = i < lines && n > 0 ? load_first_as_float(from + i * stride, n) : zero();
+}
+// Channels c to c + 15 of 16 pixels, a vector for each channel; zeros past the end.
+template <class T>
+CASVIT_INLINE void load_channels(const T* x, int64_t channel_stride, int64_t C,
+                                 const Piece<TILE>& piece, int64_t c, Vec (&to)[TILE]) {
+  if (piece.consecutive) {
+    const T* p = x + piece.from[0] + c * channel_stride;
+    for (int i = 0; i < TILE; ++i)
+      to[i] = c + i < C ? load_as_float(p + i * channel_stride) : zero();
+    return;
+  }
+  alignas(64) float pixels[TILE * TILE];
+  gather(x, channel_stride, C, piece, c, pixels, TILE);
+  for (int i = 0; i < TILE; ++i) to[i] = i < piece.count ? load(pixels + i * TILE) : zero();
+  transpose(to);
+}
+static void load_channels(const Input& x, int64_t C, const Piece<TILE>& piece, int64_t c,
+                          Vec (&to)[TILE]) {
+  const int64_t stride = x.channel_stride;
+  switch (x.dtype) {
+    case DType::F32:
+      return load_channels(static_cast<const float*>(x.data), stride, C, piece, c, to);
+    case DType::BF16:
+      return load_channels(static_cast<const Bf16*>(x.data), stride, C, piece, c, to);
+    case DType::F16: return load_channels(static_cast<const F16*>(x.data), stride, C, piece, c, to);
+  }
 }
 
 // sums [rows][row_floats] (+)= left right: `row_tiles` by `column_tiles` tiles, each with `depth`
 // depth tiles one behind the other.
 template <int ROWS, int COLUMNS>
-static void multiply_add(const unsigned char* x, const unsigned char* w, int64_t depth, bool add_up,
-                         float* sums, int64_t row_floats) {
-  const Operands<ROWS, COLUMNS> o{depth * PARTS_BYTES, depth * PARTS_BYTES};
+static void multiply_add(const unsigned char* x, const unsigned char* w, int64_t depth,
+                         Product kind, bool add_up, float* sums, int64_t row_floats) {
+  const int64_t each = parts_bytes(kind);
+  const Operands<ROWS, COLUMNS> o{depth * each, depth * each};
   const int64_t stride = row_floats * 4;
   float* below = sums + TILE * row_floats;
   if (add_up) {
@@ -51,13 +96,23 @@ static void multiply_add(const unsigned char* x, const unsigned char* w, int64_t
     _tile_zero(2);
     _tile_zero(3);
   }
-  o.load_x(x + LOW);
-  o.load_w(w + HIGH);
-  for (int64_t t = 0; t < depth; ++t) {
-    o.all_but_last(x, w);
-    x += t + 1 < depth ? PARTS_BYTES : 0;  // the last load is idle
-    w += t + 1 < depth ? PARTS_BYTES : 0;
-    o.then_both(x + LOW, w);
+  if (kind == Product::F32) {
+    o.load_x(x + LOW);
+    o.load_w(w + HIGH);
+    for (int64_t t = 0; t < depth; ++t) {
+      o.all_but_last(x, w);
+      x += t + 1 < depth ? each : 0;  // the last load is idle
+      w += t + 1 < depth ? each : 0;
+      o.then_both(x + LOW, w);
+    }
+  } else {
+    o.load_x(x);
+    o.load_w(w);
+    for (int64_t t = 0; t < depth; ++t) {
+      x += t + 1 < depth ? each : 0;
+      w += t + 1 < depth ? each : 0;
+      o.then_both(x, w);
+    }
   }
   _tile_stored(0, sums, stride);
   if (COLUMNS > 1) _tile_stored(1, sums + TILE, stride);
@@ -65,70 +120,72 @@ static void multiply_add(const unsigned char* x, const unsigned char* w, int64_t
   if (ROWS > 1 && COLUMNS > 1) _tile_stored(3, below + TILE, stride);
 }
 static void multiply_add(const unsigned char* left, const unsigned char* right, int64_t row_tiles,
-                         int64_t column_tiles, int64_t depth, bool add_up, float* sums) {
-  const int64_t row_floats = column_tiles * TILE, each = depth * PARTS_BYTES;
+                         int64_t column_tiles, int64_t depth, Product kind, bool add_up,
+                         float* sums) {
+  const int64_t row_floats = column_tiles * TILE, each = depth * parts_bytes(kind);
   for (int64_t c = 0; c < column_tiles; c += 2)
     for (int64_t r = 0; r < row_tiles; r += 2) {
       const bool rows = r + 1 < row_tiles, columns = c + 1 < column_tiles;
       auto* f = rows      ? columns ? multiply_add<2, 2> : multiply_add<2, 1>
                 : columns ? multiply_add<1, 2>
                           : multiply_add<1, 1>;
-      f(left + r * each, right + c * each, depth, add_up, sums + r * TILE * row_floats + c * TILE,
-        row_floats);
+      f(left + r * each, right + c * each, depth, kind, add_up,
+        sums + r * TILE * row_floats + c * TILE, row_floats);
     }
 }
 
 // Tiles of pixels at a time: their left operand stays in the second-level cache.
-static int64_t gradient_rows(int64_t depth) {
-  const int64_t n = (256 << 10) / (depth * PARTS_BYTES) / 2 * 2;
-  return n < 2 ? 2 : n > 16 ? 16 : n;
-}
-// Depth tiles of pixels at a time, for the gradient of the weights.
-static int64_t gradient_depth(int64_t tiles) {
-  const int64_t n = 256 / tiles;
+static int64_t gradient_rows(int64_t depth, Product kind) {
+  const int64_t n = (1 << 20) / (depth * parts_bytes(kind)) / 2 * 2;
   return n < 2 ? 2 : n > 16 ? 16 : n;
 }
 
-static int64_t input_gradient_temp_bytes(int64_t C) {
+// Weights: [column tile][depth tile].
+static int64_t input_gradient_weight_bytes(int64_t C, Product kind) {
+  return (C + TILE - 1) / TILE * ((3 * C + DEPTH - 1) / DEPTH) * parts_bytes(kind);
+}
+// One column tile of them.
+static void input_gradient_pack_weights(const float* weight, int64_t C, Product kind,
+                                        int64_t column, void* to) {
+  const int64_t K = 3 * C, depth = (K + DEPTH - 1) / DEPTH, c = column * TILE;
+  unsigned char* tiles = static_cast<unsigned char*>(to) + column * depth * parts_bytes(kind);
+  for (int64_t k = 0; k < K; k += DEPTH, tiles += parts_bytes(kind)) {
+    Vec first[TILE], second[TILE];
+    load_lines(weight + k * C + c, C, K - k, C - c, first);
+    load_lines(weight + (k + TILE) * C + c, C, K - k - TILE, C - c, second);
+    put_rounded(first, second, kind, tiles);
+  }
+}
+
+static int64_t input_gradient_temp_bytes(int64_t C, Product kind) {
   const int64_t depth = (3 * C + DEPTH - 1) / DEPTH, columns = (C + TILE - 1) / TILE;
-  const int64_t rows = gradient_rows(depth);
-  return (columns + rows) * depth * PARTS_BYTES + (rows + 1) * columns * TILE_BYTES;
+  const int64_t rows = gradient_rows(depth, kind);
+  return rows * depth * parts_bytes(kind) + (rows + 1) * columns * TILE_BYTES;
 }
 
 // Pixels [begin, end) of all images of the gradient at x.
-static void input_gradient(const Geometry& g, const float* grad, const float* weight, int64_t begin,
-                           int64_t end, const Output& out, void* temp) {
-  const int64_t C = g.C, K = 3 * C, depth = (K + DEPTH - 1) / DEPTH;
-  const int64_t columns = (C + TILE - 1) / TILE, most = gradient_rows(depth);
-  unsigned char* right = static_cast<unsigned char*>(temp);
-  unsigned char* left = right + columns * depth * PARTS_BYTES;
-  float* sums = reinterpret_cast<float*>(left + most * depth * PARTS_BYTES);
-  for (int64_t c = 0; c < columns; ++c)
-    for (int64_t t = 0; t < depth; ++t) {
-      Vec first[TILE], second[TILE];
-      for (int i = 0; i < TILE; ++i) {
-        const int64_t k = t * DEPTH + i, n = C - c * TILE;
-        first[i] = load_some(weight + k * C + c * TILE, k < K ? n : 0);
-        second[i] = load_some(weight + (k + TILE) * C + c * TILE, k + TILE < K ? n : 0);
-      }
-      put_depth(first, second, right + (c * depth + t) * PARTS_BYTES);
-    }
+static void input_gradient(const Geometry& g, const float* grad, const void* weights, Product kind,
+                           int64_t begin, int64_t end, const Output& out, void* temp) {
+  const int64_t K = 3 * g.C, depth = (K + DEPTH - 1) / DEPTH;
+  const int64_t columns = (g.C + TILE - 1) / TILE, most = gradient_rows(depth, kind);
+  unsigned char* left = static_cast<unsigned char*>(temp);
+  float* sums = reinterpret_cast<float*>(left + most * depth * parts_bytes(kind));
   const TileConfig config;
   _tile_loadconfig(&config);
   for (int64_t pixel = begin; pixel < end; pixel += most * TILE) {
     const int64_t count = end - pixel < most * TILE ? end - pixel : most * TILE;
     const int64_t rows = (count + TILE - 1) / TILE;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t t = 0; t < depth; ++t) {
+    unsigned char* to = left;
+    for (int64_t p = 0; p < count; p += TILE)
+      for (int64_t k = 0; k < K; k += DEPTH, to += parts_bytes(kind)) {
+        const float* from = grad + (pixel + p) * K + k;
         Vec first[TILE], second[TILE];
-        for (int i = 0; i < TILE; ++i) {
-          const int64_t p = r * TILE + i < count ? pixel + r * TILE + i : end - 1;
-          first[i] = load_some(grad + p * K + t * DEPTH, K - t * DEPTH);
-          second[i] = load_some(grad + p * K + t * DEPTH + TILE, K - t * DEPTH - TILE);
-        }
-        put_rows(first, second, left + (r * depth + t) * PARTS_BYTES);
+        load_lines(from, K, count - p, K - k, first);
+        load_lines(from + TILE, K, count - p, K - k - TILE, second);
+        put_cut(first, second, kind, to);
       }
-    multiply_add(left, right, rows, columns, depth, false, sums);
+    multiply_add(left, static_cast<const unsigned char*>(weights), rows, columns, depth, kind,
+                 false, sums);
     // To memory: a piece of one image at a time.
     for (int64_t done = 0; done < count;) {
       const int64_t image = (pixel + done) / g.pixels(), at = (pixel + done) % g.pixels();
@@ -147,23 +204,30 @@ static void input_gradient(const Geometry& g, const float* grad, const float* we
   _tile_release();
 }
 
-static int64_t weight_gradient_temp_bytes(int64_t C, int64_t row_tiles) {
-  const int64_t columns = (C + TILE - 1) / TILE;
-  return (row_tiles + columns) * gradient_depth(row_tiles + columns) * PARTS_BYTES +
-         row_tiles * columns * TILE_BYTES;
+// For the gradient of the weights: depth tiles of pixels at a time, while their left operand stays
+// in the second-level cache, and column tiles at a time.
+static int64_t gradient_depth(int64_t rows, Product kind) {
+  const int64_t n = (5 << 18) / (rows * parts_bytes(kind));
+  return n < 2 ? 2 : n > 16 ? 16 : n;
+}
+constexpr int64_t COLUMNS = 4;
+
+static int64_t weight_gradient_temp_bytes(int64_t C, int64_t columns, Product kind) {
+  const int64_t rows = (C + TILE - 1) / TILE, whole = (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
+  return (rows + COLUMNS) * gradient_depth(rows, kind) * parts_bytes(kind) +
+         rows * whole * TILE_BYTES;
 }
 
 // Rows [row_begin, row_end) of the gradient of the weights, summed over pixels [begin, end) of all
 // images; to: [3C][C].
-static void weight_gradient(const Geometry& g, const float* grad, const Input& x, int64_t begin,
-                            int64_t end, int64_t row_begin, int64_t row_end, float* to,
-                            void* temp) {
-  const int64_t C = g.C, K = 3 * C, columns = (C + TILE - 1) / TILE;
-  const int64_t rows = (row_end - row_begin + TILE - 1) / TILE;
-  const int64_t depth = gradient_depth(rows + columns);
+static void weight_gradient(const Geometry& g, const float* grad, const Input& x, Product kind,
+                            int64_t begin, int64_t end, int64_t row_begin, int64_t row_end,
+                            float* to, void* temp) {
+  const int64_t C = g.C, K = 3 * C, rows = (C + TILE - 1) / TILE,
+                depth = gradient_depth(rows, kind);
   unsigned char* left = static_cast<unsigned char*>(temp);
-  unsigned char* right = left + rows * depth * PARTS_BYTES;
-  float* sums = reinterpret_cast<float*>(right + columns * depth * PARTS_BYTES);
+  unsigned char* right = left + rows * depth * parts_bytes(kind);
+  float* const sums = reinterpret_cast<float*>(right + COLUMNS * depth * parts_bytes(kind));
   const TileConfig config;
   _tile_loadconfig(&config);
   for (int64_t pixel = begin; pixel < end; pixel += depth * DEPTH) {
@@ -171,45 +235,51 @@ static void weight_gradient(const Geometry& g, const float* grad, const Input& x
     const int64_t tiles = (count + DEPTH - 1) / DEPTH;
     const PixelRun run{&x, &g, 0, pixel, end};
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t p = pixel + t * DEPTH, left_over = end - p;  // pixels from here on
+      const int64_t p = t * DEPTH;
       Piece<TILE> pieces[2];
-      pieces[0].locate(run, p, 0);
-      if (left_over > TILE) pieces[1].locate(run, p + TILE, 0);
-      for (int64_t c = 0; c < columns; ++c) {
-        Vec halves[2][TILE];
-        for (int h = 0; h < 2; ++h) {
-          alignas(64) float channels[TILE * TILE];
-          if (left_over > h * TILE) gather_any(x, C, pieces[h], c * TILE, channels);
-          for (int i = 0; i < TILE; ++i)
-            halves[h][i] = h * TILE + i < left_over ? load(channels + i * TILE) : zero();
-        }
-        put_depth(halves[0], halves[1], right + (c * tiles + t) * PARTS_BYTES);
-      }
+      pieces[0].locate(run, pixel + p, 0);
+      if (count > p + TILE) pieces[1].locate(run, pixel + p + TILE, 0);
       for (int64_t r = 0; r < rows; ++r) {
-        const int64_t row = row_begin + r * TILE, n = K - row;
-        Vec halves[2][TILE];
-        for (int h = 0; h < 2; ++h) {
-          const float* from = grad + (p + h * TILE) * K + row;
-          if (left_over >= (h + 1) * TILE && n >= TILE) {
-            load_transposed(from, K, halves[h]);
-          } else {
-            for (int i = 0; i < TILE; ++i)
-              halves[h][i] = h * TILE + i < left_over ? load_some(from + i * K, n) : zero();
-            transpose(halves[h]);
-          }
-        }
-        put_rows(halves[0], halves[1], left + (r * tiles + t) * PARTS_BYTES);
+        Vec first[TILE], second[TILE];
+        load_channels(x, C, pieces[0], r * TILE, first);
+        if (count > p + TILE) load_channels(x, C, pieces[1], r * TILE, second);
+        else
+          for (int i = 0; i < TILE; ++i) second[i] = zero();
+        put_rounded(first, second, kind, left + (r * tiles + t) * parts_bytes(kind));
       }
     }
-    multiply_add(left, right, rows, columns, tiles, pixel > begin, sums);
+    float* group_sums = sums;
+    for (int64_t row = row_begin; row < row_end; row += COLUMNS * TILE) {
+      const int64_t left_over = (row_end - row + TILE - 1) / TILE;
+      const int64_t columns = left_over < COLUMNS ? left_over : COLUMNS;
+      unsigned char* tile = right;
+      for (int64_t c = row; c < row + columns * TILE; c += TILE)
+        for (int64_t p = 0; p < count; p += DEPTH, tile += parts_bytes(kind)) {
+          const float* from = grad + (pixel + p) * K + c;
+          Vec first[TILE], second[TILE];
+          load_lines(from, K, count - p, K - c, first);
+          load_lines(from + TILE * K, K, count - p - TILE, K - c, second);
+          put_cut(first, second, kind, tile);
+        }
+      multiply_add(left, right, rows, columns, tiles, kind, pixel > begin, group_sums);
+      group_sums += rows * columns * TILE * TILE;
+    }
   }
   _tile_release();
-  for (int64_t row = row_begin; row < row_end; ++row)
-    for (int64_t c = 0; c < columns; ++c) {
-      const Vec v = load(sums + (row - row_begin) * columns * TILE + c * TILE);
-      store_first(to + row * C + c * TILE, v,
-                  static_cast<int>(C - c * TILE < TILE ? C - c * TILE : TILE));
-    }
+  const float* group_sums = sums;
+  for (int64_t row = row_begin; row < row_end; row += COLUMNS * TILE) {
+    const int64_t left_over = (row_end - row + TILE - 1) / TILE;
+    const int64_t columns = left_over < COLUMNS ? left_over : COLUMNS;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c) {
+        Vec tile[TILE];
+        load_transposed(group_sums + r * columns * TILE * TILE + c * TILE, columns * TILE, tile);
+        const int64_t first = row + c * TILE, n = C - r * TILE < TILE ? C - r * TILE : TILE;
+        for (int64_t i = 0; i < TILE && first + i < row_end; ++i)
+          store_first(to + (first + i) * C + r * TILE, tile[i], static_cast<int>(n));
+      }
+    group_sums += rows * columns * TILE * TILE;
+  }
 }
 
 }  // namespace CASVIT_ISA

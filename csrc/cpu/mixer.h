@@ -149,16 +149,26 @@ struct Kernels {
   void (*backward_depthwise)(const Geometry&, const TrainingGate&, const BackwardDepthwise&,
                              int64_t which, int64_t image, int64_t block, int64_t y_begin,
                              int64_t y_end, double* sums, float* temp);
+  // Of one block of the pooled means: with e = grad, the gradient at the channel gate's logits,
+  // shift = scale * sum_o e[o] weight[o][i] and to[o][i] = sum over images of e[o] pooled[i], which
+  // may be null. grad, pooled, shift: [images][padded]; weight, to: [C][C].
+  void (*channel_gate_backward)(const Geometry&, const float* grad, const float* pooled,
+                                const float* weight, float scale, int64_t images, int64_t block,
+                                float* shift, float* to);
 
-  // The product's own gradients, in float32; null where library products are as good. grad: the
+  // The product's own gradients; null where library products are as good. grad: the
   // gradient at q, k and v, [pixels][3C]; weight: [3C][C]. Pixels count through all images.
-  int64_t (*input_gradient_temp_bytes)(int64_t C) = nullptr;
-  void (*input_gradient)(const Geometry&, const float* grad, const float* weight, int64_t begin,
-                         int64_t end, const Output& grad_x, void* temp) = nullptr;
+  int64_t (*input_gradient_weight_bytes)(int64_t C, Product) = nullptr;
+  // Sixteen columns: tile `column`.
+  void (*input_gradient_pack_weights)(const float* weight, int64_t C, Product, int64_t column,
+                                      void* to) = nullptr;
+  int64_t (*input_gradient_temp_bytes)(int64_t C, Product) = nullptr;
+  void (*input_gradient)(const Geometry&, const float* grad, const void* weights, Product,
+                         int64_t begin, int64_t end, const Output& grad_x, void* temp) = nullptr;
   // Rows of [3C][C], summed over the pixels; row_begin is a multiple of 16.
-  int64_t (*weight_gradient_temp_bytes)(int64_t C, int64_t row_tiles) = nullptr;
-  void (*weight_gradient)(const Geometry&, const float* grad, const Input& x, int64_t begin,
-                          int64_t end, int64_t row_begin, int64_t row_end, float* to,
+  int64_t (*weight_gradient_temp_bytes)(int64_t C, int64_t tiles, Product) = nullptr;
+  void (*weight_gradient)(const Geometry&, const float* grad, const Input& x, Product,
+                          int64_t begin, int64_t end, int64_t row_begin, int64_t row_end, float* to,
                           void* temp) = nullptr;
 };
 

@@ -157,17 +157,6 @@ CASVIT_INLINE void gather(const T* x, int64_t channel_stride, int64_t C, const P
   }
 }
 
-static void gather_any(const Input& x, int64_t C, const Piece<TILE>& piece, int64_t c, float* to) {
-  switch (x.dtype) {
-    case DType::F32:
-      return gather(static_cast<const float*>(x.data), x.channel_stride, C, piece, c, to, TILE);
-    case DType::BF16:
-      return gather(static_cast<const Bf16*>(x.data), x.channel_stride, C, piece, c, to, TILE);
-    case DType::F16:
-      return gather(static_cast<const F16*>(x.data), x.channel_stride, C, piece, c, to, TILE);
-  }
-}
-
 // One pixel tile: every row of a depth tile is written as one line of 32 channels.
 template <class T>
 CASVIT_INLINE void pack_tile(const T* x, int64_t channel_stride, int64_t C,
@@ -433,6 +422,8 @@ const Kernels& amx_kernels() {
     k.product_pack_weights = product_pack_weights;
     k.product_temp_bytes = product_temp_bytes;
     k.product = product;
+    k.input_gradient_weight_bytes = input_gradient_weight_bytes;
+    k.input_gradient_pack_weights = input_gradient_pack_weights;
     k.input_gradient_temp_bytes = input_gradient_temp_bytes;
     k.input_gradient = input_gradient;
     k.weight_gradient_temp_bytes = weight_gradient_temp_bytes;

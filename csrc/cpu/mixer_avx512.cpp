@@ -21,7 +21,8 @@ const Kernels& avx512_kernels() {
                                   moments,
                                   backward_combine,
                                   backward_gate,
-                                  backward_depthwise};
+                                  backward_depthwise,
+                                  channel_gate_backward};
   return kernels;
 }
 

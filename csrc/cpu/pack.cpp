@@ -37,6 +37,9 @@ float at(const Source& s, int64_t i, int64_t j = 0, int64_t y = 0, int64_t x = 0
   return value(s, i * s.stride[0] + j * s.stride[1] + y * s.stride[2] + x * s.stride[3]);
 }
 
+bool is_dense(const Source& s, int64_t columns) {
+  return s.dtype == DType::F32 && s.stride[0] == columns && s.stride[1] == 1;
+}
 // to[i] = s[row][i] of a matrix.
 void copy_row(const Source& s, int64_t row, int64_t n, float* to) {
   if (s.dtype == DType::F32 && s.stride[1] == 1) {
@@ -215,16 +218,20 @@ float* floats(void* base, int64_t offset) {
 void fill_product(const Kernels& k, int64_t C, const Source& weight, const Source& bias,
                   Product kind, const ProductLayout& layout, void* base, const Pool& pool) {
   const int64_t blocks = (C + k.lanes - 1) / k.lanes, padded = blocks * k.lanes;
-  float* matrix = static_cast<float*>(matrix_buffer.get(3 * padded * C * 4));
+  const bool as_it_is = C == padded && is_dense(weight, C);
+  float* matrix = as_it_is ? nullptr : static_cast<float*>(matrix_buffer.get(3 * padded * C * 4));
+  const float* from = as_it_is ? static_cast<const float*>(weight.data) : matrix;
   run(pool, blocks, [&](int64_t i) {
     for (int64_t row = 3 * i * k.lanes; row < 3 * (i + 1) * k.lanes; ++row) {
       const int64_t t = row / padded, o = row % padded;
-      if (o < C) copy_row(weight, t * C + o, C, matrix + row * C);
-      else std::memset(matrix + row * C, 0, sizeof(float) * static_cast<size_t>(C));
+      if (!as_it_is) {
+        if (o < C) copy_row(weight, t * C + o, C, matrix + row * C);
+        else std::memset(matrix + row * C, 0, sizeof(float) * static_cast<size_t>(C));
+      }
       if (o < C && bias.data) floats(base, layout.qkv_bias)[row] = at(bias, t * C + o);
     }
     k.product_pack_weights(
-        matrix + 3 * i * k.lanes * C, C, 1, kind,
+        from + 3 * i * k.lanes * C, C, 1, kind,
         static_cast<char*>(base) + layout.product + i * k.product_weight_bytes(C, 1, kind));
   });
 }
@@ -255,8 +262,7 @@ void fill_mixing(const Kernels& k, const Sources& s, const MixingLayout& layout,
     const GateSources& g = s.gate[i];
     pack_depthwise(
         g.depthwise_weight, g.depthwise_bias, C, k.lanes, floats(base, layout.gate[i][0]),
-        floats(base, layout.gate[i][1]),
-        [&](int64_t c) { return gamma(g, c) * reciprocal_deviation(g, c); },
+        floats(base, layout.gate[i][1]), [&](int64_t c) { return normalizer(g, c); },
         [&](int64_t c, double scale) { return beta(g, c) - at(g.norm_mean, c) * scale; });
     copy_row(g.spatial_weight, 0, C, floats(base, layout.gate[i][2]));
     transpose(g.channel_weight, C, padded, floats(base, layout.gate[i][3]), pool);
@@ -322,8 +328,17 @@ WeightsView view(const Kernels& k, int64_t C, Product kind, const void* packed) 
   return v;
 }
 
-void pack_matrix(const Source& s, int64_t rows, int64_t columns, float* to) {
-  for (int64_t row = 0; row < rows; ++row) copy_row(s, row, columns, to + row * columns);
+double normalizer(const GateSources& g, int64_t c) {
+  return gamma(g, c) * reciprocal_deviation(g, c);
+}
+
+void pack_vector(const Source& s, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = at(s, i);
+}
+const float* dense_matrix(const Source& s, int64_t rows, int64_t columns, float* scratch) {
+  if (is_dense(s, columns)) return static_cast<const float*>(s.data);
+  for (int64_t row = 0; row < rows; ++row) copy_row(s, row, columns, scratch + row * columns);
+  return scratch;
 }
 
 WeightsView pack_product(const Kernels& k, int64_t C, const Source& weight, const Source& bias,

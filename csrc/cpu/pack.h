@@ -47,11 +47,16 @@ void pack(const Kernels&, const Sources&, Product, void* to);
 bool is_current(const Kernels&, const Sources&, Product, void* packed, int64_t bytes);
 WeightsView view(const Kernels&, int64_t C, Product, const void* packed);
 
+// norm_weight / sqrt(norm_var + eps)
+double normalizer(const GateSources&, int64_t channel);
+// A vector as dense floats.
+void pack_vector(const Source&, int64_t n, float* to);
+// A (rows, columns) matrix as dense floats: where it lies, or copied to `scratch` if it is no such.
+const float* dense_matrix(const Source&, int64_t rows, int64_t columns, float* scratch);
+
 // Parts of that for the phases of training, in scratch of the calling thread until the next call.
 // Absent in a view is what its phase does not read.
 // The qkv product alone.
-// A (rows, columns) matrix as dense floats.
-void pack_matrix(const Source&, int64_t rows, int64_t columns, float* to);
 WeightsView pack_product(const Kernels&, int64_t C, const Source& qkv_weight,
                          const Source& qkv_bias, Product, const Pool&);
 // Everything but the product.

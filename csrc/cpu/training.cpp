@@ -309,6 +309,46 @@ void backward_combine(const TrainingProblem& p, const WeightsView& w, const Inpu
   });
 }
 
+void backward_channel_gate(const TrainingProblem& p, const Sources& s, const float* sum,
+                           const float* pooled, const float* channel, float* shift,
+                           float* const (&grad_weight)[2]) {
+  const Geometry& g = p.geometry;
+  const int64_t rows = 2 * p.images, vectors = rows * g.padded(), square = g.C * g.C;
+  Arrays arrays(3 * Arrays::bytes<float>(vectors) + 2 * Arrays::bytes<float>(square));
+  float *grads = arrays.take<float>(vectors), *means = arrays.take<float>(vectors);
+  float* shifts = arrays.take<float>(vectors);
+  const float* weights[2];
+  for (int i = 0; i < 2; ++i)
+    weights[i] = dense_matrix(s.gate[i].channel_weight, g.C, g.C, arrays.take<float>(square));
+  pad(g, rows, sum, grads);
+  pad(g, rows, pooled, means);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < g.C; ++c) {
+      const float gate = channel[r * g.C + c];
+      grads[r * g.padded() + c] *= gate * (1.0f - gate);
+    }
+  const float scale = 1.0f / static_cast<float>(g.pixels());
+  run(p.pool, 2 * g.blocks, [&](int64_t i) {
+    const int64_t which = i / g.blocks, at = which * p.images * g.padded();
+    p.kernels.channel_gate_backward(g, grads + at, means + at, weights[which], scale, p.images,
+                                    i % g.blocks, shifts + at, grad_weight[which]);
+  });
+  unpad(g, rows, shifts, shift);
+}
+
+void coefficients(const TrainingProblem& p, const Sources& s, const float* sums,
+                  const bool (&batch)[2], float* to) {
+  const int64_t C = s.C;
+  const double number = static_cast<double>(p.images * p.geometry.pixels());
+  for (int i = 0; i < 2; ++i, to += 3 * C, sums += 2 * C)
+    for (int64_t c = 0; c < C; ++c) {
+      const double scale = normalizer(s.gate[i], c), each = batch[i] ? -scale / number : 0.0;
+      to[c] = static_cast<float>(scale);
+      to[C + c] = static_cast<float>(static_cast<double>(sums[c]) * each);
+      to[2 * C + c] = static_cast<float>(static_cast<double>(sums[C + c]) * each);
+    }
+}
+
 void backward_gate(const TrainingProblem& p, const TrainingGates& w, const float* qkv,
                    const float* spatial, const float* pixel, const float* shift,
                    const GateGradients& to) {
@@ -342,7 +382,7 @@ void backward_gate(const TrainingProblem& p, const TrainingGates& w, const float
       }
     for (int64_t c = 0; c < channels_of(g, block); ++c) {
       const int64_t channel = block * g.lanes + c;
-      to.spatial_weight[which * g.C + channel] = static_cast<float>(total[SPATIAL_WEIGHT][c]);
+      to.spatial_weight[which][channel] = static_cast<float>(total[SPATIAL_WEIGHT][c]);
       to.sums[which * 2 * g.C + channel] = static_cast<float>(total[GRAD_N][c]);
       to.sums[(which * 2 + 1) * g.C + channel] = static_cast<float>(total[GRAD_N_HAT][c]);
     }
@@ -378,27 +418,33 @@ void backward_depthwise(const TrainingProblem& p, const TrainingGates& w, const 
             });
   run(p.pool, 2 * g.blocks, [&](int64_t i) {
     const int64_t which = i / g.blocks, block = i % g.blocks;
-    const int64_t begin = which * DEPTHWISE_SUMS, c = which * g.C + block * g.lanes;
-    partials.merge(0, p.images, block, begin + DEPTHWISE, 9, to.weight + c * 9, 9);
-    partials.merge(0, p.images, block, begin + DEPTHWISE_BIAS, 1, to.bias + c, 1);
+    const int64_t begin = which * DEPTHWISE_SUMS, c = block * g.lanes;
+    partials.merge(0, p.images, block, begin + DEPTHWISE, 9, to.weight[which] + c * 9, 9);
+    partials.merge(0, p.images, block, begin + DEPTHWISE_BIAS, 1, to.bias[which] + c, 1);
   });
 }
 
-void input_gradient(const TrainingProblem& p, const Source& weight, const float* grad,
+void input_gradient(const TrainingProblem& p, const Source& weight, Product kind, const float* grad,
                     const Output& grad_x) {
   const Geometry& g = p.geometry;
-  float* matrix = Arrays(Arrays::bytes<float>(3 * g.C * g.C)).take<float>(3 * g.C * g.C);
-  pack_matrix(weight, 3 * g.C, g.C, matrix);
+  const int64_t packed_bytes = p.kernels.input_gradient_weight_bytes(g.C, kind);
+  Arrays arrays(Arrays::bytes<float>(3 * g.C * g.C) + packed_bytes);
+  unsigned char* packed = arrays.take<unsigned char>(packed_bytes);
+  const float* matrix = dense_matrix(weight, 3 * g.C, g.C, arrays.take<float>(3 * g.C * g.C));
+  run(p.pool, divide_up(g.C, 16), [&](int64_t column) {
+    p.kernels.input_gradient_pack_weights(matrix, g.C, kind, column, packed);
+  });
   const int64_t pixels = p.images * g.pixels();
   const int64_t part = divide_up(divide_up(pixels, p.pool.threads), 16) * 16;
   run(p.pool, divide_up(pixels, part), [&](int64_t i) {
     const int64_t end = (i + 1) * part < pixels ? (i + 1) * part : pixels;
-    p.kernels.input_gradient(g, grad, matrix, i * part, end, grad_x,
-                             task_buffer.get(p.kernels.input_gradient_temp_bytes(g.C)));
+    p.kernels.input_gradient(g, grad, packed, kind, i * part, end, grad_x,
+                             task_buffer.get(p.kernels.input_gradient_temp_bytes(g.C, kind)));
   });
 }
 
-void weight_gradient(const TrainingProblem& p, const Input& x, const float* grad, float* to) {
+void weight_gradient(const TrainingProblem& p, const Input& x, Product kind, const float* grad,
+                     float* to) {
   const Geometry& g = p.geometry;
   const int64_t rows = 3 * g.C, size = rows * g.C, pixels = p.images * g.pixels();
   // Sums over parts of the pixels, cut by the shape alone, then the rows for the threads.
@@ -413,9 +459,9 @@ void weight_gradient(const TrainingProblem& p, const Input& x, const float* grad
     const int64_t first = i / bands, begin = first * part, row = i % bands * band;
     const int64_t end = begin + part < pixels ? begin + part : pixels;
     const int64_t row_end = row + band < rows ? row + band : rows;
-    p.kernels.weight_gradient(
-        g, grad, x, begin, end, row, row_end, sums + first * size,
-        task_buffer.get(p.kernels.weight_gradient_temp_bytes(g.C, divide_up(row_end - row, 16))));
+    p.kernels.weight_gradient(g, grad, x, kind, begin, end, row, row_end, sums + first * size,
+                              task_buffer.get(p.kernels.weight_gradient_temp_bytes(
+                                  g.C, divide_up(row_end - row, 16), kind)));
   });
   if (parts == 1) return;
   run(p.pool, p.pool.threads, [&](int64_t i) {

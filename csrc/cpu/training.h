@@ -44,27 +44,38 @@ void backward_combine(const TrainingProblem&, const WeightsView&, const Input& g
                       const float* qkv, const float* spatial, const float* channel,
                       const CombineGradients&);
 
+// From the sums of ga z s to the gradients at the pooled means, divided by the pixels, and of the
+// channel gates' weights. sum, pooled, channel, shift: [2][images][C]; grad_weight: [C][C] or null.
+void backward_channel_gate(const TrainingProblem&, const Sources&, const float* sum,
+                           const float* pooled, const float* channel, float* shift,
+                           float* const (&grad_weight)[2]);
+
 struct GateGradients {
-  float* logit;           // [images][2][pixels]
-  float* spatial_weight;  // [2][C]
-  float* sums;            // [2][gn, gn n^][C]
+  float* logit;              // [images][2][pixels]
+  float* spatial_weight[2];  // [C]
+  float* sums;               // [2][gn, gn n^][C]
 };
 void backward_gate(const TrainingProblem&, const TrainingGates&, const float* qkv,
                    const float* spatial, const float* pixel, const float* shift,
                    const GateGradients&);
 
+// to: [2][3][C]; the gradient at d is c0 gn + c1 + c2 n^. batch: whether a gate uses batch
+// statistics; sums as in GateGradients.
+void coefficients(const TrainingProblem&, const Sources&, const float* sums, const bool (&batch)[2],
+                  float* to);
+
 struct DepthwiseGradients {
-  float *grad_qkv, *weight, *bias;  // weight: [2][C][9], bias: [2][C]
+  float* grad_qkv;
+  float *weight[2], *bias[2];  // [C][9], [C]
 };
-// coefficients: [2][3][C]
 void backward_depthwise(const TrainingProblem&, const TrainingGates&, const float* qkv,
                         const float* spatial, const float* channel, const float* shift,
                         const float* logit, const float* coefficients, const float* grad_sum,
                         const DepthwiseGradients&);
 
 // Only where the kernels have them. grad: what the phases left in grad_qkv; weight: (3C, C).
-void input_gradient(const TrainingProblem&, const Source& weight, const float* grad,
+void input_gradient(const TrainingProblem&, const Source& weight, Product, const float* grad,
                     const Output& grad_x);
-void weight_gradient(const TrainingProblem&, const Input& x, const float* grad, float* to);
+void weight_gradient(const TrainingProblem&, const Input& x, Product, const float* grad, float* to);
 
 }  // namespace casvit
