@@ -108,7 +108,7 @@ def kernel_bytes(kernel: str, size: Size) -> int:
     elif kernel == "backward_depthwise":
         maps = 2 * whole + 3 * done
         ones = 2 * near + 2 * done
-        small = programs * (2 * (9 + 5 + 3) + 20) * c + 4 * per_image
+        small = programs * (2 * (9 + 6 + 3) + 20) * c + 4 * per_image
     else:
         raise ValueError(f"kernel: expected a kernel with a count, got {kernel!r}")
     return item * maps * c + FLOAT * (blocks * ones + small)

@@ -53,7 +53,7 @@ _FIXED = {
     "combine": (20, 4),
     "backward_combine": (59, 6),
     "backward_gate": (16, 1),
-    "backward_depthwise": (74, 5),
+    "backward_depthwise": (76, 5),
 }
 _PER_GATE = ("statistics", "gates", "backward_gate")  # q and k have programs of their own
 # For kernels whose tile holds some of the channels.
