@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "triton_kernels.json"
 TABLE = ROOT / "docs" / "triton_kernels.md"
 SOURCES = ("tile", "forward", "backward")
-CHANNELS = (48, 56, 64, 96, 112, 128, 192, 220, 256, 384, 512)
+# The least full block of each size of tile: `gates` and `backward_gate` have all channels in one. The
+# others' tiles do not depend on C, their loads do on whether it is a multiple of 8.
+CHANNELS = (48, 112, 220, 384, 512)
+FEW_CHANNELS = (48, 220)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -48,8 +52,8 @@ class Counts(NamedTuple):
     registers: int
     spilled: int  # bytes of stack a thread, or registers moved there
     shared: int  # bytes
-    load: int  # bytes of the widest load from global memory
-    store: int
+    loads: str  # from global memory, in the text: "bytes x number", the widest first
+    stores: str
     barriers: int
     shuffles: int
     instructions: int  # in the text, not executed
@@ -70,22 +74,17 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def configs(
-    channels: Iterable[int] = CHANNELS,
-    dtypes: Iterable[str] = tuple(DTYPES),
-    targets: Iterable[str] = TARGETS,
-) -> Iterator[Config]:
+def configs() -> Iterator[Config]:
+    """Every kernel in every configuration of the tuning table."""
     from casvit_kernels.backends.triton.launch import KERNELS
 
-    targets, dtypes = tuple(targets), tuple(dtypes)
-    channels = tuple(channels)
-    for dtype in dtypes:
-        for c in channels:
-            for layout in LAYOUTS:
-                for kernel in KERNELS:
-                    if kernel in SMALL and (layout, dtype) != ("channels_last", "fp32"):
-                        continue  # they see no map
-                    for target in targets:
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            for kernel in KERNELS:
+                if kernel in SMALL and (layout, dtype) != ("channels_last", "fp32"):
+                    continue  # they see no map
+                for c in CHANNELS if kernel in ("gates", "backward_gate") else FEW_CHANNELS:
+                    for target in TARGETS:
                         yield Config(kernel, c, layout, dtype, target)
 
 
@@ -182,6 +181,10 @@ def compile_launch(it: Any, target: str) -> Counts:
 _WIDTHS = {"": 4, "64": 8, "128": 16, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
 
 
+def _histogram(widths: Iterable[int]) -> str:
+    return " ".join(f"{w}x{n}" for w, n in sorted(Counter(widths).items(), reverse=True))
+
+
 def _nvidia(cubin: bytes, shared: int) -> Counts:
     import triton
 
@@ -202,19 +205,18 @@ def _nvidia(cubin: bytes, shared: int) -> Counts:
     lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", text, re.M)
     moved = sum(4 for op in lines if op.startswith(("STL", "LDL")))
 
-    def widest(*names: str) -> int:
+    def widths(*names: str) -> str:
         ops = (op.split(".") for op in lines if op.split(".")[0] in names)
-        return max(
-            (max((_WIDTHS[part] for part in op[1:] if part in _WIDTHS), default=4) for op in ops),
-            default=0,
+        return _histogram(
+            max((_WIDTHS[part] for part in op[1:] if part in _WIDTHS), default=4) for op in ops
         )
 
     return Counts(
         registers,
         max(stack + local, moved),
         shared,
-        widest("LDG", "LDGSTS"),
-        widest("STG"),
+        widths("LDG", "LDGSTS"),
+        widths("STG"),
         sum(op.startswith("BAR") for op in lines),
         sum(op.startswith("SHFL") for op in lines),
         len(lines),
@@ -224,21 +226,20 @@ def _nvidia(cubin: bytes, shared: int) -> Counts:
 def _amd(text: str, shared: int) -> Counts:
     fields = dict(re.findall(r"^\s+\.(\w+):\s+(\d+)\s*$", text, re.M))
     ops = re.findall(r"^\s+([a-z]\w+)(?:\s|$)", text, re.M)
-    widths = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2}
+    names = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2}
 
-    def widest(kind: str) -> int:
+    def widths(kind: str) -> str:
         found = (re.match(rf"(?:global|buffer)_{kind}_(\w+)", op) for op in ops)
-        return max(
-            (next((n for key, n in widths.items() if key in m[1]), 1) for m in found if m),
-            default=0,
+        return _histogram(
+            next((n for key, n in names.items() if key in m[1]), 1) for m in found if m
         )
 
     return Counts(
         int(fields["vgpr_count"]),
         int(fields["private_segment_fixed_size"]) + int(fields["vgpr_spill_count"]),
         shared,
-        widest("load"),
-        widest("store"),
+        widths("load"),
+        widths("store"),
         sum(op == "s_barrier" for op in ops),
         sum(op.startswith("ds_bpermute") or op.endswith("_dpp") for op in ops),
         len(ops),
@@ -253,12 +254,6 @@ def count(config: Config, cache: dict[Any, Any]) -> Counts:
     return compile_launch(cache[key][config.kernel], config.target)
 
 
-def occupancy(registers: int, threads: int) -> int:
-    """Blocks on an NVIDIA multiprocessor, as far as registers limit them."""
-    warp = -(-registers // 8) * 8 * 32
-    return 65536 // (warp * max(1, threads // 32))
-
-
 WHY_NARROW = """\
 Loads of 16 bytes need 8 neighbouring channels of 16 bits in one thread. In channels_last `statistics`,
 `gates` and `combine` have them wherever C is a multiple of 8 (C = 220: 8 bytes, the start of a pixel
@@ -270,7 +265,7 @@ loads single pixels; the threads of a warp load neighbours."""
 
 def table(document: dict[str, Any]) -> str:
     """docs/triton_kernels.md."""
-    from casvit_kernels.backends.triton.tuning import tile
+    from casvit_kernels.backends.triton.tuning import SMALL_THREADS, tile
 
     lines = [
         "# Triton kernels, as compiled",
@@ -278,8 +273,9 @@ def table(document: dict[str, Any]) -> str:
         "Generated by `python bench/triton_kernels.py` from the machine code of every configuration; do",
         f"not edit. Triton {document['triton']}. Nothing here was timed.",
         "",
-        "Registers of a thread (VGPRs on gfx942), `+n` bytes spilled; bytes of shared memory; bytes of",
-        "the widest load from and store to global memory; barriers, shuffles, instructions in the text.",
+        "Registers of a thread (VGPRs on gfx942), `+n` bytes spilled; bytes of shared memory; loads",
+        "from and stores to global memory by width, `16x9`: nine of 16 bytes; barriers, shuffles and",
+        "instructions: all as they stand in the text, not as often as they run.",
         "",
         *WHY_NARROW.splitlines(),
     ]
@@ -289,9 +285,9 @@ def table(document: dict[str, Any]) -> str:
             "",
             f"## {target}",
             "",
-            "| kernel | dtype | layout | C | tile | threads | registers | shared | load | store | "
+            "| kernel | dtype | layout | C | tile | threads | registers | shared | loads | stores | "
             "barriers | shuffles | instructions |",
-            "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+            "|---|---|---|---:|---|---:|---:|---|---|---:|---:|---:|",
         ]
         for config, n in sorted(
             rows, key=lambda row: (row[0].kernel, row[0].dtype, row[0].layout, row[0].channels)
@@ -299,12 +295,12 @@ def table(document: dict[str, Any]) -> str:
             if config.target != target:
                 continue
             t = None if config.kernel in SMALL else tile(config.kernel, config.channels)
-            size = "16 x 16" if t is None else f"{t.pixels} x {t.channels}"
-            threads = 128 if t is None else t.threads
+            size = "" if t is None else f"{t.pixels} x {t.channels}"
+            threads = SMALL_THREADS[config.kernel] if t is None else t.threads
             spilled = f" +{n.spilled}" if n.spilled else ""
             lines.append(
                 f"| {config.kernel} | {config.dtype} | {config.layout} | {config.channels} | {size} | "
-                f"{threads} | {n.registers}{spilled} | {n.shared} | {n.load} | {n.store} | "
+                f"{threads} | {n.registers}{spilled} | {n.shared} | {n.loads} | {n.stores} | "
                 f"{n.barriers} | {n.shuffles} | {n.instructions} |"
             )
     return "\n".join(lines) + "\n"
@@ -317,14 +313,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 when out of date"
     )
-    parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS)
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: nothing can be compiled in that process")
     old = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"source": "", "rows": []}
     kept = {tuple(r[:5]): r for r in old["rows"]} if old["source"] == source_hash() else {}
-    todo = [c for c in configs(options.channels) if tuple(c) not in kept]
-    if options.check:  # of what there is, whatever the rest
+    todo = [c for c in configs() if tuple(c) not in kept]
+    if options.check:
         stale = bool(todo) or not TABLE.is_file() or TABLE.read_text() != table(old)
         print("out of date" if stale else "up to date", file=sys.stderr)
         return int(stale)
@@ -334,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
         n = count(config, cache)
         document["rows"].append([*config, *n])
         print(f"{number + 1}/{len(todo)}", *config, n, flush=True)
-        if number % 20 == 0 or number + 1 == len(todo):
+        if number % 20 == 0:
             RESULTS.write_text(_json(document))
     RESULTS.write_text(_json(document))
     TABLE.write_text(table(document))

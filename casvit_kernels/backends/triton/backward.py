@@ -21,6 +21,7 @@ from .tile import (
     load_per_image,
     maps,
     moved,
+    next_to,
     offsets,
     over_channels,
     over_pixels,
@@ -120,6 +121,7 @@ def backward_combine_kernel(
     of_proj_bias = zeros(TW // 2, BC, PIXELS_LAST)
     for g in range(group, until):
         image, local, column, own = place(g, tile, B, W, TW, 2)
+        beside = next_to(column, W, TW)
         at = offsets(local, column, channel, H, W, C, TW, PIXELS_LAST)
         at_qkv = offsets(local, column, channel, H, W, 3 * C, TW, PIXELS_LAST)
         s_at = maps(local, column, H, W)
@@ -150,8 +152,8 @@ def backward_combine_kernel(
                 grad + start(image, h, H, W, 0, C, PIXELS_LAST), at,
                 by_pixel(real, PIXELS_LAST) & there, TW, BC, PIXELS_LAST,
             )  # fmt: skip
-            near = (column >= 0) & (
-                column < limit(h, tl.maximum(first - 1, 0), tl.minimum(last + 1, H), W)
+            near = (beside >= 0) & (
+                beside < limit(h, tl.maximum(first - 1, 0), tl.minimum(last + 1, H), W)
             )
             inside = by_pixel(near, PIXELS_LAST) & there
             q_at = qkv + start(image, h, H, W, 0, 3 * C, PIXELS_LAST)
@@ -169,8 +171,8 @@ def backward_combine_kernel(
             # Row h-1: the gradient at u, the hidden map l, and with v the rest of proj.
             grad_mixed = convolve(grad_2, grad_1, grad_0, reverse(proj), TW, BC, PIXELS_LAST)
             hidden = convolve(a_2, a_1, a_0, dwc, TW, BC, PIXELS_LAST) + dwc_bias
-            near = (column >= 0) & (
-                column < limit(h - 1, tl.maximum(first - 1, 0), tl.minimum(last + 1, H), W)
+            near = (beside >= 0) & (
+                beside < limit(h - 1, tl.maximum(first - 1, 0), tl.minimum(last + 1, H), W)
             )
             inside = by_pixel(near, PIXELS_LAST) & there
             v_start = start(image, h - 1, H, W, 2 * C, 3 * C, PIXELS_LAST)
@@ -365,6 +367,7 @@ def backward_depthwise_kernel(
     of_k_bias = zeros(TW // 2, BC, PIXELS_LAST)
     for g in range(group, until):
         image, local, column, own = place(g, tile, B, W, TW, 2)
+        beside = next_to(column, W, TW)
         at = offsets(local, column, channel, H, W, C, TW, PIXELS_LAST)
         at_qkv = offsets(local, column, channel, H, W, 3 * C, TW, PIXELS_LAST)
         s_at = maps(local, column, H, W)
@@ -390,8 +393,8 @@ def backward_depthwise_kernel(
             k_at = qkv + start(image, h, H, W, C, 3 * C, PIXELS_LAST)
             q_0 = load(q_at, at_qkv, inside, TW, BC, PIXELS_LAST)
             k_0 = load(k_at, at_qkv, inside, TW, BC, PIXELS_LAST)
-            near = (column >= 0) & (
-                column < limit(h - 1, tl.maximum(first - 1, 0), tl.minimum(last + 1, H), W)
+            near = (beside >= 0) & (
+                beside < limit(h - 1, tl.maximum(first - 1, 0), tl.minimum(last + 1, H), W)
             )
             here = (own >= 0) & (own < limit(h - 1, first, last, W))
             es_q = tl.load(logit + start_of_maps(image, h - 1, H, W, 0) + s_at, near, 0.0)

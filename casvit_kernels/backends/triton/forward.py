@@ -19,6 +19,7 @@ from .tile import (
     load,
     load_per_image,
     maps,
+    next_to,
     offsets,
     over_channels,
     over_pixels,
@@ -213,20 +214,21 @@ def channel_gates_kernel(
     scale,  # 1 / (H W)
     B,
     C: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BB: tl.constexpr,
+    BC: tl.constexpr,
     BK: tl.constexpr,
 ):
     """The parts summed to means, the product with the weights of both gates, the sigmoid."""
     gate = tl.program_id(2)
-    image = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    image = tl.program_id(1) * BB + tl.arange(0, BB)
+    channel = tl.program_id(0) * BC + tl.arange(0, BC)
     row = image.to(tl.int64)[:, None] * C
     base = wide(gate) * B * C
-    sums = tl.zeros((BLOCK, BLOCK), tl.float32)
+    sums = tl.zeros((BB, BC), tl.float32)
     for base_k in range(0, C, BK):
         k = base_k + tl.arange(0, BK)
         there = (image < B)[:, None] & (k < C)[None, :]
-        mean = tl.zeros((BLOCK, BK), tl.float32)
+        mean = tl.zeros((BB, BK), tl.float32)
         for p in range(parts):
             at = partial + wide(p) * 2 * B * C + base
             mean += tl.load(at + row + k[None, :], there, 0.0)
@@ -268,6 +270,7 @@ def combine_kernel(
     proj_bias = vector(vectors + 45 * C, channel, C, PIXELS_LAST)
     for g in range(group, until):
         image, local, column, own = place(g, tile, B, W, TW, 2)
+        beside = next_to(column, W, TW)
         at = offsets(local, column, channel, H, W, 3 * C, TW, PIXELS_LAST)
         out_at = offsets(local, column, channel, H, W, C, TW, PIXELS_LAST)
         s_at = maps(local, column, H, W)
@@ -287,7 +290,7 @@ def combine_kernel(
             v_at = qkv + start(image, h - 1, H, W, 2 * C, 3 * C, PIXELS_LAST)
             q = load(q_at, at, inside, TW, BC, PIXELS_LAST).to(tl.float32)
             k = load(k_at, at, inside, TW, BC, PIXELS_LAST).to(tl.float32)
-            before = (column >= 0) & (column < limit(h - 1, tl.maximum(first - 1, 0), H, W))
+            before = (beside >= 0) & (beside < limit(h - 1, tl.maximum(first - 1, 0), H, W))
             before = by_pixel(before, PIXELS_LAST) & there
             v = load(v_at, at, before, TW, BC, PIXELS_LAST).to(tl.float32)
             s_q = tl.load(spatial + start_of_maps(image, h, H, W, 0) + s_at, row, 0.0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ... import ops
 from . import backward, forward
-from .tuning import BLOCK, Cut, tile
+from .tuning import BLOCK, BLOCK_CHANNELS, BLOCK_IMAGES, BLOCK_TERMS, SMALL_THREADS, Cut, tile
 
 KERNELS: dict[str, Any] = {
     "statistics": forward.statistics_kernel,
@@ -27,7 +27,6 @@ KERNELS: dict[str, Any] = {
     "backward_gate": backward.backward_gate_kernel,
     "backward_depthwise": backward.backward_depthwise_kernel,
 }
-SMALL_THREADS = 128  # of the kernels without a tile
 
 
 class Launch(NamedTuple):
@@ -85,11 +84,12 @@ def launch_small(
     name: str, x: Tensor, grid: tuple[int, int, int], arguments: Sequence[Any]
 ) -> None:
     """One of the kernels of small matrices, for maps like x."""
-    c = x.shape[1]
-    constants = {"C": c, "BLOCK": BLOCK}
+    constants = {"C": x.shape[1]}
     if name == "channel_gates":
-        constants["BK"] = min(64, max(BLOCK, 1 << (c - 1).bit_length()))
-    _run(x, Launch(name, grid, tuple(arguments), constants, SMALL_THREADS))
+        constants |= {"BB": BLOCK_IMAGES, "BC": BLOCK_CHANNELS, "BK": BLOCK_TERMS}
+    else:
+        constants["BLOCK"] = BLOCK
+    _run(x, Launch(name, grid, tuple(arguments), constants, SMALL_THREADS[name]))
 
 
 def _run(x: Tensor, it: Launch) -> None:

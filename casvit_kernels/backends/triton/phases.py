@@ -15,7 +15,7 @@ from ... import ops
 from ...reference import MixerWeights
 from ..base import Combined, Gated, Mixed, ProjectionGradients
 from .launch import launch, launch_small
-from .tuning import BLOCK, Cut, cut, tile
+from .tuning import BLOCK, BLOCK_CHANNELS, BLOCK_IMAGES, Cut, cut, tile
 
 ALIGNMENT = 16  # bytes; kernels are compiled for tensors that have it, as all allocated here do
 
@@ -228,7 +228,7 @@ def mix(
     given = (qkv, vectors, statistics, *eps, spatial, partial)
     launch("gates", x, size, given, 2)
     pooled, channel = _empty(x, 2, b, c), _empty(x, 2, b, c)
-    grid = (-(-c // BLOCK), -(-b // BLOCK), 2)
+    grid = (-(-c // BLOCK_CHANNELS), -(-b // BLOCK_IMAGES), 2)
     arguments = (partial, vectors, pooled, channel, size.parts, 1 / (height * width), b)
     launch_small("channel_gates", x, grid, arguments)
     out = ops.empty_output(x, dtype)

@@ -51,6 +51,13 @@ def place(group, tile, B, W, TW: tl.constexpr, HALO: tl.constexpr):
 
 
 @triton.jit
+def next_to(column, W, TW: tl.constexpr):
+    """The columns of own pixels and of their neighbours, where the halo has two lanes; else -1."""
+    lane = tl.arange(0, TW)
+    return tl.where((W <= TW) | ((lane >= 1) & (lane < TW - 1)), column, -1)
+
+
+@triton.jit
 def limit(row, low, high, W):
     """W where low <= row < high, else 0: with `column < limit` no pixel of other rows is touched."""
     return tl.where((row >= low) & (row < high), W, 0)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 FEW_PROGRAMS = 256  # below it, images are cut into bands of rows
-MANY_PROGRAMS = (
-    1024  # above it, a program takes several small images and reads weights once for them
-)
 SMALLEST_BAND = 8  # rows; a band reads up to four rows more than it owns
+# A program takes several groups of images, and reads weights and writes their gradients once for them,
+# until these are a small part of its traffic, or as long as programs for most multiprocessors remain.
+MANY_PROGRAMS = 80
 MOST_REPEATS = 8
-SMALL_IMAGE = 32 * 32  # pixels
+SMALL_PART = 32  # one of so many parts
 
 
 class Tile(NamedTuple):
@@ -43,7 +43,19 @@ HALO = {
     "backward_gate": 1,
     "backward_depthwise": 2,
 }
-BLOCK = 16  # of the kernels of small matrices, in either direction
+BLOCK_IMAGES, BLOCK_CHANNELS, BLOCK_TERMS = 32, 64, 32  # of the channel gates' product
+BLOCK = 16  # of the merged statistics, programs and channels
+SMALL_THREADS = {"channel_gates": 256, "merge_statistics": 128}
+# Of a program: 4-byte values for each channel that do not depend on images; maps read and written.
+_FIXED = {
+    "statistics": (14, 1),
+    "gates": (15, 1),
+    "combine": (20, 4),
+    "backward_combine": (59, 6),
+    "backward_gate": (16, 1),
+    "backward_depthwise": (76, 5),
+}
+_PER_GATE = ("statistics", "gates", "backward_gate")  # q and k have programs of their own
 # For kernels whose tile holds some of the channels.
 _BY_CHANNELS = {
     "statistics": Tile(32, 32, 128, 3),
@@ -59,9 +71,9 @@ def tile(kernel: str, channels: int, pixels_last: bool = False) -> Tile:
         return _BY_CHANNELS[kernel]
     padded = max(16, 1 << (channels - 1).bit_length())
     pixels = min(32, max(8, 4096 // padded))
-    threads = min(512, pixels * padded // 8)
-    # Each row under way needs registers too, of which the backward has few.
-    stages = 3 if kernel == "gates" else 1 if pixels_last else 2
+    threads = min(256 if kernel == "backward_gate" else 512, pixels * padded // 8)
+    # Each row under way needs registers too; the largest tiles and the backward have few left.
+    stages = 3 if kernel == "gates" and threads < 512 else 1 if pixels_last else 2
     return Tile(pixels, padded, threads, stages)
 
 
@@ -72,11 +84,12 @@ def cut(kernel: str, channels: int, images: int, height: int, width: int) -> Cut
     together = max((lanes + 1) // (width + 1), 1)
     tiles = 1 if width <= lanes else -(-width // (lanes - 2 * halo))
     groups = -(-images // together)
-    programs = groups * tiles * -(-channels // per_tile)
+    programs = groups * tiles * -(-channels // per_tile) * (2 if kernel in _PER_GATE else 1)
     bands = min(-(-FEW_PROGRAMS // programs), -(-height // SMALLEST_BAND))
     rows = -(-height // bands)
     parts = tiles * -(-height // rows)
-    repeat = 1
-    if height * width <= SMALL_IMAGE:
-        repeat = min(MOST_REPEATS, max(1, programs // MANY_PROGRAMS))
+    fixed, maps = _FIXED[kernel]
+    moved = maps * 2 * rows * (together * width if tiles == 1 else lanes)  # bytes, of 16 bits each
+    repeat = min(-(-SMALL_PART * 4 * fixed // moved), MOST_REPEATS)
+    repeat = max(1, min(repeat, programs * bands // MANY_PROGRAMS, groups))
     return Cut(-(-groups // repeat) * parts, rows, repeat, parts)
