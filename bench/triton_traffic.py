@@ -25,7 +25,10 @@ GOALS = {"gates": (4, 0.6), "combine": (4, 1.25), "training forward": (1, 9), "b
 
 def stages(batch: int) -> list[tuple[str, traffic.Size]]:
     return [
-        (f"{model} {number + 1}", traffic.Size(batch, c, EDGES[number], EDGES[number], ITEMSIZE))
+        (
+            f"{model} {number + 1}",
+            traffic.Size(batch, c, EDGES[number], EDGES[number], ITEMSIZE, ITEMSIZE),
+        )
         for model, channels in MODELS.items()
         for number, c in enumerate(channels)
     ]

@@ -52,14 +52,14 @@ for shape, dtype, layout in CASES:
     counts.clear()
     mixer(x.requires_grad_()).float().square().sum().backward()
     b, c, h, w = shape
-    size = traffic.Size(b, c, h, w, x.element_size())
+    size = traffic.Size(b, c, h, w, x.element_size(), 2 if dtype == "bfloat16" else 4)
     model = {name: traffic.kernel_bytes(name, size) for name in launch.KERNELS}
     found.append([counts == model, dict(counts), model])
 print(json.dumps(found))
 """
 # Several images in a tile, the last of them alone; several tiles and bands; blocks of channels.
 CASES = [
-    ((5, 17, 7, 7), "float16", "channels_last"),
+    ((5, 17, 7, 7), "bfloat16", "channels_last"),
     ((5, 17, 7, 7), "float32", "contiguous_format"),
     ((1, 3, 9, 40), "float32", "channels_last"),
     ((1, 3, 9, 40), "float16", "contiguous_format"),

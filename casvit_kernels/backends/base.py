@@ -66,7 +66,7 @@ class Combined(NamedTuple):
 
 
 class Gated(NamedTuple):
-    logit: Tensor  # (B, 2, H, W) es, the gradient at the spatial gate's logit
+    logit: Tensor  # (B, 2, H, W) es, the gradient at the spatial gate's logit; the backend's dtype
     spatial_weight: Tensor  # (2, C) sum of es r
     sums: Tensor  # (2, 2, C) [gate][sum of gn, sum of gn n^]
 

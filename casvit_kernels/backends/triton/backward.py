@@ -94,7 +94,7 @@ def backward_combine_kernel(
     gates,  # (2, B, C) float32: g
     grad_qkv,  # (B, 3C, H, W); the part of v is written
     grad_sum,  # (B, C, H, W): ga
-    pixel,  # (channel blocks, B, 2, H, W) float32: sums of ga g z over the channels of a block
+    pixel,  # (channel blocks, B, 2, H, W): sums of ga g z over the channels of a block
     channel_sum,  # (parts, 2, B, C) float32: sums of ga z s
     weights,  # (programs, 20C) float32: gradients of dwc (C, 9), its bias, proj (C, 9), its bias
     B,
@@ -209,8 +209,9 @@ def backward_combine_kernel(
             channel_k = added(channel_k, by_k * s_k_2, TW, BC, PIXELS_LAST)
             e_q = over_channels(by_q * gate_q, PIXELS_LAST)
             e_k = over_channels(by_k * gate_k, PIXELS_LAST)
-            tl.store(e + start_of_maps(image, h - 2, H, W, 0), e_q, done)
-            tl.store(e + start_of_maps(image, h - 2, H, W, 1), e_k, done)
+            one = pixel.dtype.element_ty
+            tl.store(e + start_of_maps(image, h - 2, H, W, 0), e_q.to(one), done)
+            tl.store(e + start_of_maps(image, h - 2, H, W, 1), e_k.to(one), done)
             grad_2, grad_1 = grad_1, grad_0
             a_2, a_1 = a_1, a_0
             q_2, q_1 = q_1, q_0
@@ -239,7 +240,7 @@ def backward_gate_kernel(
     spatial,  # (B, 2, H, W) float32: s
     pixel,  # (B, 2, H, W) float32: e without the part of `shift`
     shift,  # (2, B, C) float32
-    logit,  # (B, 2, H, W) float32: es
+    logit,  # (B, 2, H, W): es
     sums,  # (programs, 2, 2, C): for each gate sums of es and of es n^, where n > 0
     B,
     H,
@@ -286,8 +287,9 @@ def backward_gate_kernel(
             e = over_channels(z_1.to(tl.float32) * by_shift, PIXELS_LAST)
             e += tl.load(pixel + row_at + s_at, done, 0.0)
             s = tl.load(spatial + row_at + s_at, done, 0.0)
-            es = e * s * (1.0 - s)
+            es = (e * s * (1.0 - s)).to(logit.dtype.element_ty)
             tl.store(logit + row_at + s_at, es, done)
+            es = es.to(tl.float32)
             d = convolve(z_2, z_1, z_0, w, TW, BC, PIXELS_LAST) + minus_mean
             # es is 0 where the pixel is not own.
             passed = tl.where(scale * d + norm_bias <= 0, 0.0, by_pixel(es, PIXELS_LAST))
@@ -329,7 +331,7 @@ def backward_depthwise_kernel(
     spatial,  # (B, 2, H, W) float32: s
     gates,  # (2, B, C) float32: g
     shift,  # (2, B, C) float32
-    logit,  # (B, 2, H, W) float32: es
+    logit,  # (B, 2, H, W): es
     coefficients,  # (2, 3, C) float32
     grad_sum,  # (B, C, H, W): ga
     grad_qkv,  # (B, 3C, H, W); the parts of q and k are written
@@ -399,6 +401,7 @@ def backward_depthwise_kernel(
             here = (own >= 0) & (own < limit(h - 1, first, last, W))
             es_q = tl.load(logit + start_of_maps(image, h - 1, H, W, 0) + s_at, near, 0.0)
             es_k = tl.load(logit + start_of_maps(image, h - 1, H, W, 1) + s_at, near, 0.0)
+            es_q, es_k = es_q.to(tl.float32), es_k.to(tl.float32)
             done = (own >= 0) & (own < limit(h - 2, first, last, W))
             s_q = tl.load(spatial + start_of_maps(image, h - 2, H, W, 0) + s_at, done, 0.0)
             s_k = tl.load(spatial + start_of_maps(image, h - 2, H, W, 1) + s_at, done, 0.0)

@@ -127,7 +127,7 @@ class TritonPhases:
         grad_qkv = torch.empty_like(qkv.qkv)
         grad_sum = ops.empty_output(x, qkv.qkv.dtype)
         blocks = -(-c // tile("backward_combine", c).channels)
-        pixel = _empty(x, blocks, b, 2, height, width)
+        pixel = x.new_empty((blocks, b, 2, height, width), dtype=_small_dtype(qkv.qkv))
         channel_sum = _empty(x, size.parts, 2, b, c)
         weights = _empty(x, size.programs, 20 * c)
         given = (grad, *qkv, spatial, channel)
@@ -137,7 +137,7 @@ class TritonPhases:
         return Combined(
             grad_qkv,
             grad_sum,
-            pixel.sum(0),
+            pixel.sum(0, dtype=torch.float32),
             channel_sum.sum(0),
             dwc.view(c, 1, 3, 3),
             dwc_bias,
@@ -158,7 +158,7 @@ class TritonPhases:
     ) -> Gated:
         c = x.shape[1]
         size = _cut("backward_gate", x)
-        logit = torch.empty_like(spatial)
+        logit = torch.empty_like(spatial, dtype=_small_dtype(qkv.qkv))
         partial = _empty(x, size.programs, 2, 2, c)
         given = (*qkv, statistics, *eps, spatial, pixel, shift)
         results = (logit, partial)
@@ -253,6 +253,11 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
         return torch.bmm(grad.view(b, 3 * c, -1), maps.transpose(1, 2)).sum(0, dtype=torch.float32)
     # As many sums as images would be larger than the maps: rather turn these.
     return _rows(grad, grad.dtype).t() @ _rows(x, grad.dtype)
+
+
+def _small_dtype(qkv: Tensor) -> torch.dtype:
+    """Of the backward's maps of one channel: float16 would lack the range."""
+    return torch.bfloat16 if qkv.dtype is torch.bfloat16 else torch.float32
 
 
 def _cut(kernel: str, x: Tensor) -> Cut:

@@ -21,6 +21,7 @@ class Size(NamedTuple):
     height: int
     width: int
     itemsize: int  # bytes of an element of a map
+    small: int  # bytes of an element of e and es, the backward's maps of one channel
 
     @property
     def unit(self) -> int:
@@ -62,7 +63,7 @@ def _lanes(kernel: str, size: Size) -> _Lanes:
 
 def kernel_bytes(kernel: str, size: Size) -> int:
     """What one launch of a kernel reads and writes. kernel: a name in `launch.KERNELS`."""
-    b, c, height, width, item = size
+    b, c, height, width, item, small_item = size
     blocks = -(-c // BLOCK)
     if kernel == "merge_statistics":
         programs = cut("statistics", c, b, height, width).programs
@@ -89,6 +90,7 @@ def kernel_bytes(kernel: str, size: Size) -> int:
     near = lanes.beside * within(1)
     done = lanes.own * within(0)  # each pixel once
     per_image = lanes.pairs * bands * c  # of one (B, C) matrix
+    own_dtype = 0  # of maps of one channel, those of dtype `small`
     if kernel == "statistics":  # q and k: halves of each map; each has programs of its own
         maps, ones = 2 * whole, 0
         small = programs * (2 * 10 * c + 4 * c + 1)
@@ -100,31 +102,31 @@ def kernel_bytes(kernel: str, size: Size) -> int:
         small = programs * 20 * c + 2 * per_image
     elif kernel == "backward_combine":
         maps = whole + 3 * near + 2 * done
-        ones = 2 * near + 2 * done
+        ones, own_dtype = 2 * near, 2 * done
         small = programs * (19 + 20) * c + 2 * per_image + 2 * parts * b * c
     elif kernel == "backward_gate":
-        maps, ones = 2 * whole, 2 * 3 * done
+        maps, ones, own_dtype = 2 * whole, 2 * 2 * done, 2 * done
         small = programs * 2 * (14 + 2) * c + 2 * per_image
     elif kernel == "backward_depthwise":
         maps = 2 * whole + 3 * done
-        ones = 2 * near + 2 * done
+        ones, own_dtype = 2 * done, 2 * near
         small = programs * (2 * (9 + 6 + 3) + 20) * c + 4 * per_image
     else:
         raise ValueError(f"kernel: expected a kernel with a count, got {kernel!r}")
-    return item * maps * c + FLOAT * (blocks * ones + small)
+    return item * maps * c + blocks * (FLOAT * ones + small_item * own_dtype) + FLOAT * small
 
 
 def outside_bytes(size: Size) -> dict[str, int]:
     """The sums of what programs and channel blocks wrote, which PyTorch adds up: read and written."""
-    b, c, height, width, _ = size
+    b, c, height, width, _, small_item = size
     first = cut("backward_combine", c, b, height, width)
     blocks = -(-c // tile("backward_combine", c).channels)
     gate = cut("backward_gate", c, b, height, width)
     last = cut("backward_depthwise", c, b, height, width)
     pixels = 2 * b * height * width
     return {
-        "backward_combine": FLOAT
-        * ((blocks + 1) * pixels + (first.parts + 1) * 2 * b * c + (first.programs + 1) * 20 * c),
+        "backward_combine": (small_item * blocks + FLOAT) * pixels
+        + FLOAT * ((first.parts + 1) * 2 * b * c + (first.programs + 1) * 20 * c),
         "backward_gate": FLOAT * (gate.programs + 1) * 4 * c,
         "backward_depthwise": FLOAT * (last.programs + 1) * 20 * c,
     }
