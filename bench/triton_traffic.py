@@ -25,12 +25,9 @@ GOALS = {"gates": (4, 0.6), "combine": (4, 1.25), "training forward": (1, 9), "b
 
 def stages(batch: int) -> list[tuple[str, traffic.Size]]:
     return [
-        (
-            f"{model} {number + 1}",
-            traffic.Size(batch, c, EDGES[number], EDGES[number], ITEMSIZE, ITEMSIZE),
-        )
+        (f"{model} {number}", traffic.Size(batch, c, edge, edge, ITEMSIZE, ITEMSIZE))
         for model, channels in MODELS.items()
-        for number, c in enumerate(channels)
+        for number, (c, edge) in enumerate(zip(channels, EDGES, strict=True), 1)
     ]
 
 
@@ -77,11 +74,11 @@ def table() -> str:
     lines += [
         "",
         "Why goals are missed: at 7 x 7 the channel gates' weights (2 C C of 4 bytes) weigh as much",
-        "as maps do, and every block of images reads them again. In the backward every block of 16",
-        "channels reads and writes maps of one channel in float32 (s, the logit's gradient, its",
-        "terms): about 1.5 units; a block of 32 would halve that but spills registers. Tiles of 32 pixels overlap at",
-        "56 x 56: 0.4 units. At batch 1 images are cut into bands, to have more programs, and halos and",
-        "weights are read more often.",
+        "as maps do, and every block of images reads them again; vectors and their gradients' partial",
+        "sums weigh a tenth of a map for each kernel. In the backward every block of 16 channels reads",
+        "and writes maps of one channel (s, the logit's gradient, its terms): about 1 unit. Tiles of 32",
+        "pixels overlap at 56 x 56: 0.4 units. At batch 1 images are cut into bands, to have more",
+        "programs, and halos and weights are read more often.",
     ]
     return "\n".join(lines) + "\n"
 

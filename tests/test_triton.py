@@ -62,9 +62,8 @@ print(json.dumps([len(rows), [[str(r[:5]), r.failures] for r in rows if not r.pa
 
 
 TRAINING = (
-    "opcheck or compiled_step or compiled_once or gradient_scaler or around_the_backward or "
-    "second_derivatives or frozen_parts or nothing_but or the_same_bits or large_offsets or "
-    "gradients_have_the_strides or synchronised_batch_norm or ddp or nan"
+    "compiled_step or gradient_scaler or large_activations or frozen_parts or nothing_but or "
+    "the_same_bits or synchronised_batch_norm or nan or test_ddp"
 )
 
 
@@ -146,6 +145,24 @@ print(json.dumps(document))
     assert max(found[k] for k in found if "error" in k) < 1e-3
     assert found["gradient"]
     assert found["empty"] == [0, 5, 4, 6]
+
+
+def test_opcheck():
+    """The operators of training with this backend behind them."""
+    result(
+        interpret(
+            """
+import torch
+from test_training import EPS, requires_grad, weights
+from casvit_kernels import ops
+
+x, w = torch.randn(2, 3, 3, 4).requires_grad_(), requires_grad(weights(3))
+settings = ops.Settings(*EPS, True, True, None, "triton", "")
+torch.library.opcheck(torch.ops.casvit_kernels.mix_training.default, (x, *ops.flatten(w), *settings))
+print("{}")
+"""
+        )
+    )
 
 
 def test_offsets_past_two_gigaelements():

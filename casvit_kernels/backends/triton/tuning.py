@@ -14,7 +14,7 @@ SMALLEST_BAND = 8  # rows; a band reads up to four rows more than it owns
 # until these are a small part of its traffic, or as long as programs for most multiprocessors remain.
 MANY_PROGRAMS = 80
 MOST_REPEATS = 8
-SMALL_PART = 32  # one of so many parts
+SMALL_PART = 40  # one of so many parts
 
 
 class Tile(NamedTuple):
