@@ -76,9 +76,9 @@ def table() -> str:
         "Why goals are missed: at 7 x 7 the channel gates' weights (2 C C of 4 bytes) weigh as much",
         "as maps do, and every block of images reads them again. In the backward every block of 16",
         "channels reads and writes maps of one channel in float32 (s, the logit's gradient, its",
-        "terms): about 1.5 units; a block of 32 would halve that but spills registers. Tiles of 32 pixels overlap at",
-        "56 x 56: 0.4 units. At batch 1 images are cut into bands, to have more programs, and halos and",
-        "weights are read more often.",
+        "terms): about 1.5 units; a block of 32 would halve that but spills registers. Tiles of 32",
+        "pixels overlap at 56 x 56: 0.4 units. At batch 1 images are cut into bands, to have more",
+        "programs, and halos and weights are read more often.",
     ]
     return "\n".join(lines) + "\n"
 
