@@ -256,11 +256,13 @@ def count(config: Config, cache: dict[Any, Any]) -> Counts:
 
 WHY_NARROW = """\
 Loads of 16 bytes need 8 neighbouring channels of 16 bits in one thread. In channels_last `statistics`,
-`gates` and `combine` have them wherever C is a multiple of 8 (C = 220: 8 bytes, the start of a pixel
-is no multiple of 16). `backward_combine` and `backward_depthwise` keep 20 sums of weight gradients for
-each channel of a thread, so a thread has two channels or fewer, and loads as much. In NCHW nothing
-is known of the alignment of a row when the kernel is compiled (7 x 7 images have odd rows), so a thread
-loads single pixels; the threads of a warp load neighbours."""
+`gates` and `combine` have them for their maps wherever C is a multiple of 8; at C = 220 the start of a
+pixel is a multiple of 8 bytes alone. `combine` on gfx942 loads 8: with two waves, not one, a thread has
+4 channels. `backward_gate` is like `gates`. `backward_combine` and `backward_depthwise` keep 20 sums of
+weight gradients for each channel of a thread, so a thread has one or two channels, and loads as much.
+In NCHW nothing is known of the alignment of a row when the kernel is compiled (7 x 7 images have odd
+rows), so a thread loads single pixels; the threads of a warp load neighbours. Wider loads there are of
+vectors. fp16 differs from bf16 in conversions alone."""
 
 
 def table(document: dict[str, Any]) -> str:

@@ -28,6 +28,9 @@ KERNELS: dict[str, Any] = {
     "backward_depthwise": backward.backward_depthwise_kernel,
 }
 
+# Kernels that have as many warps where these are wider: with fewer a thread needs too many registers.
+SAME_WARPS = ("combine", "backward_gate")
+
 
 class Launch(NamedTuple):
     """One launch: `arguments` at run time, `constants` and threads when it is compiled."""
@@ -41,7 +44,7 @@ class Launch(NamedTuple):
     def options(self, warp: int) -> dict[str, Any]:
         """For Triton's compiler. warp: threads of a warp, 64 on AMD's data-centre GPUs."""
         return {
-            "num_warps": max(2, self.threads // warp),  # one alone needs too many registers
+            "num_warps": self.threads // (32 if self.name in SAME_WARPS else warp),
             "enable_fp_fusion": True,  # its default is to change
         }
 
