@@ -288,12 +288,13 @@ def backward_gate_kernel(
             e += tl.load(pixel + row_at + s_at, done, 0.0)
             s = tl.load(spatial + row_at + s_at, done, 0.0)
             es = e * s * (1.0 - s)
-            tl.store(logit + row_at + s_at, es.to(logit.dtype.element_ty), done)
             d = convolve(z_2, z_1, z_0, w, TW, BC, PIXELS_LAST) + minus_mean
             # es is 0 where the pixel is not own.
             passed = tl.where(scale * d + norm_bias <= 0, 0.0, by_pixel(es, PIXELS_LAST))
             of_one = added(of_one, passed, TW, BC, PIXELS_LAST)
             of_hat = added(of_hat, passed * d, TW, BC, PIXELS_LAST)
+            # Last: stored at once, bfloat16 spills registers on sm_90.
+            tl.store(logit + row_at + s_at, es.to(logit.dtype.element_ty), done)
             z_2, z_1 = z_1, z_0
     to = sums + (wide(tl.program_id(0)) * 2 + gate) * 2 * C + channel
     tl.store(to, over_pixels(of_one, PIXELS_LAST), channel < C)
