@@ -28,6 +28,8 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 	$(BIN)/python bench/report.py --check
+	$(BIN)/python bench/triton_kernels.py --check
+	$(BIN)/python bench/triton_traffic.py --check
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -197,6 +197,15 @@ print(json.dumps([C * H * W > 2**31, (partial[1, 0] - own.mean(1)).abs().max().i
     assert found[2] == 2 * 30
 
 
+def test_images_too_large_are_refused():
+    from casvit_kernels.backends.triton import launch
+
+    x = torch.empty(1, 8, 2**13, 2**14, device="meta")
+    cut = tuning.cut("statistics", *(x.shape[i] for i in (1, 0, 2, 3)))
+    with launch.recorded(), pytest.raises(ValueError, match="fewer than 2.31 elements"):
+        launch.launch("statistics", x, cut, ())
+
+
 def test_rows_and_images_of_a_program_only_change_rounding():
     """Bands of rows and groups of images, however they are cut, give the same results."""
     found = result(
