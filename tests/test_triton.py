@@ -62,7 +62,7 @@ print(json.dumps([len(rows), [[str(r[:5]), r.failures] for r in rows if not r.pa
 
 
 TRAINING = (
-    "compiled_step or gradient_scaler or large_activations or frozen_parts or nothing_but or "
+    "compiled_step or gradient_scaler or frozen_parts or nothing_but or "
     "the_same_bits or synchronised_batch_norm or nan or test_ddp"
 )
 

@@ -287,7 +287,8 @@ def backward_gate_kernel(
             e = over_channels(z_1.to(tl.float32) * by_shift, PIXELS_LAST)
             e += tl.load(pixel + row_at + s_at, done, 0.0)
             s = tl.load(spatial + row_at + s_at, done, 0.0)
-            es = e * s * (1.0 - s)
+            # Rounded before it is summed: B3 subtracts the mean of what it reads.
+            es = (e * s * (1.0 - s)).to(logit.dtype.element_ty).to(tl.float32)
             d = convolve(z_2, z_1, z_0, w, TW, BC, PIXELS_LAST) + minus_mean
             # es is 0 where the pixel is not own.
             passed = tl.where(scale * d + norm_bias <= 0, 0.0, by_pixel(es, PIXELS_LAST))
