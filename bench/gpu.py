@@ -40,7 +40,7 @@ import measure
 import report
 import test_mixer
 import test_model
-import test_training
+import test_training_speed
 import torch
 from measure import GPU_CHOICE, Choice
 
@@ -78,7 +78,7 @@ AUTOTUNED = "-max-autotune"  # ends the keys of cases that measure nothing else 
 SPEED = ("mixer", "training", "model", "model-training")
 LEVELS: dict[str, Any] = {
     "mixer": test_mixer,
-    "training": test_training,
+    "training": test_training_speed,
     "model": test_model,
     "model-training": test_model,
 }

@@ -7,7 +7,7 @@ import published_mixer
 import pytest
 import torch
 from mixers import filled
-from test_export import _Pyramid, fused_mixer, reference
+from test_export import fused_mixer, reference
 from test_folding import statistics
 from torch import nn
 
@@ -88,8 +88,22 @@ def test_to_onnx_takes_the_shape_of_an_example(tmp_path):
     assert out.shape == (3, 8, 4, 6)
 
 
+class Pyramid(nn.Module):
+    """Several outputs, like a detection backbone."""
+
+    def __init__(self):
+        super().__init__()
+        self.low = FusedCATM(4)
+        self.down = nn.Conv2d(4, 6, 3, 2, 1)
+        self.high = FusedCATM(6)
+
+    def forward(self, x):
+        low = self.low(x)
+        return [low, {"high": self.high(self.down(low))}]
+
+
 def test_to_onnx_of_several_outputs(tmp_path):
-    model = filled(_Pyramid())
+    model = filled(Pyramid())
     report = to_onnx(model, tmp_path / "p.onnx", input_size=9)
     graph = onnx.load(report.path).graph
     assert [v.name for v in graph.input] == ["input"]
