@@ -209,7 +209,7 @@ def test_proj_drop(p):
 
 
 def test_unknown_backend_lists_the_known():
-    known = r"expected one of .*cuda.*triton.*cpu.*reference.*, got 'metal'"
+    known = r"expected one of cpu, cuda, triton, reference, got 'metal'"
     with pytest.raises(ValueError, match=f"backend: {known}"):
         FusedCATM(4, backend="metal")
     with pytest.raises(ValueError, match=f"backend: {known}"):
