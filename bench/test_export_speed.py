@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from measure import REPLAY, Case, Measured, Settings, measure, randomise_statistics
+from measure import Case, Measured, Settings, measure, randomise_statistics, replayed
 from torch import Tensor, nn
 
 from casvit_kernels import fold_for_inference, fuse, timing
@@ -103,6 +102,6 @@ def _session(name: str, candidate: str, size: int) -> Any:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.benchmark(timer=REPLAY)
+@replayed
 def test_export(show: Callable[[], None]) -> None:
     show()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
-from measure import REPLAY, Case, Choice, Measured, Settings, measure, randomise_statistics
+from measure import Case, Choice, Measured, Settings, measure, randomise_statistics, replayed
 
 from casvit_kernels.models import CONFIGS
 from casvit_kernels.reference import AdditiveTokenMixer
@@ -56,6 +55,6 @@ def problem(case: Case, settings: Settings) -> tuple[AdditiveTokenMixer, torch.T
     return mixer.to(settings.device), x
 
 
-@pytest.mark.benchmark(timer=REPLAY)
+@replayed
 def test_mixer(show: Callable[[], None]) -> None:
     show()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
-from measure import REPLAY, Case, Choice, Measured, Settings, measure, randomise_statistics
+from measure import Case, Choice, Measured, Settings, measure, randomise_statistics, replayed
 from test_mixer import dtypes
 
 from casvit_kernels import models as family
@@ -51,6 +50,6 @@ def run(case: Case, names: list[str], settings: Settings) -> Measured:
     return measure(case, model, x, candidates, settings, (few, trial))
 
 
-@pytest.mark.benchmark(timer=REPLAY)
+@replayed
 def test_model(show: Callable[[], None]) -> None:
     show()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
-from measure import REPLAY, Case, Choice, Measured, Settings, measure
+from measure import Case, Choice, Measured, Settings, measure, replayed
 from test_mixer import mixers, problem
 
 from casvit_kernels.timing import GPU_TRAINING_NAMES, TRAINING_NAMES, training_candidates
@@ -33,6 +32,6 @@ def run(case: Case, names: list[str], settings: Settings) -> Measured:
     return measure(case, mixer, x, candidates, settings)
 
 
-@pytest.mark.benchmark(timer=REPLAY)
+@replayed
 def test_training(show: Callable[[], None]) -> None:
     show()

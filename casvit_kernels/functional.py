@@ -92,7 +92,7 @@ def catm(
 
 def trains(chosen: Backend | None, batch: tuple[bool, bool]) -> bool:
     """Whether `train` serves a call whose gates use batch statistics where `batch` says so."""
-    return chosen is not None and chosen.phases is not None and True in batch
+    return chosen is not None and True in batch and _has_phases(chosen.name)
 
 
 def train(
@@ -214,6 +214,13 @@ def _choose(backend: str | None, device: str, dtype: torch.dtype) -> str:
 # A compiled function keeps the choice it was compiled with. This is what the decorator
 # torch.compiler.assume_constant_result does, without the second that importing it takes.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _has_phases(backend: str) -> bool:
+    return get(backend).phases is not None
+
+
+_has_phases._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _pair(name: str, value: _T | tuple[_T, _T], kind: type | tuple[type, ...]) -> tuple[_T, _T]:

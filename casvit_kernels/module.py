@@ -36,9 +36,8 @@ class FusedCATM(AdditiveTokenMixer):
     float64, run plain PyTorch with autograd.
 
     The packed weights are renewed when a parameter or buffer is written, replaced or moved. A write
-    through ``.data`` is invisible to PyTorch's version counters; it is recognised by a fingerprint of
-    the values, which may miss a change of single elements of a 1x1 convolution: call `refresh` after
-    such an edit.
+    through ``.data`` is invisible to PyTorch's version counters: call `refresh` after it. (On the CPU a
+    fingerprint of the values recognises it, but may miss single elements of a 1x1 convolution.)
 
     A forward or backward hook on a child that has weights (``torch.nn.utils.prune`` adds one) makes
     the call run the children one by one, unfused, whatever the backend. Hooks on the other children
@@ -106,6 +105,15 @@ class FusedCATM(AdditiveTokenMixer):
             out = chosen.project_and_mix(x, w, eps, packed)
         dropout: Any = children["proj_drop"]
         return dropout(out) if dropout.training else out
+
+    def train(self, mode: bool = True) -> FusedCATM:
+        """As `nn.Module.train`; a change of mode forgets the packed weights.
+
+        A training step replayed as a CUDA graph writes weights unseen by version counters.
+        """
+        if mode != self.training:
+            self.refresh()
+        return super().train(mode)
 
     def refresh(self) -> None:
         """Forget the packed weights; the next call makes them anew."""

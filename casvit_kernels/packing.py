@@ -14,7 +14,7 @@ from .backends.base import Backend
 from .reference import MixerWeights
 from .weights import autocasts, check_alike
 
-_Key = tuple[str, tuple[float, float], torch.dtype]  # backend, eps, dtype computed in
+_Key = tuple[str, tuple[float, float], torch.dtype, int]  # backend, eps, dtype, CUDA stream
 
 _MOST = 3  # kept at a time: float32, and what autocast makes of it, bfloat16 and float16
 _STALE_OFFSET = 40  # bytes; the kernel sets this int64 of the packed header, see csrc/cpu/pack.h
@@ -42,8 +42,15 @@ class PackedWeights:
         if torch.compiler.is_compiling() or backend.name == "reference":
             check_alike(w)
             return None
+        stream = 0
+        if w.qkv_weight.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                check_alike(w)
+                return None  # a graph reads the weights as they are when it is replayed
+            # What one stream packs, another might read too early, or free too early.
+            stream = torch.cuda.current_stream(w.qkv_weight.device).cuda_stream
         sources = ops.flatten(w)
-        key = (backend.name, eps, dtype)
+        key = (backend.name, eps, dtype, stream)
         entry = self._entries.get(key)
         if entry is not None and entry.is_current(sources) and (entry.alike or autocasts(w)):
             return entry.packed

@@ -39,7 +39,8 @@ def forward(x: Tensor, w: MixerWeights, s: Settings) -> tuple[Tensor, Saved]:
         if True in batch:
             statistics = phases.statistics(x, qkv, w)
     if True in batch and s.group:
-        statistics, number = _merge(statistics, number, s.group)
+        own = images * height * width
+        statistics, number = _merge(statistics, number, s.group, one=own <= 1)
     for used, gate, own in zip(statistics, gates, batch, strict=True):
         if not own:
             torch.stack([gate.norm_mean, gate.norm_var], out=used)  # type: ignore[list-item]
@@ -188,15 +189,18 @@ def _coefficients(
 # Between processes, as torch.nn.SyncBatchNorm.
 
 
-def _merge(statistics: Tensor, number: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over all processes, each with a number of its own, and their number."""
+def _merge(statistics: Tensor, number: Tensor, group: str, one: bool) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over all processes, each with a number of its own, and their number.
+
+    one: whether the processes may have one value together; to look waits for the device.
+    """
     mean, var = statistics.double().unbind(1)
     own = torch.stack([number.expand_as(mean), mean, var])
     every = [torch.empty_like(own) for _ in range(_distributed().get_world_size(_group(group)))]
     _distributed().all_gather(every, own, _group(group))
     counts, means, variances = torch.stack(every, 1)  # each (processes, 2, C)
     total = counts.sum(0)[0, 0]
-    if total == 1:  # on every process alike
+    if one and total == 1:  # on every process alike
         raise ValueError(
             "x: expected more than 1 value per channel over all processes when training, got 1"
         )

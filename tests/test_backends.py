@@ -13,7 +13,7 @@ from mixers import filled
 
 import casvit_kernels
 from casvit_kernels import BackendUnavailable, FusedCATM, backends, use_backend
-from casvit_kernels.backends import ENVIRONMENT, Problem, cpu, select
+from casvit_kernels.backends import ENVIRONMENT, Problem, cpu, get, select
 from casvit_kernels.backends.cpu import CpuBackend
 
 CALL = Problem("cpu", torch.float32)
@@ -156,7 +156,7 @@ def test_impossible_requests_say_who_asked_and_why(monkeypatch, name):
         pytest.skip(f"{name} is usable here")
     with pytest.raises(BackendUnavailable, match=f"backend='{name}' .*float32 on cpu") as caught:
         choice(name)
-    assert reason in str(caught.value)
+    assert get(name).why_not(Problem("cpu", torch.float32)) in str(caught.value)
     with use_backend(name), pytest.raises(BackendUnavailable, match=f"use_backend='{name}'"):
         choice()
     monkeypatch.setenv(ENVIRONMENT, name)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from casvit_kernels.backends.base import Problem
 from casvit_kernels.backends.triton import tuning
 
 triton_itself = pytest.importorskip("triton")
+backends_module = sys.modules["casvit_kernels.backends"]
 HERE = Path(__file__).parent
 INTERPRETED = {
     **os.environ,
@@ -147,6 +149,20 @@ print(json.dumps(document))
     assert found["empty"] == [0, 5, 4, 6]
 
 
+def test_compiled_before_anything_ran():
+    """The first call of a process is a compiled one, in training and in eval."""
+    script = """
+import torch
+from casvit_kernels import FusedCATM
+mixer, x = FusedCATM(3, backend="triton").train({training}), torch.randn(1, 3, 3, 4)
+compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
+compiled(x).sum().backward()
+print("{{}}")
+"""
+    for process in [interpret(script.format(training=training)) for training in (True, False)]:
+        result(process)
+
+
 def test_opcheck():
     """The operators of training with this backend behind them."""
     result(
@@ -270,10 +286,9 @@ def reason_of(backend):
     reason = backend.why_not()
     assert next(s.reason for s in backends() if s.name == "triton") == reason
     mixer, x = FusedCATM(3, backend="triton"), torch.randn(1, 3, 4, 4)
-    if reason is not None:
-        with pytest.raises(BackendUnavailable) as caught:
-            mixer(x)
-        assert reason in str(caught.value)
+    with pytest.raises(BackendUnavailable) as caught:
+        mixer(x)
+    assert backend.why_not(Problem("cpu", torch.float32)) in str(caught.value)
     return reason
 
 
@@ -297,10 +312,15 @@ def test_no_gpu(fresh):
 def test_gpu_too_old(fresh, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (7, 5))[i])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ("H100", "T4")[i])
-    reason = reason_of(fresh)
-    assert "compute capability 8.0 or later, T4 (cuda:1) has 7.5" in reason
+    capabilities = [(7, 0), (7, 5)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", ("V100", "T4").__getitem__)
+    reason = fresh.why_not(Problem("cuda", torch.float32))
+    assert "capability 8.0 or later, the newest here, T4 (cuda:1), has 7.5" in reason
+    assert reason == reason_of(fresh)
+    capabilities[0] = (9, 0)
+    triton._device.cache_clear()
+    assert fresh.why_not() is None
 
 
 def test_what_it_does_not_compute(fresh, monkeypatch):
@@ -309,6 +329,16 @@ def test_what_it_does_not_compute(fresh, monkeypatch):
     assert fresh.why_not(Problem("cuda", torch.bfloat16)) is None
     assert "not torch.float64" in fresh.why_not(Problem("cuda", torch.float64))
     assert "tensors are on 'cpu'" in fresh.why_not(Problem("cpu", torch.float32))
+
+
+def test_the_reference_on_a_gpu_is_said_once(fresh, monkeypatch):
+    monkeypatch.setattr(backends_module, "_warned", False)
+    monkeypatch.setattr(triton, "_device", lambda count: "no such GPU")
+    with pytest.warns(UserWarning, match="no such GPU"):
+        assert backends_module.select(None, Problem("cuda", torch.float32)).name == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backends_module.select(None, Problem("cuda", torch.float32))
 
 
 @pytest.mark.parametrize("channels", [1, 16, 17, 48, 130, 220, 256, 512, 1000])

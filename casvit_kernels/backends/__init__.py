@@ -117,12 +117,13 @@ def select(requested: str | None, problem: Problem) -> Backend:
 
 
 def _say_once(problem: Problem) -> None:
-    """The automatic choice ended at the reference on a CPU that could do better: say it once."""
+    """The automatic choice ended at the reference where kernels could do better: say it once."""
     global _warned
-    reason = _REGISTRY["cpu"].why_not()
-    if problem.device != "cpu" or reason is None:
+    kernels = {"cpu": "cpu", "cuda": "triton"}.get(problem.device)
+    reason = None if kernels is None else _REGISTRY[kernels].why_not()
+    if reason is None:
         return
-    if os.environ.get(ISA_ENVIRONMENT):
+    if kernels == "cpu" and os.environ.get(ISA_ENVIRONMENT):
         raise BackendUnavailable(reason)  # an instruction set was asked for
     if _warned:
         return

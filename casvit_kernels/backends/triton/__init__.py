@@ -19,6 +19,7 @@ from ..base import Phases, Problem
 OLDEST = (3, 6)
 OLDEST_CAPABILITY = (8, 0)  # NVIDIA's Ampere
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HINT = "; with TRITON_INTERPRET=1 set before Python starts it runs, slowly, on the CPU"
 _INSTALL = "pip install 'triton>=3.6'"
 
 
@@ -60,15 +61,14 @@ def _device(count: int) -> str | None:
         return "no GPU that this PyTorch can use: torch.cuda.is_available() is False"
     if torch.version.hip is not None:
         return None
-    for index in range(count):
-        capability = torch.cuda.get_device_capability(index)
-        if capability < OLDEST_CAPABILITY:
-            name = torch.cuda.get_device_name(index)
-            return (
-                f"it needs a GPU of compute capability 8.0 or later, {name} (cuda:{index}) "
-                f"has {capability[0]}.{capability[1]}"
-            )
-    return None
+    newest = max(range(count), key=torch.cuda.get_device_capability)
+    capability = torch.cuda.get_device_capability(newest)
+    if capability >= OLDEST_CAPABILITY:
+        return None
+    return (
+        "it needs a GPU of compute capability 8.0 or later, the newest here, "
+        f"{torch.cuda.get_device_name(newest)} (cuda:{newest}), has {capability[0]}.{capability[1]}"
+    )
 
 
 def _computed_dtype(x: Tensor) -> torch.dtype:
@@ -94,19 +94,18 @@ class TritonBackend:
         interprets, reason = _triton()
         if reason is not None:
             return reason
+        expected = "cpu" if interprets else "cuda"
+        # First: to look at a GPU starts CUDA.
+        if problem is not None and problem.device != expected:
+            where = "in Triton's interpreter (TRITON_INTERPRET is set) " if interprets else ""
+            reason = f"{where}it computes on {expected!r}, the tensors are on {problem.device!r}"
+            return reason if interprets else reason + _HINT
         if not interprets:
             reason = _device(torch.cuda.device_count() if torch.cuda.is_available() else 0)
             if reason is not None:
-                hint = (
-                    "; with TRITON_INTERPRET=1 set before Python starts it runs, slowly, on the CPU"
-                )
-                return reason + hint
+                return reason + _HINT
         if problem is None:
             return None
-        expected = "cpu" if interprets else "cuda"
-        if problem.device != expected:
-            where = "in Triton's interpreter (TRITON_INTERPRET is set) " if interprets else ""
-            return f"{where}it computes on {expected!r}, the tensors are on {problem.device!r}"
         if problem.dtype not in DTYPES:
             return f"it computes float32, bfloat16 and float16, not {problem.dtype}"
         return None

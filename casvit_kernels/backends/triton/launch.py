@@ -76,6 +76,12 @@ def launch(name: str, x: Tensor, size: Cut, given: Sequence[Any], gates: int = 1
         )
     pixels_last = ops.output_memory_format(x) is torch.contiguous_format
     t = tile(name, c, pixels_last)
+    together = min(b, (t.pixels + 1) // (width + 1) or 1)
+    if 3 * c * height * width * together >= 2**31:  # offsets within a tile have 32 bits
+        raise ValueError(
+            "x: expected images whose q, k and v have fewer than 2^31 elements together with "
+            f"backend='triton', got shape {tuple(x.shape)}"
+        )
     constants = {
         "C": c,
         "PIXELS_LAST": pixels_last,
