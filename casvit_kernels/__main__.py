@@ -189,7 +189,9 @@ def run_export(arguments: argparse.Namespace) -> Outcome:
                 raise ValueError(f"{option}: expected an existing directory, got {path.parent}")
             if path.exists() and not arguments.overwrite:
                 raise ValueError(f"{option}: {path} exists (--overwrite replaces it)")
-        model = network.build(arguments.model, arguments.checkpoint, arguments.seed)
+        model = network.build(
+            arguments.model, arguments.checkpoint, arguments.seed, arguments.classes, whole=True
+        )
         reports: list[export.ExportReport] = []
         for _, path, _, write, options in targets:
             print(f"writing {path} ...", file=sys.stderr)
@@ -232,7 +234,7 @@ def _coreml(arguments: argparse.Namespace) -> dict[str, Any]:
         options["precision"] = arguments.precision
     if arguments.class_labels is not None:
         try:
-            text = arguments.class_labels.read_text(encoding="utf-8")
+            text = arguments.class_labels.read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             raise Refused(f"--class-labels: {error}") from None
         options["class_labels"] = text.splitlines()
@@ -377,6 +379,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--batch", type=_positive_or_dynamic, default=1, metavar="N",
         help="images at once, or 'dynamic' for any number (default: %(default)s)",
+    )  # fmt: skip
+    verb.add_argument(
+        "--classes", type=_positive, default=1000, metavar="N",
+        help="classes of the model and its checkpoint (default: %(default)s)",
     )  # fmt: skip
     verb.add_argument("--dynamic-size", action="store_true", help="take any height and width")
     verb.add_argument(

@@ -14,6 +14,7 @@ import torch
 from casvit_kernels import BackendUnavailable, backends, demo, parity
 from casvit_kernels.__main__ import main
 from casvit_kernels.backends.reference import ReferenceBackend
+from casvit_kernels.models import rcvit_xs
 
 VERBS = ("demo", "info", "parity", "bench", "export")
 
@@ -162,6 +163,17 @@ def test_bench_times_nothing_where_parity_fails(wrong_backend):
     assert status == 1
     assert not found["parity"]["passed"]
     assert found["speed"] is None
+
+
+def test_export_refuses_a_checkpoint_with_other_classes(tmp_path):
+    """Its heads would be left out, and the file have random ones."""
+    torch.save({"model": rcvit_xs(num_classes=10).state_dict()}, tmp_path / "ten.pth")
+    arguments = ("--checkpoint", tmp_path / "ten.pth", "--onnx", tmp_path / "xs.onnx")
+    status, _, err = run("export", *arguments)
+    assert status == 2
+    assert "--classes" in err.splitlines()[-1]
+    assert "10 classes" in err.splitlines()[-1]
+    assert not (tmp_path / "xs.onnx").exists()
 
 
 def test_export_writes_and_does_not_overwrite(tmp_path):

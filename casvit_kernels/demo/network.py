@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -11,8 +12,12 @@ from .. import models
 from ..reference import AdditiveTokenMixer
 
 
-def build(name: str, checkpoint: Path | None, seed: int) -> nn.Module:
+def build(
+    name: str, checkpoint: Path | None, seed: int, classes: int = 1000, *, whole: bool = False
+) -> nn.Module:
     """The model `name` in eval mode, from `checkpoint` or with its initial weights.
+
+    whole: a checkpoint whose heads have another number of classes is refused; else they are left out.
 
     Raises:
         ValueError: the name is not known, or the checkpoint is not one of it; names the argument.
@@ -20,11 +25,19 @@ def build(name: str, checkpoint: Path | None, seed: int) -> nn.Module:
     if name not in models.CONFIGS:
         raise ValueError(f"--model: expected one of {', '.join(models.CONFIGS)}, got {name!r}")
     torch.manual_seed(seed)
-    model: nn.Module = getattr(models, name)()
+    model: nn.Module = getattr(models, name)(num_classes=classes)
     if checkpoint is not None:
         if not checkpoint.is_file():
             raise ValueError(f"--checkpoint: expected a checkpoint file, got {checkpoint}")
-        models.load_checkpoint(model, checkpoint)
+        with warnings.catch_warnings():
+            if whole:  # raised below
+                warnings.simplefilter("ignore")
+            report = models.load_checkpoint(model, checkpoint)
+        if whole and report.skipped:
+            key, why = next(iter(report.skipped.items()))
+            raise ValueError(
+                f"--classes: expected the checkpoint's number, got {classes} ({key}: {why})"
+            )
     return model.eval()
 
 

@@ -109,6 +109,8 @@ def static(model: Any, calibration: Tensor, folder: Path) -> tuple[Any, str]:
         target.unlink(missing_ok=True)
     total = sum(node.op_type in ("Conv", "Gemm") for node in model.graph.node)
     left = sum(node.op_type in ("Conv", "Gemm") and node.name in kept for node in model.graph.node)
+    if left == total:
+        raise ExportError("precision='int8': nothing of the model can be quantised, all is gates")
     return made, f"int8: {total - left} of {total} convolutions and linear layers; gates in float32"
 
 

@@ -22,6 +22,7 @@ from ._common import (
     Normalization,
     Prepared,
     UntrainedWeights,
+    _strides_fit,
     prepare,
     quiet,
     require,
@@ -48,8 +49,8 @@ class _Options(NamedTuple):
 def to_coreml(
     model: nn.Module,
     path: str | os.PathLike[str],
-    *,
     input_size: Size = 224,
+    *,
     batch: int | tuple[int, int] = 1,
     other_sizes: Sequence[Size] = (),
     precision: str = "fp16",
@@ -237,7 +238,7 @@ def _sizes(
         raise ValueError(f"other_sizes: Core ML takes 128 sizes at most, got {len(sizes)}")
     for size in sizes[1:]:
         try:
-            with torch.no_grad():
+            with _strides_fit(prepared.plain), torch.no_grad():
                 prepared.plain(torch.zeros(1, prepared.example.shape[1], *size))
         except Exception as error:
             raise ValueError(

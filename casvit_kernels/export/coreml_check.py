@@ -167,10 +167,10 @@ class Check:
     def _own(self, x: Tensor, precision: str) -> tuple[Tensor, ...]:
         """What PyTorch computes with the same weights, rounded as often."""
         if precision != "fp16":
-            plain: tuple[Tensor, ...] = self._prepared.exported(x)
+            plain: tuple[Tensor, ...] = self._prepared.plain(x)
             return plain
         if not hasattr(self, "_half"):
-            self._half = in_half(self._prepared.exported)
+            self._half = in_half(self._prepared.plain)
         with _RoundedToHalf():  # type: ignore[no-untyped-call]
             rounded: tuple[Tensor, ...] = self._half(x)
         return rounded
@@ -215,8 +215,12 @@ def compressed_constants(program: Program, original: Program, precision: str) ->
     int8: within half a step of its channel; palettized: no other entry of its table is nearer.
 
     Raises:
-        ExportError: a constant is farther off, or has no original.
+        ExportError: a constant is farther off, or has no original, or none is compressed.
     """
+    if not any(operation.type.startswith("constexpr_") for operation in program.operations):
+        raise ExportError(
+            f"precision={precision!r}: coremltools compressed no weight; it leaves small ones as they are"
+        )
     for operation in program.operations:
         if not operation.type.startswith("constexpr_"):
             continue
