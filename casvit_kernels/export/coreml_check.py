@@ -219,7 +219,7 @@ def compressed_constants(program: Program, original: Program, precision: str) ->
     """
     if not any(operation.type.startswith("constexpr_") for operation in program.operations):
         raise ExportError(
-            f"precision={precision!r}: coremltools compressed no weight; it leaves small ones as they are"
+            f"precision={precision!r}: coremltools compressed no weight, it leaves small ones alone"
         )
     for operation in program.operations:
         if not operation.type.startswith("constexpr_"):
