@@ -6,11 +6,13 @@ May touch: onnx, numpy. Works on patterns of operators alone, so whoever wrote t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
-
-import numpy
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 from ._common import ExportError, require
+
+if TYPE_CHECKING:
+    import numpy
 
 _REDUCTIONS = ["Max", "Mean", "Min", "Prod", "Sum", "L1", "L2", "LogSum", "LogSumExp", "SumSquare"]
 AXES_BECAME_INPUT_IN_18 = {f"Reduce{name}" for name in _REDUCTIONS} - {"ReduceSum"}
@@ -50,7 +52,7 @@ class Graph:
         return None if found is None else self.onnx.numpy_helper.to_array(found)
 
     def add_constant(self, name: str, value: numpy.ndarray[Any, Any]) -> str:
-        tensor = self.onnx.numpy_helper.from_array(numpy.ascontiguousarray(value), name)
+        tensor = self.onnx.numpy_helper.from_array(value.copy(order="C"), name)
         self.graph.initializer.append(tensor)
         return name
 
@@ -101,13 +103,11 @@ def _split_convolution(graph: Graph) -> bool:
         parts = len(split.output)
         if sizes is None and weight.shape[0] % parts:
             continue
-        ends = (
-            numpy.arange(1, parts) * (weight.shape[0] // parts)
-            if sizes is None
-            else numpy.cumsum(sizes)[:-1]
-        )
-        weights = numpy.split(weight, ends)
-        biases = [None] * parts if bias is None else numpy.split(bias, ends)
+        lengths = [weight.shape[0] // parts] * parts if sizes is None else sizes.tolist()
+        ends = list(accumulate(lengths))
+        spans = [slice(end - n, end) for end, n in zip(ends, lengths, strict=True)]
+        weights = [weight[span] for span in spans]
+        biases = [None if bias is None else bias[span] for span in spans]
         made = []
         for i, (w, b, out) in enumerate(zip(weights, biases, split.output, strict=True)):
             node = _copy(conv)
@@ -150,7 +150,7 @@ def _join_heads(graph: Graph) -> bool:
         node = _copy(one)
         del node.input[1:]
         for kind, w, w2 in zip(("weight", "bias"), first, second, strict=True):
-            joined = (w.astype(numpy.float64) + w2) * scale
+            joined = (w.astype("float64") + w2) * scale
             node.input.append(graph.add_constant(f"{one.name}_{kind}", joined.astype(w.dtype)))
         node.output[0] = divide.output[0]
         graph.replace([one, other, add, divide], [node])
@@ -190,7 +190,7 @@ def _weights(graph: Graph, node: Any) -> list[numpy.ndarray[Any, Any]] | None:
     """Constant weight and bias of a linear layer; exporters leave out a bias of zeros."""
     found = [graph.value(name) for name in node.input[1:]]
     if len(found) == 1 and found[0] is not None:
-        found.append(numpy.zeros_like(found[0], shape=found[0].shape[0]))
+        found.append(require("numpy").zeros_like(found[0], shape=found[0].shape[0]))
     arrays = [value for value in found if value is not None]
     return arrays if len(arrays) == 2 else None
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy
 from torch import Tensor
 
 from ..demo import images as photographs
 from ..extras import MissingExtra
 from . import _graph
 from ._common import ExportError, Prepared, quiet, require, resized
+
+if TYPE_CHECKING:
+    import numpy
 
 INT8_ERROR = 0.3  # of the standard deviation of the outputs
 FEW = 32  # fewer images than this are pointed out
