@@ -107,11 +107,11 @@ class FusedCATM(AdditiveTokenMixer):
         return dropout(out) if dropout.training else out
 
     def train(self, mode: bool = True) -> FusedCATM:
-        """As `nn.Module.train`; a change of mode forgets the packed weights.
+        """As `nn.Module.train`; on a GPU, a change of mode forgets the packed weights.
 
-        A training step replayed as a CUDA graph writes weights unseen by version counters.
+        There a training step may be replayed as a CUDA graph, which writes weights unseen.
         """
-        if mode != self.training:
+        if mode != self.training and self.qkv.weight.is_cuda:
             self.refresh()
         return super().train(mode)
 
