@@ -182,6 +182,9 @@ def run_export(arguments: argparse.Namespace) -> Outcome:
     with refusing():
         if not targets:
             raise ValueError("expected --onnx PATH, --coreml PATH or both, got neither")
+        for name in ("image_input", "class_labels", "pad_channels", "deployment_target"):
+            if arguments.coreml is None and getattr(arguments, name):
+                raise ValueError(f"--{name.replace('_', '-')}: expected --coreml PATH beside it")
         for option, path, suffix, *_ in targets:  # both, before the first is written
             if path.suffix != suffix:
                 raise ValueError(f"{option}: expected a path that ends in {suffix}, got {path}")

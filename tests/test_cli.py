@@ -82,6 +82,7 @@ def test_module_runs_as_a_program():
         (["parity", "--backend", "metal"], "reference"),
         (["parity", "--backend", "cuda"], "cuda"),
         (["export"], "--onnx"),
+        (["export", "--onnx", "/tmp/never.onnx", "--pad-channels"], "--coreml"),
         (["export", "--onnx", "model.mlpackage"], ".onnx"),
         (["export", "--onnx", "/nowhere/model.onnx"], "/nowhere"),
         (["export", "--checkpoint", "/nowhere.pth", "--onnx", "/tmp/never.onnx"], "/nowhere.pth"),
