@@ -105,38 +105,28 @@ def load_gpu(folder: Path) -> dict[str, dict[str, Document]]:
 
 
 def load_kept(folder: Path) -> Document | None:
-    """What mixers keep for the backward; None where that was not measured.
-
-    Raises:
-        ReportError: the file is not one of `saved_bytes.py`.
-    """
-    path = folder / KEPT
-    if not path.is_file():
-        return None
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        _kept_table(document)
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise ReportError(f"{KEPT}: expected what bench/saved_bytes.py writes: {error!r}") from None
-    return dict(document)
+    """What mixers keep for the backward; None where that was not measured."""
+    return _load_one(folder / KEPT, "bench/saved_bytes.py", _kept_table)
 
 
 def load_accuracy(folder: Path) -> Document | None:
-    """Top-1 of exported files; None where that was not measured.
+    """Top-1 of exported files; None where that was not measured."""
+    return _load_one(folder / ACCURACY, "bench/int8_accuracy.py", _accuracy_table)
+
+
+def _load_one(path: Path, writer: str, table: Callable[[Document], list[str]]) -> Document | None:
+    """A script's document, if it is there.
 
     Raises:
-        ReportError: the file is not one of `int8_accuracy.py`.
+        ReportError: no table can be made of it.
     """
-    path = folder / ACCURACY
     if not path.is_file():
         return None
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        _accuracy_table(document)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ReportError(
-            f"{ACCURACY}: expected what bench/int8_accuracy.py writes: {error!r}"
-        ) from None
+        table(document)
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise ReportError(f"{path.name}: expected what {writer} writes: {error!r}") from None
     return dict(document)
 
 
