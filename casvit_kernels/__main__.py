@@ -200,7 +200,12 @@ def run_export(arguments: argparse.Namespace) -> Outcome:
             print(f"writing {path} ...", file=sys.stderr)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", export.UntrainedWeights)  # said below
-                reports.append(write(model, path, **options))
+                try:
+                    reports.append(write(model, path, **options))
+                except Exception:
+                    for report in reports:  # that file is there and good
+                        print(report, file=sys.stderr)
+                    raise
     document = {
         "command": "export",
         "model": arguments.model,

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from casvit_kernels import BackendUnavailable, backends, demo, parity
+from casvit_kernels import BackendUnavailable, backends, demo, export, parity
 from casvit_kernels.__main__ import main
 from casvit_kernels.backends.reference import ReferenceBackend
 from casvit_kernels.models import rcvit_xs
@@ -186,10 +186,27 @@ def test_export_writes_and_does_not_overwrite(tmp_path):
     assert status == 0, err
     assert json.loads(out)["files"][0]["path"] == str(path)
     onnx.checker.check_model(str(path))
+    assert {p.key: p.value for p in onnx.load(path).metadata_props}["model"] == "rcvit_xs"
     written = path.read_bytes()
     assert "--overwrite" in refused(*argv)
     assert path.read_bytes() == written
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_first_file_is_reported_where_the_second_fails(tmp_path, monkeypatch):
+    def written(model, path, **options):
+        return export.ExportReport(path, "onnx", 5, 1e-7, 1e-8, ())
+
+    def failing(model, path, **options):
+        raise export.ExportError("the second one fails")
+
+    monkeypatch.setattr(export, "to_onnx", written)
+    monkeypatch.setattr(export, "to_coreml", failing)
+    first, second = tmp_path / "xs.onnx", tmp_path / "xs.mlpackage"
+    status, _, err = run("export", "--onnx", first, "--coreml", second)
+    assert status == 1
+    assert f"{first} (onnx" in err
+    assert "the second one fails" in err.splitlines()[-1]
 
 
 def test_export_without_its_packages_says_how_to_get_them(tmp_path, monkeypatch):

@@ -335,6 +335,16 @@ def test_a_padded_program(tmp_path, dense):
         assert_near(got[name], value, USUAL["fp16"])
 
 
+def test_padding_of_a_network_with_another_activation(tmp_path):
+    """Known by its state dict, which does not tell: the comparison does."""
+    model = network()
+    for block in (stage[0] for stage in model.network[::2]):
+        block.mlp.act = nn.ReLU()
+    with pytest.raises(ExportError, match="output: the exported program differs"):
+        to_coreml(model, tmp_path / "m.mlpackage", input_size=SIZE, pad_channels=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_padding_of_something_else(tmp_path):
     with pytest.raises(
         ValueError, match="pad_channels: expected an RCViT or a mixer, got Sequential"
@@ -416,6 +426,10 @@ def slightly(prepared):
     prepared.exported.model.network[4][0].attn.qkv.weight.data *= 1 + 1e-4
 
 
+def shifted_scores(prepared):
+    prepared.exported.model.head.bias.data += 0.5
+
+
 def swapped_outputs(prepared):
     class Swapped(nn.Module):
         def __init__(self, model):
@@ -458,6 +472,16 @@ def test_a_subtle_change_in_fp32(tmp_path, monkeypatch):
     monkeypatch.setattr(coreml, "_converted", corrupted(slightly))
     with pytest.raises(ExportError, match="differs from the float64 reference"):
         to_coreml(network(), tmp_path / "m.mlpackage", input_size=SIZE, precision="fp32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_classifier_is_compared_before_its_softmax(tmp_path, monkeypatch):
+    """The same number added to all scores leaves the probabilities as they are."""
+    monkeypatch.setattr(coreml, "_converted", corrupted(shifted_scores))
+    with pytest.raises(ExportError, match="output: the exported program differs"):
+        to_coreml(
+            network(), tmp_path / "m.mlpackage", input_size=SIZE, class_labels=list("abcde")
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -645,9 +669,30 @@ def test_a_module_that_cannot_be_converted_is_named(tmp_path):
         def forward(self, x):
             return torch.linalg.matrix_exp(self.conv(x))
 
-    with pytest.raises(ExportError, match=r"Strange cannot be converted to Core ML: .*matrix_exp"):
-        to_coreml(Strange(), tmp_path / "m.mlpackage", input_size=4)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(nn.ReLU(), Strange()))
+    with pytest.raises(
+        ExportError, match=r"1\.1 \(Strange\) cannot be converted to Core ML: .*matrix_exp"
+    ):
+        to_coreml(model, tmp_path / "m.mlpackage", input_size=4)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_example_gives_the_batch(tmp_path):
+    mixer = as_trained(FusedCATM(4))
+    report = to_coreml(mixer, tmp_path / "m.mlpackage", example_input=random(2, 4, 5, 3))
+    assert Program(report.path).inputs == (("input", "multiArray", (2, 4, 5, 3)),)
+    with pytest.raises(ValueError, match=r"batch: .* example_input, 2, got \(1, 4\)"):
+        to_coreml(mixer, tmp_path / "n.mlpackage", example_input=random(2, 4, 5, 3), batch=(1, 4))
+
+
+def test_numpy_random_state_is_the_callers(tmp_path):
+    import numpy
+
+    numpy.random.seed(3)
+    expected = numpy.random.rand()
+    numpy.random.seed(3)
+    to_coreml(network(), tmp_path / "m.mlpackage", input_size=SIZE, precision="palettized")
+    assert numpy.random.rand() == expected
 
 
 def test_untrained_weights_are_pointed_out(tmp_path):

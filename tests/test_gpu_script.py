@@ -433,6 +433,14 @@ def test_the_report_takes_what_the_script_writes(checkout):
     assert report.main(["--root", str(checkout), "--check"]) == 0
 
 
+def test_a_case_too_large_for_the_gpu_is_not_red(checkout):
+    too_large = {"absent": "it needs more memory than this GPU has", "passed": None}
+    _edit(checkout, "parity", lambda d: d["cases"][0].update(too_large))
+    assert report.main(["--root", str(checkout)]) == 0
+    complete = (checkout / "bench" / "results" / "README.md").read_text()
+    assert "- parity: 17 of 18 passed, 1 not run" in complete
+
+
 def test_goals_are_judged_by_the_worst_mixer_of_stages_one_and_two():
     def figures(fused):
         return {

@@ -138,9 +138,8 @@ def operators(path):
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
-@pytest.mark.parametrize("opset", [17, 18, 20, 23, "newest"])
+@pytest.mark.parametrize("opset", range(17, onnx_module.newest_opset() + 1))
 def test_opsets(tmp_path, opset):
-    opset = onnx_module.newest_opset() if opset == "newest" else opset
     model = classifier(fused=True)
     report = to_onnx(model, tmp_path / "m.onnx", 64, opset=opset, batch="dynamic")
     written = onnx.load(report.path)
@@ -202,10 +201,26 @@ def test_no_path_of_this_machine_is_in_the_file(tmp_path):
     assert b".py" not in report.path.read_bytes()
 
 
+def test_a_file_that_appears_during_the_export_is_kept(tmp_path, monkeypatch):
+    save = onnx_module._save
+
+    def meanwhile(model, draft, metadata):
+        save(model, draft, metadata)
+        (tmp_path / "m.onnx").write_text("somebody else's")
+
+    monkeypatch.setattr(onnx_module, "_save", meanwhile)
+    with pytest.raises(FileExistsError, match="appeared during the export"):
+        to_onnx(fused_mixer(), tmp_path / "m.onnx", input_size=5)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+    assert (tmp_path / "m.onnx").read_text() == "somebody else's"
+
+
 def test_metadata(tmp_path):
     report = to_onnx(classifier(), tmp_path / "m.onnx", 64, verify=False, precision="fp16")
     found = {p.key: p.value for p in onnx.load(report.path).metadata_props}
-    assert found["model"] == "RCViT"
+    assert found["model"] == "RCViT"  # of no published size
+    assert found["layers"] == "1, 1, 1, 1"
+    assert found["channels"] == "8, 8, 16, 16"
     assert found["classes"] == "5"
     assert found["precision"] == "fp16"
     assert "normalised by the caller" in found["input range"]
@@ -224,6 +239,8 @@ def test_normalisation_inside(tmp_path, top):
     torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
     found = {p.key: p.value for p in onnx.load(report.path).metadata_props}
     assert found["input range"] == f"0 to {top:g}; normalised inside"
+    assert found["mean"] == "0.485, 0.456, 0.406"
+    assert found["std"] == "0.229, 0.224, 0.225"
 
 
 def test_half_precision(tmp_path):
@@ -233,6 +250,41 @@ def test_half_precision(tmp_path):
     assert {t.data_type for t in large} == {onnx.TensorProto.FLOAT16}
     assert report.max_error > 1e-7
     assert_near(report.path, model, torch.randn(2, 3, 64, 64), tolerance=1e-2)
+
+
+def test_half_precision_that_overflows(tmp_path):
+    """The CPU would not notice: it computes fp16 in float32."""
+    model = classifier()
+    model.patch_embed[0].weight.data *= 1e6
+    model.patch_embed[1].running_var *= 1e12
+    with pytest.raises(ExportError, match=r"overflows in fp16: convolution gives .*precision=\"fp32"):
+        to_onnx(model, tmp_path / "half.onnx", 64, precision="fp16", fold=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_photographs_alone_count_for_the_top_class(tmp_path):
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+    found, _ = onnx_module.prepare(classifier(), 64, 1, None).pictures()
+    report = to_onnx(classifier(), tmp_path / "m.onnx", 64, batch="dynamic")
+    assert report.images == len(found)
+
+
+def test_int8_is_judged_at_every_batch_and_size(tmp_path, monkeypatch):
+    seen = []
+    compare = onnx_module._compare
+
+    def record(prepared, session, x, *rest):
+        seen.append(tuple(x.shape))
+        compare(prepared, session, x, *rest)
+
+    monkeypatch.setattr(onnx_module, "_compare", record)
+    images = torch.randn(2, 3, 64, 64)
+    to_onnx(
+        classifier(), tmp_path / "m.onnx", 64, precision="int8", calibration=images,
+        batch="dynamic", dynamic_size=True,
+    )  # fmt: skip
+    assert {(1, 3, 64, 64), (3, 3, 64, 64), (1, 3, 96, 64), (1, 3, 81, 104)} <= set(seen)
 
 
 @pytest.mark.parametrize("opset", [17, 20])
@@ -366,6 +418,12 @@ def test_bad_options(tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         to_onnx(classifier(), tmp_path / "m.onnx", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dynamic_size_of_what_has_none(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"dynamic_size: .* got an example of shape \(3, 4\)"):
+        to_onnx(model, tmp_path / "m.onnx", example_input=torch.ones(3, 4), dynamic_size=True)
 
 
 def test_a_wrong_file_is_not_kept(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ from ..demo import images
 from ..demo.images import MEAN, STD
 from ..extras import MissingExtra
 from ..folding import FoldReport, fold_for_inference, plain_copy
+from ..models.checkpoint import config_of
+from ..models.rcvit import CONFIGS
 
 if TYPE_CHECKING:
     from .neural_engine import NeuralEngineReport
@@ -48,9 +50,9 @@ class ExportReport:
     """What was written and how far it is from the float64 reference.
 
     ``max_error`` and ``mean_error`` are absolute, over all outputs, for random input and photographs;
-    None where the numbers were not checked. ``top1`` is the share of the ``images`` whose largest
-    output is the same as in float64, None where the model gives no class scores. ``notes`` say what
-    was done to the model, and what the caller may not expect.
+    None where the numbers were not checked. ``top1`` is the share of the ``images`` (photographs, or
+    the caller's own) whose largest output is the same as in float64, None where the model gives no
+    class scores. ``notes`` say what was done to the model, and what the caller may not expect.
     """
 
     path: Path
@@ -289,7 +291,15 @@ def _metadata(
         expects = f"0 to {normalize.top:g}; normalised inside"
     else:
         expects = "normalised by the caller, as in training"
-    metadata = {"model": type(model).__name__, "input range": expects}
+    config = config_of(model.state_dict())
+    name = next((name for name, known in CONFIGS.items() if known == config), None)
+    metadata = {"model": name or type(model).__name__, "input range": expects}
+    if config is not None:
+        metadata["layers"], metadata["channels"] = (", ".join(map(str, n)) for n in config)
+    if normalize is not None:
+        metadata["mean"], metadata["std"] = (
+            ", ".join(f"{value:g}" for value in values) for values in (normalize.mean, normalize.std)
+        )
     if len(outputs) == 1 and outputs[0].dim() == 2:
         metadata["classes"] = str(outputs[0].shape[1])
     return {**metadata, "casvit_kernels": __version__, "torch": torch.__version__}
@@ -397,14 +407,56 @@ def staged(
         draft = Path(name, f"draft{suffix}")
         yield final, draft
         aside = Path(name, "replaced")
-        if final.is_dir():  # a package: a directory with content cannot be replaced in one step
-            final.rename(aside)
         try:
+            if final.exists() and not overwrite:
+                raise FileExistsError(f"path: {final} appeared during the export: it is kept")
+            if final.is_dir():  # a directory with content cannot be replaced in one step
+                final.rename(aside)
             draft.replace(final)
         except BaseException:
             if aside.exists():
                 aside.rename(final)
             raise
+
+
+def culprit(
+    model: nn.Module,
+    example: Tensor,
+    attempt: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], object],
+) -> str:
+    """The smallest submodule that ``attempt`` alone fails on, for an error message.
+
+    ``attempt`` takes a module and the arguments it is called with. ``model`` is a `Flat`.
+    """
+    inputs: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    handles = [
+        m.register_forward_pre_hook(
+            lambda m, args, kwargs: inputs.setdefault(m, (args, kwargs)) and None, with_kwargs=True
+        )
+        for m in model.modules()
+    ]
+    with torch.no_grad():
+        model(example)
+    for handle in handles:
+        handle.remove()
+
+    def fails(module: nn.Module) -> bool:
+        try:
+            with quiet(), torch.no_grad():
+                attempt(module, *inputs[module])
+        except Exception:
+            return True
+        return False
+
+    path, module = "", model
+    while True:
+        for name, child in module.named_children():
+            if child in inputs and fails(child):
+                path, module = f"{path}.{name}".lstrip("."), child
+                break
+        else:
+            name = path.removeprefix("model").lstrip(".")
+            return f"{name or 'the model'} ({type(module).__name__})"
 
 
 @contextlib.contextmanager

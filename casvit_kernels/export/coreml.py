@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from ._common import (
     Prepared,
     UntrainedWeights,
     _strides_fit,
+    culprit,
     prepare,
     quiet,
     require,
@@ -128,6 +129,13 @@ def to_coreml(
         )
     with staged(path, ".mlpackage", overwrite) as (final, draft):
         prepared = prepare(model, input_size, low, example_input, fold=fold, normalize=normalize)
+        given = prepared.example.shape[0]
+        if isinstance(batch, int):
+            low = high = given  # of an example, as for ONNX
+        elif given != low:
+            raise ValueError(
+                f"batch: expected the smallest to be that of example_input, {given}, got {batch}"
+            )
         options = _Options(
             precision,
             target,
@@ -353,10 +361,22 @@ def _converted(coremltools: Any, prepared: Prepared, options: _Options) -> Any:
     except OSError:
         raise
     except Exception as error:
+        name = culprit(prepared.exported, prepared.example, _convertible(coremltools))
         raise ExportError(
-            f"{prepared.metadata['model']} cannot be converted to Core ML: "
-            f"{type(error).__name__}: {error}"
+            f"{name} cannot be converted to Core ML: {type(error).__name__}: {error}"
         ) from error
+
+
+def _convertible(coremltools: Any) -> Callable[..., None]:
+    """Raises where a module alone, with the tensors it was called with, cannot be converted."""
+
+    def convert(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        program = torch.export.export(module, args, kwargs, strict=False)
+        coremltools.convert(
+            program.run_decompositions({}), convert_to="milinternal", skip_model_load=True
+        )
+
+    return convert
 
 
 def _traced(model: nn.Module, prepared: Prepared, options: _Options) -> Any:

@@ -58,7 +58,8 @@ class Check:
     Args:
         prepared: the model.
         shapes: of the inputs to try.
-        labels: the program is a classifier with these labels; what is compared are probabilities.
+        labels: the program is a classifier with these labels; its probabilities are compared, and
+            before the softmax, which hides errors of small ones, the class scores.
         tolerance: of compressed programs, in place of `LOOSEST`.
     """
 
@@ -99,11 +100,20 @@ class Check:
             ExportError: it gives other outputs than the model, other than by rounding.
         """
         errors = []
+        score_name = None if self._labels is None else _input_of(program, "softmax")
         for x, photographs in self.inputs():
             x = x.round() if whole_pixels else x
             overflow: list[str] = []
+            scores: list[Tensor] = []
 
-            def notice(operation: Operation, value: Tensor, overflow: list[str] = overflow) -> None:
+            def notice(
+                operation: Operation,
+                value: Tensor,
+                overflow: list[str] = overflow,
+                scores: list[Tensor] = scores,
+            ) -> None:
+                if operation.outputs[0][0] == score_name:
+                    scores.append(value.double())
                 if value.is_floating_point() and not bool(value.isfinite().all()):
                     overflow.append(f"{operation.type} ({operation.name})")
 
@@ -113,6 +123,8 @@ class Check:
                     f"the exported program overflows in {precision} at operation {overflow[0]}: "
                     'its result is not finite; precision="fp32" has more range'
                 )
+            if self._labels is not None:
+                self._compare(scores, x, photographs, precision, scores=True)
             errors.append(self._compare(self._outputs(results), x, photographs, precision))
         return _combined(errors)
 
@@ -133,13 +145,19 @@ class Check:
         return [torch.tensor([list(ranked.values())], dtype=torch.float64)]
 
     def _compare(
-        self, results: list[Tensor], x: Tensor, photographs: int, precision: str
+        self,
+        results: list[Tensor],
+        x: Tensor,
+        photographs: int,
+        precision: str,
+        scores: bool = False,
     ) -> tuple[float, float, int, int, int]:
         """Largest error, sum of errors, their number, photographs alike, photographs."""
         prepared = self._prepared
         with torch.no_grad():
-            truth = self._final(prepared.truth(x.double()))
-            own = self._final(self._own(x, precision))
+            truth, own = prepared.truth(x.double()), self._own(x, precision)
+            if not scores:
+                truth, own = self._final(truth), self._final(own)
         worst, total, count, alike = 0.0, 0.0, 0, 0
         for name, got, eager, expected in zip(
             prepared.output_names, results, own, truth, strict=True
@@ -207,6 +225,12 @@ class Check:
                 f"{name}: the exported program differs from the float64 reference by {relative:.1%} "
                 f"of its size, expected at most {allowed:.0%} of {precision} (tolerance)"
             )
+
+
+def _input_of(program: Program, kind: str) -> str | None:
+    """The result that the last operation of a kind reads."""
+    operation = [operation for operation in program.operations if operation.type == kind][-1]
+    return operation.parameters["x"][0][0]
 
 
 def compressed_constants(program: Program, original: Program, precision: str) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _graph, _quantize
 from ._common import (
@@ -18,6 +20,7 @@ from ._common import (
     ExportReport,
     Normalization,
     Prepared,
+    culprit,
     prepare,
     quiet,
     require,
@@ -93,6 +96,11 @@ def to_onnx(
         dynamic = _Dynamic(batch == "dynamic", dynamic_size)
         count = 1 if isinstance(batch, str) else batch
         prepared = prepare(model, input_size, count, example_input, fold=fold, normalize=normalize)
+        if dynamic_size and prepared.example.dim() != 4:
+            raise ValueError(
+                "dynamic_size: expected an input (N, C, H, W), "
+                f"got an example of shape {tuple(prepared.example.shape)}"
+            )
         notes = [f"{precision}, opset {opset}", *prepared.notes]
         images = None
         if precision == "int8":  # before the slow part: it may be refused
@@ -100,6 +108,7 @@ def to_onnx(
             notes.append(note)
         written = _write(prepared, dynamic, opset)
         if precision == "fp16":
+            _check_range(prepared)
             written = _quantize.half(written)
         elif images is not None:
             written, note = _quantize.static(written, images, draft.parent)
@@ -201,7 +210,7 @@ def _program(prepared: Prepared, dynamic: _Dynamic) -> Any:
                 prepared.exported, (example,), dynamic_shapes=shapes, strict=False
             )
     except Exception as error:
-        name = _culprit(prepared.exported, example)
+        name = culprit(prepared.exported, example, _exportable)
         raise ExportError(f"{name} cannot be exported: {_first_line(error)}") from error
 
 
@@ -225,37 +234,8 @@ def _exported(program: Any, prepared: Prepared, opset: int) -> Any:
     return written.model_proto
 
 
-def _culprit(model: nn.Module, example: Tensor) -> str:
-    """The smallest submodule whose own export fails, for an error message."""
-    inputs: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    handles = [
-        m.register_forward_pre_hook(
-            lambda m, args, kwargs: inputs.setdefault(m, (args, kwargs)) and None, with_kwargs=True
-        )
-        for m in model.modules()
-    ]
-    with torch.no_grad():
-        model(example)
-    for handle in handles:
-        handle.remove()
-
-    def fails(module: nn.Module) -> bool:
-        try:
-            with quiet(), torch.no_grad():
-                torch.export.export(module, *inputs[module], strict=False)
-        except Exception:
-            return True
-        return False
-
-    path, module = "", model
-    while True:
-        for name, child in module.named_children():
-            if child in inputs and fails(child):
-                path, module = f"{path}.{name}".lstrip("."), child
-                break
-        else:
-            name = path.removeprefix("model").lstrip(".")
-            return f"{name or 'the model'} ({type(module).__name__})"
+def _exportable(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    torch.export.export(module, args, kwargs, strict=False)
 
 
 def _first_line(error: BaseException) -> str:
@@ -309,6 +289,40 @@ def _check_graph(draft: Path, opset: int) -> None:
 # Checking ----------------------------------------------------------------------------------------
 
 
+class _Range(TorchDispatchMode):
+    """Notes the first result that half precision cannot hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beyond: str | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.beyond is None and isinstance(result, Tensor) and result.is_floating_point():
+            finite = result[result.isfinite()]  # a mask of infinities stays one
+            largest = float(finite.abs().max()) if finite.numel() else 0.0
+            if largest > torch.finfo(torch.float16).max:
+                self.beyond = f"{func.name().removeprefix('aten::')} gives {largest:.3g}"
+        return result
+
+
+def _check_range(prepared: Prepared) -> None:
+    """On the CPU ONNX Runtime computes half precision in float32: it would not see an overflow."""
+    pictures, _ = prepared.pictures()
+    for x in (prepared.example, pictures):
+        if x is None:
+            continue
+        with torch.no_grad(), _Range() as seen:  # type: ignore[no-untyped-call]
+            prepared.exported(x)
+        if seen.beyond is not None:
+            raise ExportError(
+                f"the model overflows in fp16: {seen.beyond}, half precision ends at 65504; "
+                'precision="fp32" has more range'
+            )
+
+
 class _Found:
     """Errors over all that was compared."""
 
@@ -344,21 +358,31 @@ def _verify(
     except Exception as error:
         raise ExportError(f"ONNX Runtime cannot run the exported file: {error}") from error
     found = _Found()
-    for x in (prepared.example, *_noise(prepared, dynamic)):
-        if calibration is None:
-            _compare(prepared, session, x, precision, found)
-        else:  # noise is outside the ranges of the calibration: it must run, no more
-            _run(prepared, session, x)
     pictures, note = prepared.pictures()
     if calibration is not None:  # the user's own images
         pictures, note = calibration[:MOST], "checked on images of the calibration"
     notes.append(note)
+    for x in (prepared.example, *_noise(prepared, dynamic)):
+        if calibration is None:
+            _compare(prepared, session, x, precision, found)
+        else:  # noise is outside the ranges of the calibration: other batches and sizes of images
+            _run(prepared, session, x)
+            _compare(prepared, session, _of_shape(calibration, x.shape), precision, found)
     if pictures is not None:
         count = prepared.example.shape[0]
         for start in range(0, len(pictures), count):
             chosen = torch.arange(start, start + count) % len(pictures)  # full batches
-            _compare(prepared, session, pictures[chosen], precision, found)
+            new = min(count, len(pictures) - start)
+            _compare(prepared, session, pictures[chosen], precision, found, new)
     return found
+
+
+def _of_shape(images: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """As many images of this size, the first ones again where there are too few."""
+    chosen = images[torch.arange(shape[0]) % len(images)]
+    if chosen.dim() == 4 and chosen.shape[2:] != shape[2:]:
+        chosen = F.interpolate(chosen, size=shape[2:], mode="bilinear", antialias=True)
+    return chosen
 
 
 def _noise(prepared: Prepared, dynamic: _Dynamic) -> Iterable[Tensor]:
@@ -392,7 +416,10 @@ def _run(prepared: Prepared, session: Any, x: Tensor) -> list[Tensor]:
     return [torch.from_numpy(result) for result in results]
 
 
-def _compare(prepared: Prepared, session: Any, x: Tensor, precision: str, found: _Found) -> None:
+def _compare(
+    prepared: Prepared, session: Any, x: Tensor, precision: str, found: _Found, images: int = 0
+) -> None:
+    """The first ``images`` of the batch are photographs not seen yet: their classes are counted."""
     results = _run(prepared, session, x)
     with torch.no_grad():
         truth = prepared.truth(x.double())
@@ -408,8 +435,8 @@ def _compare(prepared: Prepared, session: Any, x: Tensor, precision: str, found:
         found.total += float(difference.sum())
         found.count += difference.numel()
         if "classes" in prepared.metadata:
-            found.images += len(got)
-            found.same += int((got.argmax(1) == expected.argmax(1)).sum())
+            found.images += images
+            found.same += int((got.argmax(1) == expected.argmax(1))[:images].sum())
 
 
 def _judge(name: str, difference: Tensor, own: Tensor, expected: Tensor, precision: str) -> None:
