@@ -49,8 +49,12 @@ _library.define(
     f"mix_backward(Tensor grad, Tensor x, {_TRAINING}, Tensor statistics, Tensor number, "
     "Tensor spatial, Tensor pooled, Tensor channel, bool[] needed) -> Tensor[]"
 )
-# The phases on the CPU, called by backends/cpu.py alone. qkv, grad_sum and grad_qkv are in layouts
-# of their own; shape is (B, C, H, W).
+# project_and_mix without gradients, of weights that have not moved since cpu_remember noted in `packed`
+# where they are (their memory is read again): so many arguments take the dispatcher longer than all else.
+# These and the phases on the CPU are called by backends/cpu.py alone.
+_library.define(f"cpu_remember(Tensor(a!) packed, {_WEIGHTS}) -> ()")
+_library.define("cpu_infer(Tensor x, Tensor packed) -> Tensor")
+# The phases. qkv, grad_sum and grad_qkv are in layouts of their own; shape is (B, C, H, W).
 for _phase in (
     "cpu_project(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, ScalarType dtype, Tensor(a!) qkv)"
     " -> ()",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _native, ops
 from ..reference import MixerWeights
+from ..weights import autocasts
 from .base import Combined, Gated, Mixed, Problem, ProjectionGradients, WholeStep
 
 KEPT_FLOATS = (256 << 20) // 4
@@ -254,9 +255,14 @@ class CpuBackend:
         return None
 
     def pack(self, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype) -> Tensor:
-        return ops.pack(w, eps, dtype)
+        packed = ops.pack(w, eps, dtype)
+        _cpu.cpu_remember(packed, *_arguments(w, eps))
+        return packed
 
     def project_and_mix(
         self, x: Tensor, w: MixerWeights, eps: tuple[float, float], packed: Tensor | None
     ) -> Tensor:
-        return ops.project_and_mix(x, w, eps, packed)
+        if packed is None or torch.is_grad_enabled() or ops.is_opaque() or autocasts(w):
+            return ops.project_and_mix(x, w, eps, packed)
+        out: Tensor = _cpu.cpu_infer.default(x, packed)
+        return out

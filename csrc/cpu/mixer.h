@@ -53,7 +53,7 @@ struct GateView {
   const float* depthwise;       // [blocks][9][lanes], BatchNorm folded in
   const float* depthwise_bias;  // [blocks][lanes]
   const float* spatial;         // [blocks][lanes]
-  const float* channel;         // [C in][padded out]
+  const float* channel;         // [block of outputs][C][lanes]
 };
 struct WeightsView {
   const unsigned char* product;  // layout private to the instruction set

@@ -100,18 +100,19 @@ template <int M>
 CASVIT_INLINE void channel_gate_of(const Geometry& g, const GateView& w, const float* pooled,
                                    float* gate, int64_t block) {
   const int64_t padded = g.padded();
+  const float* weights = w.channel + block * g.C * VL;
   Vec acc[M][2];
   for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = zero();
   for (int64_t i = 0; i + 2 <= g.C; i += 2) {
-    const Vec even = load(w.channel + i * padded + block * VL);
-    const Vec odd = load(w.channel + (i + 1) * padded + block * VL);
+    const Vec even = load(weights + i * VL);
+    const Vec odd = load(weights + (i + 1) * VL);
     for (int m = 0; m < M; ++m) {
       acc[m][0] = fma(even, splat(pooled[m * padded + i]), acc[m][0]);
       acc[m][1] = fma(odd, splat(pooled[m * padded + i + 1]), acc[m][1]);
     }
   }
   if (g.C % 2) {
-    const Vec last = load(w.channel + (g.C - 1) * padded + block * VL);
+    const Vec last = load(weights + (g.C - 1) * VL);
     for (int m = 0; m < M; ++m)
       acc[m][0] = fma(last, splat(pooled[m * padded + g.C - 1]), acc[m][0]);
   }

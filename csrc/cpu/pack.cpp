@@ -10,10 +10,13 @@ namespace casvit {
 namespace {
 
 constexpr int64_t MAGIC = 0x4d54414356534143;  // "CASVCATM"
-constexpr int64_t HEADER_BYTES = 128;
 constexpr int64_t ALIGN = 64;
 
-int64_t aligned(int64_t bytes) { return (bytes + ALIGN - 1) / ALIGN * ALIGN; }
+constexpr int64_t aligned(int64_t bytes) { return (bytes + ALIGN - 1) / ALIGN * ALIGN; }
+
+// Packed weights begin with a header and room for where they came from.
+constexpr int64_t SOURCES_BEGIN = aligned(sizeof(PackedHeader));
+constexpr int64_t HEADER_BYTES = SOURCES_BEGIN + aligned(sizeof(Sources));
 
 float half_to_float(uint16_t h) {
   const int exponent = h >> 10 & 31, mantissa = h & 1023;
@@ -49,8 +52,9 @@ void copy_row(const Source& s, int64_t row, int64_t n, float* to) {
   }
   for (int64_t i = 0; i < n; ++i) to[i] = at(s, row, i);
 }
-// to[i][o] = s[o][i] of an n by n matrix, in tiles that stay in the first-level cache.
-void transpose(const Source& s, int64_t n, int64_t row, float* to, const Pool& pool) {
+// to[o / lanes][i][o % lanes] = s[o][i] of an n by n matrix, in tiles that stay in the first-level
+// cache.
+void transpose(const Source& s, int64_t n, int64_t lanes, float* to, const Pool& pool) {
   constexpr int64_t tile = 32;
   run(pool, divide_up(n, tile), [&](int64_t strip) {
     float rows[tile][tile];
@@ -62,7 +66,8 @@ void transpose(const Source& s, int64_t n, int64_t row, float* to, const Pool& p
       corner.data = static_cast<const char*>(s.data) + i * s.stride[1] * bytes;
       for (int64_t y = 0; y < height; ++y) copy_row(corner, o + y, width, rows[y]);
       for (int64_t x = 0; x < width; ++x)
-        for (int64_t y = 0; y < height; ++y) to[(i + x) * row + o + y] = rows[y][x];
+        for (int64_t y = 0; y < height; ++y)
+          to[((o + y) / lanes * n + i + x) * lanes + (o + y) % lanes] = rows[y][x];
     }
   });
 }
@@ -257,7 +262,7 @@ void fill_combine(const Kernels& k, const Sources& s, const MixingLayout& layout
 }
 void fill_mixing(const Kernels& k, const Sources& s, const MixingLayout& layout, void* base,
                  const Pool& pool) {
-  const int64_t C = s.C, padded = (C + k.lanes - 1) / k.lanes * k.lanes;
+  const int64_t C = s.C;
   for (int i = 0; i < 2; ++i) {
     const GateSources& g = s.gate[i];
     pack_depthwise(
@@ -265,7 +270,7 @@ void fill_mixing(const Kernels& k, const Sources& s, const MixingLayout& layout,
         floats(base, layout.gate[i][1]), [&](int64_t c) { return normalizer(g, c); },
         [&](int64_t c, double scale) { return beta(g, c) - at(g.norm_mean, c) * scale; });
     copy_row(g.spatial_weight, 0, C, floats(base, layout.gate[i][2]));
-    transpose(g.channel_weight, C, padded, floats(base, layout.gate[i][3]), pool);
+    transpose(g.channel_weight, C, k.lanes, floats(base, layout.gate[i][3]), pool);
   }
   fill_combine(k, s, layout, base);
 }
@@ -319,6 +324,21 @@ bool is_current(const Kernels& k, const Sources& s, Product kind, void* packed, 
   // Several threads may find out at once; all write the same.
   if (!current) __atomic_store_n(&have->stale, int64_t{1}, __ATOMIC_RELAXED);
   return current;
+}
+
+void remember_sources(const Sources& s, void* packed) {
+  std::memcpy(static_cast<char*>(packed) + SOURCES_BEGIN, &s, sizeof s);
+}
+const Sources* sources_of(const Kernels& k, int64_t C, Product kind, const void* packed,
+                          int64_t bytes) {
+  if (bytes != packed_bytes(k, C, kind)) return nullptr;
+  const PackedHeader* have = static_cast<const PackedHeader*>(packed);
+  if (have->magic != MAGIC || std::strncmp(have->isa, k.name, 8) || have->channels != C ||
+      have->product != static_cast<int64_t>(kind))
+    return nullptr;
+  const Sources* s =
+      reinterpret_cast<const Sources*>(static_cast<const char*>(packed) + SOURCES_BEGIN);
+  return s->C == C ? s : nullptr;
 }
 
 WeightsView view(const Kernels& k, int64_t C, Product kind, const void* packed) {
