@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,7 +128,7 @@ def to_coreml(
             "normalize: expected a Normalization from 0 to 255 with image_input (False takes the "
             "published one), got True"
         )
-    with staged(path, ".mlpackage", overwrite) as (final, draft):
+    with _numpy_random_state(), staged(path, ".mlpackage", overwrite) as (final, draft):
         prepared = prepare(model, input_size, low, example_input, fold=fold, normalize=normalize)
         given = prepared.example.shape[0]
         if isinstance(batch, int):
@@ -197,6 +198,18 @@ def _coremltools() -> Any:
         return require("coremltools")
     finally:
         logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def _numpy_random_state() -> Iterator[None]:
+    """The caller's random numbers go on as they were: coremltools draws some, too."""
+    import numpy
+
+    state = numpy.random.get_state()
+    try:
+        yield
+    finally:
+        numpy.random.set_state(state)
 
 
 def _batch(batch: int | tuple[int, int]) -> tuple[int, int]:

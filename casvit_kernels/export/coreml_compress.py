@@ -48,8 +48,7 @@ def compress(
         if precision == "palettized":
             entries = optimize.OpPalettizerConfig(mode="kmeans", nbits=PALETTE_BITS)
             config = optimize.OptimizationConfig(global_config=entries, op_name_configs=kept)
-            with _numpy_random_state():  # k-means draws from it
-                small = optimize.palettize_weights(package, config)
+            small = optimize.palettize_weights(package, config)
             return (
                 small,
                 f"weights of {PALETTE_BITS} bits, {len(gates)} gates' convolutions in fp16",
@@ -62,16 +61,6 @@ def compress(
             package = _quantized_activations(optimize, package, program, images)
             note += f"; activations of 8 bits, {said}"
         return optimize.linear_quantize_weights(package, config), note
-
-
-@contextlib.contextmanager
-def _numpy_random_state() -> Iterator[None]:
-    numpy = require("numpy")
-    state = numpy.random.get_state()
-    try:
-        yield
-    finally:
-        numpy.random.set_state(state)
 
 
 def gate_convolutions(program: Program) -> list[str]:
