@@ -37,13 +37,11 @@ def cases(choice: Choice) -> list[Case]:
     if choice.gpu:  # ONNX Runtime's CPU provider is what is measured
         return []
     size = 64 if choice.quick else 224
-    batches = choice.batches if choice.quick else (min(choice.batches), LARGE)
+    batches = choice.batches if choice.quick else sorted({min(choice.batches), LARGE})
     return [Case("export", m, None, 3, size, b, "float32") for m in choice.models for b in batches]
 
 
 def run(case: Case, names: list[str], settings: Settings) -> Measured:
-    if case.batch < LARGE:  # the first of a model: those of the last one hold gigabytes
-        _session.cache_clear()
     model = _model(case.model)
     fused = copy.deepcopy(model)
     fuse(fused, backend=settings.backend)
@@ -62,8 +60,9 @@ def run(case: Case, names: list[str], settings: Settings) -> Measured:
     return measure(case, model, x, {name: candidates[name] for name in names}, settings)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def _model(name: str) -> nn.Module:
+    _session.cache_clear()  # those of another model: they hold gigabytes
     torch.manual_seed(0)
     return randomise_statistics(getattr(family, f"rcvit_{name}")()).eval()
 

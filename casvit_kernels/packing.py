@@ -57,25 +57,32 @@ class PackedWeights:
         alike = check_alike(w)
         if any(t is not None and t.grad_fn is not None for t in sources):
             return None  # computed for this call: to keep them would keep their graph
+        entry = _Entry(sources, alike)  # first: what is written meanwhile makes it out of date
         with torch.no_grad():
             packed = backend.pack(w, eps, dtype)
         if packed is not None:
+            entry.keep(packed)
             others = {k: e for k, e in self._entries.items() if k != key and e.is_current(sources)}
             kept = list(others.items())[1 - _MOST :]
             # One assignment: safe between threads.
-            self._entries = {**dict(kept), key: _Entry(sources, packed, alike)}
+            self._entries = {**dict(kept), key: entry}
         return packed
 
 
 class _Entry:
-    def __init__(self, sources: tuple[Tensor | None, ...], packed: Any, alike: bool) -> None:
-        self.packed = packed
+    packed: Any
+
+    def __init__(self, sources: tuple[Tensor | None, ...], alike: bool) -> None:
         self.alike = alike  # False: such weights are fine under autocast only
         self._sources = sources
         self._present = [t for t in sources if t is not None]
         # Inference tensors have no version counter; the fingerprint watches over those.
         self._counted = [t for t in self._present if not t.is_inference()]
+        self._matrices = [t for t in self._present if t.dim() > 1 and t.shape[1] > 1]
         self._state = self._current_state()
+
+    def keep(self, packed: Any) -> None:
+        self.packed = packed
         self._stale = (
             ctypes.c_int64.from_address(packed.data_ptr() + _STALE_OFFSET)
             if isinstance(packed, Tensor)
@@ -89,9 +96,13 @@ class _Entry:
             and self._current_state() == self._state
         )
 
-    def _current_state(self) -> list[int]:
+    def _current_state(self) -> list[Any]:
         # In C throughout: every call of the mixer runs this over some twenty tensors.
-        return [*map(_version, self._counted), *map(Tensor.data_ptr, self._present)]
+        return [
+            *map(_version, self._counted),
+            *map(Tensor.data_ptr, self._present),
+            *map(Tensor.stride, self._matrices),
+        ]
 
 
 _version = operator.attrgetter("_version")

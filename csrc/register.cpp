@@ -61,9 +61,13 @@ Tensor project_and_mix(const Tensor& x, WEIGHT_PARAMETERS, const Optional& packe
 }
 
 void remember(const Tensor& packed, WEIGHT_PARAMETERS) {
+  STD_TORCH_CHECK(qkv_weight.dim() == 4, "qkv_weight: expected 4 dimensions, got ",
+                  qkv_weight.dim());
   const int64_t C = qkv_weight.size(1);
   const casvit::Sources sources = casvit::Sources WEIGHT_SOURCES;
-  casvit::remember_sources(sources, packed.mutable_data_ptr());
+  STD_TORCH_CHECK(packed.is_cpu() &&
+                      casvit::remember_sources(sources, packed.mutable_data_ptr(), packed.numel()),
+                  "packed: expected weights packed on this machine, of ", C, " channels");
 }
 
 Tensor infer(const Tensor& x, const Tensor& packed) {

@@ -479,9 +479,7 @@ def test_a_classifier_is_compared_before_its_softmax(tmp_path, monkeypatch):
     """The same number added to all scores leaves the probabilities as they are."""
     monkeypatch.setattr(coreml, "_converted", corrupted(shifted_scores))
     with pytest.raises(ExportError, match="output: the exported program differs"):
-        to_coreml(
-            network(), tmp_path / "m.mlpackage", input_size=SIZE, class_labels=list("abcde")
-        )
+        to_coreml(network(), tmp_path / "m.mlpackage", input_size=SIZE, class_labels=list("abcde"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -691,7 +689,7 @@ def test_numpy_random_state_is_the_callers(tmp_path):
     numpy.random.seed(3)
     expected = numpy.random.rand()
     numpy.random.seed(3)
-    to_coreml(network(), tmp_path / "m.mlpackage", input_size=SIZE, precision="palettized")
+    to_coreml(network(), tmp_path / "m.mlpackage", input_size=SIZE)
     assert numpy.random.rand() == expected
 
 

@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 
 from casvit_kernels import AdditiveTokenMixer, FusedCATM, catm
 from casvit_kernels.backends import cpu
+from casvit_kernels.module import mixer_weights
 from casvit_kernels.reference import GateWeights, MixerWeights
 
 KEYS = [
@@ -323,6 +324,16 @@ def _data_statistics(mixer):
     mixer.oper_k[0].block[1].running_mean.data.add_(1.0)
 
 
+def _turned(mixer):
+    weight = mixer.oper_k[1].block[1].weight  # at the same address
+    weight.data = weight.data.transpose(0, 1)
+
+
+def _negative(mixer):
+    weight = mixer.oper_k[1].block[1].weight
+    weight.data = torch._neg_view(weight.data.clone())  # what kernels are given is made for them
+
+
 EDITS = {
     "sgd": _optimizer(lambda p: torch.optim.SGD(p, lr=0.1)),
     "adam foreach": _optimizer(lambda p: torch.optim.Adam(p, lr=0.1, foreach=True)),
@@ -343,6 +354,8 @@ EDITS = {
     "training step": _training_step,
     "eps": _eps,
     "data statistics": _data_statistics,
+    "data turned": _turned,
+    "data negative": _negative,
     **{f"data {name}": _data(name) for name, _ in FusedCATM(1, True).named_parameters()},
 }
 
@@ -363,6 +376,51 @@ def test_single_elements_written_through_data_follow_after_refresh(mixer, x):
     mixer.qkv.weight.data[3, 2] += 3.0
     mixer.refresh()
     assert_right(mixer, x)
+
+
+def test_a_write_while_weights_are_packed_is_seen(x, monkeypatch):
+    require_backend("cpu")
+    mixer = filled(FusedCATM(19, backend="cpu")).eval()
+    real = cpu.CpuBackend.pack
+
+    def meanwhile(*arguments):
+        made = real(*arguments)
+        mixer.dwc.weight.data = 2 * mixer.dwc.weight.data  # another thread
+        monkeypatch.undo()
+        return made
+
+    monkeypatch.setattr(cpu.CpuBackend, "pack", meanwhile)
+    with torch.no_grad():
+        mixer(x)
+    assert_right(mixer, x)
+
+
+def test_repeated_calls_without_gradients_take_the_short_operator(x, monkeypatch):
+    require_backend("cpu")
+    mixer = filled(FusedCATM(19, backend="cpu")).eval()
+    expected = mixer(x)
+    monkeypatch.setattr(cpu.ops, "project_and_mix", None)
+    with torch.no_grad():
+        assert torch.equal(mixer(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(mixer(x), expected)
+
+
+def test_the_short_operator_refuses_what_was_packed_for_something_else(x):
+    require_backend("cpu")
+    operators = torch.ops.casvit_kernels
+    flat = cpu.ops.flatten(mixer_weights(filled(FusedCATM(19)).eval()))
+    packed = operators.pack(*flat, 1e-5, 1e-5, torch.float32)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="packed: expected weights packed for x"):
+            operators.cpu_infer(x, packed)  # nothing remembered
+        with pytest.raises(RuntimeError, match="packed: expected weights packed on this machine"):
+            operators.cpu_remember(packed[:100], *flat, 1e-5, 1e-5)
+        operators.cpu_remember(packed, *flat, 1e-5, 1e-5)
+        for other in (x.bfloat16(), x[:, :5], x.new_zeros(1, 33, 2, 2)):
+            with pytest.raises(RuntimeError, match="packed: expected weights packed for x"):
+                operators.cpu_infer(other, packed)
+        assert operators.cpu_infer(x, packed).shape == x.shape
 
 
 def test_weights_are_packed_once_for_each_change(x, monkeypatch):

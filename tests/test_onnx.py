@@ -257,8 +257,17 @@ def test_half_precision_that_overflows(tmp_path):
     model = classifier()
     model.patch_embed[0].weight.data *= 1e6
     model.patch_embed[1].running_var *= 1e12
-    with pytest.raises(ExportError, match=r"overflows in fp16: convolution gives .*precision=\"fp32"):
+    with pytest.raises(
+        ExportError, match=r"overflows in fp16: convolution gives .*precision=\"fp32"
+    ):
         to_onnx(model, tmp_path / "half.onnx", 64, precision="fp16", fold=False)
+    model = classifier()
+    model.patch_embed[1].weight.data *= 1e6  # a norm gives three tensors
+    with pytest.raises(ExportError, match=r"overflows in fp16: \w*batch_norm\w* gives"):
+        to_onnx(model, tmp_path / "half.onnx", 64, precision="fp16", fold=False)
+    pixels = Normalization(top=70000.0)
+    with pytest.raises(ExportError, match="overflows in fp16: the input has 7e"):
+        to_onnx(classifier(), tmp_path / "half.onnx", 64, precision="fp16", normalize=pixels)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -43,7 +43,11 @@ class Backend(Protocol):
     def project_and_mix(
         self, x: Tensor, w: MixerWeights, eps: tuple[float, float], packed: Any
     ) -> Tensor:
-        """x to out with BatchNorm's running statistics, differentiable."""
+        """x to out with BatchNorm's running statistics, differentiable.
+
+        packed: None, or what `pack` made of this very `w` and `eps`, whose tensors are where they were
+        (`packing.py` sees to it): a kernel may read them there again.
+        """
         ...
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .. import _native, ops
 from ..reference import MixerWeights
@@ -254,7 +255,13 @@ class CpuBackend:
             return f"it computes float32, bfloat16 and float16, not {problem.dtype}"
         return None
 
-    def pack(self, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype) -> Tensor:
+    def pack(self, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype) -> Tensor | None:
+        # Of other kinds of tensors the operator would see, and remember, what is made for it alone.
+        if any(
+            t is not None and (type(t) not in (Tensor, Parameter) or t.is_neg())
+            for t in ops.flatten(w)
+        ):
+            return None
         packed = ops.pack(w, eps, dtype)
         _cpu.cpu_remember(packed, *_arguments(w, eps))
         return packed

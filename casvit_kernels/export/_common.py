@@ -298,7 +298,8 @@ def _metadata(
         metadata["layers"], metadata["channels"] = (", ".join(map(str, n)) for n in config)
     if normalize is not None:
         metadata["mean"], metadata["std"] = (
-            ", ".join(f"{value:g}" for value in values) for values in (normalize.mean, normalize.std)
+            ", ".join(f"{value:g}" for value in values)
+            for values in (normalize.mean, normalize.std)
         )
     if len(outputs) == 1 and outputs[0].dim() == 2:
         metadata["classes"] = str(outputs[0].shape[1])
@@ -448,15 +449,14 @@ def culprit(
             return True
         return False
 
-    path, module = "", model
+    path, module = "", model.get_submodule("model")
     while True:
         for name, child in module.named_children():
             if child in inputs and fails(child):
                 path, module = f"{path}.{name}".lstrip("."), child
                 break
         else:
-            name = path.removeprefix("model").lstrip(".")
-            return f"{name or 'the model'} ({type(module).__name__})"
+            return f"{path or 'the model'} ({type(module).__name__})"
 
 
 @contextlib.contextmanager

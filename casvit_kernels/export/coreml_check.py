@@ -123,9 +123,13 @@ class Check:
                     f"the exported program overflows in {precision} at operation {overflow[0]}: "
                     'its result is not finite; precision="fp32" has more range'
                 )
+            with torch.no_grad():
+                truth, own = self._prepared.truth(x.double()), self._own(x, precision)
             if self._labels is not None:
-                self._compare(scores, x, photographs, precision, scores=True)
-            errors.append(self._compare(self._outputs(results), x, photographs, precision))
+                self._compare(scores, truth, own, photographs, precision)
+                truth, own = ((outputs[0].softmax(1),) for outputs in (truth, own))
+            found = self._compare(self._outputs(results), truth, own, photographs, precision)
+            errors.append(found)
         return _combined(errors)
 
     def _outputs(self, results: dict[str, Any]) -> list[Tensor]:
@@ -147,17 +151,13 @@ class Check:
     def _compare(
         self,
         results: list[Tensor],
-        x: Tensor,
+        truth: tuple[Tensor, ...],
+        own: tuple[Tensor, ...],
         photographs: int,
         precision: str,
-        scores: bool = False,
     ) -> tuple[float, float, int, int, int]:
         """Largest error, sum of errors, their number, photographs alike, photographs."""
         prepared = self._prepared
-        with torch.no_grad():
-            truth, own = prepared.truth(x.double()), self._own(x, precision)
-            if not scores:
-                truth, own = self._final(truth), self._final(own)
         worst, total, count, alike = 0.0, 0.0, 0, 0
         for name, got, eager, expected in zip(
             prepared.output_names, results, own, truth, strict=True
@@ -192,9 +192,6 @@ class Check:
         with _RoundedToHalf():  # type: ignore[no-untyped-call]
             rounded: tuple[Tensor, ...] = self._half(x)
         return rounded
-
-    def _final(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return outputs if self._labels is None else (outputs[0].softmax(1),)
 
     def _classifies(self, truth: tuple[Tensor, ...]) -> bool:
         return len(truth) == 1 and truth[0].dim() == 2 and truth[0].shape[1] > 1

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _graph, _quantize
@@ -292,29 +293,31 @@ def _check_graph(draft: Path, opset: int) -> None:
 class _Range(TorchDispatchMode):
     """Notes the first result that half precision cannot hold."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.beyond: str | None = None
+    beyond: str | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.beyond is None and isinstance(result, Tensor) and result.is_floating_point():
-            finite = result[result.isfinite()]  # a mask of infinities stays one
-            largest = float(finite.abs().max()) if finite.numel() else 0.0
-            if largest > torch.finfo(torch.float16).max:
-                self.beyond = f"{func.name().removeprefix('aten::')} gives {largest:.3g}"
+        for leaf in _pytree.tree_leaves(result):
+            if self.beyond is None and isinstance(leaf, Tensor) and leaf.is_floating_point():
+                self.look(leaf, f"{func.name().removeprefix('aten::')} gives")
         return result
+
+    def look(self, value: Tensor, what: str) -> None:
+        finite = value[value.isfinite()]  # a mask of infinities stays one
+        largest = float(finite.abs().max()) if finite.numel() else 0.0
+        if largest > torch.finfo(torch.float16).max:
+            self.beyond = f"{what} {largest:.3g}"
 
 
 def _check_range(prepared: Prepared) -> None:
     """On the CPU ONNX Runtime computes half precision in float32: it would not see an overflow."""
     pictures, _ = prepared.pictures()
-    for x in (prepared.example, pictures):
-        if x is None:
-            continue
-        with torch.no_grad(), _Range() as seen:  # type: ignore[no-untyped-call]
+    for x, _ in ((prepared.example, 0), *_full_batches(prepared, pictures)):
+        seen = _Range()  # type: ignore[no-untyped-call]
+        seen.look(x, "the input has")
+        with torch.no_grad(), seen:
             prepared.exported(x)
         if seen.beyond is not None:
             raise ExportError(
@@ -368,13 +371,21 @@ def _verify(
         else:  # noise is outside the ranges of the calibration: other batches and sizes of images
             _run(prepared, session, x)
             _compare(prepared, session, _of_shape(calibration, x.shape), precision, found)
-    if pictures is not None:
-        count = prepared.example.shape[0]
-        for start in range(0, len(pictures), count):
-            chosen = torch.arange(start, start + count) % len(pictures)  # full batches
-            new = min(count, len(pictures) - start)
-            _compare(prepared, session, pictures[chosen], precision, found, new)
+    for x, new in _full_batches(prepared, pictures):
+        _compare(prepared, session, x, precision, found, new)
     return found
+
+
+def _full_batches(prepared: Prepared, pictures: Tensor | None) -> Iterator[tuple[Tensor, int]]:
+    """Pictures in batches as large as the example, and how many of each were not there before."""
+    if pictures is None:
+        return
+    count = prepared.example.shape[0]
+    for start in range(0, len(pictures), count):
+        yield (
+            pictures[torch.arange(start, start + count) % len(pictures)],
+            min(count, len(pictures) - start),
+        )
 
 
 def _of_shape(images: Tensor, shape: tuple[int, ...]) -> Tensor:

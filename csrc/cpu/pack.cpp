@@ -326,8 +326,11 @@ bool is_current(const Kernels& k, const Sources& s, Product kind, void* packed, 
   return current;
 }
 
-void remember_sources(const Sources& s, void* packed) {
+bool remember_sources(const Sources& s, void* packed, int64_t bytes) {
+  const PackedHeader* have = static_cast<const PackedHeader*>(packed);
+  if (bytes < HEADER_BYTES || have->magic != MAGIC || have->channels != s.C) return false;
   std::memcpy(static_cast<char*>(packed) + SOURCES_BEGIN, &s, sizeof s);
+  return true;
 }
 const Sources* sources_of(const Kernels& k, int64_t C, Product kind, const void* packed,
                           int64_t bytes) {

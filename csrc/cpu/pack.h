@@ -1,5 +1,6 @@
 // The packed weights of one mixer: BatchNorm folded into the depthwise convolutions of the gates,
-// everything in the order the kernels read it. One block of bytes: a header, then the arrays.
+// everything in the order the kernels read it. One block of bytes: a header, where the weights came
+// from (see remember_sources), then the arrays.
 #pragma once
 
 #include <vector>
@@ -45,10 +46,11 @@ int64_t packed_bytes(const Kernels&, int64_t C, Product);
 void pack(const Kernels&, const Sources&, Product, void* to);
 // Whether `packed` was made by pack() for this problem from these values; notes it when not.
 bool is_current(const Kernels&, const Sources&, Product, void* packed, int64_t bytes);
-// Notes in `packed` where it came from. pack() does not: equal weights shall give equal bytes.
-void remember_sources(const Sources&, void* packed);
-// Those sources, whose memory the caller knows to be there still; nullptr: nothing was noted, or for
-// other kernels or channels.
+// Notes in `packed` where it came from; false: it is none of these. pack() does not: equal weights
+// shall give equal bytes.
+bool remember_sources(const Sources&, void* packed, int64_t bytes);
+// Those sources, whose memory the caller knows to be there still; nullptr: nothing was noted, or
+// for other kernels or channels.
 const Sources* sources_of(const Kernels&, int64_t C, Product, const void* packed, int64_t bytes);
 WeightsView view(const Kernels&, int64_t C, Product, const void* packed);
 
