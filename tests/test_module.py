@@ -382,10 +382,11 @@ def test_a_write_while_weights_are_packed_is_seen(x, monkeypatch):
     require_backend("cpu")
     mixer = filled(FusedCATM(19, backend="cpu")).eval()
     real = cpu.CpuBackend.pack
+    before = mixer.dwc.weight.data  # stays where it was, with its values
 
     def meanwhile(*arguments):
         made = real(*arguments)
-        mixer.dwc.weight.data = 2 * mixer.dwc.weight.data  # another thread
+        mixer.dwc.weight.data = 2 * before  # another thread
         monkeypatch.undo()
         return made
 
