@@ -422,9 +422,12 @@ def _fits(model: nn.Module, fold: Fold) -> bool:
 
 
 def _neutral(norm: Any) -> nn.Module:
-    """A BatchNorm that returns its input bit by bit: mean 0, variance 1, eps 0, nothing learned."""
+    """A BatchNorm that returns its input bit by bit: mean 0, variance 1, nothing learned.
+
+    Its eps is lost when it is added to 1. It is not 0, which torch 2.11 refuses.
+    """
     like = norm.running_mean
     neutral = nn.BatchNorm2d(
-        norm.num_features, eps=0.0, affine=False, device=like.device, dtype=like.dtype
+        norm.num_features, eps=1e-30, affine=False, device=like.device, dtype=like.dtype
     )
     return neutral.eval()
