@@ -37,6 +37,21 @@ except c.BackendUnavailable as error:
 """
 
 
+# Folded twice, and exported with all checks.
+EXPORT = """
+import json, sys, torch, casvit_kernels as c
+from casvit_kernels.export import to_onnx
+from casvit_kernels.models import Config, RCViT
+model = RCViT(Config((1, 1, 1, 1), (8, 8, 16, 16)), num_classes=5).eval()
+c.fuse(model)
+folded = c.fold_for_inference(c.fold_for_inference(model))
+x = torch.randn(2, 3, 64, 64)
+with torch.no_grad(), c.use_backend("reference"):
+    error = (folded(x) - model(x)).abs().max().item()
+print(json.dumps([error, to_onnx(model, sys.argv[1], 64, batch="dynamic").max_error]))
+"""
+
+
 def run(*command: str | Path, env: dict[str, str] | None = None, cwd: Path) -> str:
     done = subprocess.run(
         [str(c) for c in command],
@@ -109,14 +124,14 @@ print(json.dumps([torch.__version__, triton.__version__, len(rows), failures]))
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="torch brings triton on x86-64")
 def test_the_oldest_torch_and_its_triton(tmp_path: Path) -> None:
-    """Parity of the CPU's kernels and, in the interpreter, of Triton's."""
+    """Parity of the CPU's kernels and, in the interpreter, of Triton's; folding and ONNX."""
     if torch.__version__.startswith("2.11"):
         pytest.skip("it is the one that runs")
     wheel = build_wheel(tmp_path, CASVIT_KERNELS_REQUIRE_NATIVE="1")
     other = tmp_path / "venv"
     venv.create(other, with_pip=True)
     python = other / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", *OLDEST_TORCH, wheel, cwd=tmp_path)
+    run(python, "-m", "pip", "install", "--quiet", *OLDEST_TORCH, f"{wheel}[export]", cwd=tmp_path)
     parity = "-m", "casvit_kernels", "parity", "--backend", "cpu", "--dtype", "float32", "--json"
     assert json.loads(run(python, *parity, cwd=tmp_path))["passed"]
     said = run(python, "-c", INTERPRET, env={"TRITON_INTERPRET": "1"}, cwd=tmp_path)
@@ -125,6 +140,10 @@ def test_the_oldest_torch_and_its_triton(tmp_path: Path) -> None:
     assert triton_version.startswith("3.6")
     assert count >= 8
     assert failures == []
+    errors = json.loads(
+        run(python, "-c", EXPORT, tmp_path / "m.onnx", cwd=tmp_path).splitlines()[-1]
+    )
+    assert max(errors) < 1e-5
 
 
 def test_without_a_compiler_the_package_installs_and_says_what_is_missing(tmp_path: Path) -> None:
