@@ -41,7 +41,7 @@ Context = Callable[[], AbstractContextManager[object]]
 BF16 = " bf16"  # suffix of the names of what runs under bfloat16 autocast
 BASELINES = ("eager", "eager channels_last", "compile", "compile channels_last", "onnxruntime")
 MIXER_NAMES = (*BASELINES, "fused", "fused channels_last")
-MODEL_NAMES = (*MIXER_NAMES, "fused compile")
+MODEL_NAMES = (*MIXER_NAMES, "fused compile", "fused compile channels_last")
 TRAINING_NAMES = tuple(name for name in MIXER_NAMES if name != "onnxruntime")
 
 # On a GPU, all under autocast (append `BF16`). Compiled ones take minutes there, so in one layout only,
@@ -281,8 +281,8 @@ def model_candidates(
     Args:
         model: with at least one plain mixer that `casvit_kernels.fuse` can swap.
         x: the model's input, float32; those under autocast get it in float32 too.
-        include: names out of `MODEL_NAMES` or `GPU_MODEL_NAMES`; ``fused compile`` is compiled with
-            the fused mixers in place.
+        include: names out of `MODEL_NAMES` or `GPU_MODEL_NAMES`; ``fused compile`` and
+            ``fused compile channels_last`` are compiled with the fused mixers in place.
     """
     known = (*MODEL_NAMES, *GPU_MODEL_NAMES)
     return _candidates("model", model, partial(_fused_model, backend), x, x, include, known)

@@ -323,6 +323,15 @@ def _bench(tmp_path, *arguments, **environment):
     )
 
 
+def test_of_a_whole_model_the_fastest_fused_candidate_counts(checkout):
+    found = _measured(eager=8.0, compile=6.0, fused=7.0, fused_compile=4.0)
+    found.case = dataclasses.replace(CASE, level="model", stage=None)
+    _publish(checkout, found)
+    assert _run(checkout) == 0
+    row = _row(checkout, "whole rcvit_xs")
+    assert row[1:5] == ["4 (fused compile)", "6 (compile)", "**1.50x**", "2.00x"]
+
+
 @pytest.mark.parametrize("options", [(), ("--quick",), ("--models", "s,m", "--batches", "2")])
 def test_every_benchmark_is_found(options):
     pytest.importorskip("pytest_benchmark")
