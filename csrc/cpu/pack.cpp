@@ -214,6 +214,11 @@ PackedHeader header_of(const Kernels& k, const Sources& s, Product kind) {
   return h;
 }
 
+bool made_for(const PackedHeader& h, const Kernels& k, int64_t C, Product kind) {
+  return h.magic == MAGIC && !std::strncmp(h.isa, k.name, 8) &&
+         h.product == static_cast<int64_t>(kind) && h.channels == C;
+}
+
 float* floats(void* base, int64_t offset) {
   return reinterpret_cast<float*>(static_cast<char*>(base) + offset);
 }
@@ -317,10 +322,8 @@ bool is_current(const Kernels& k, const Sources& s, Product kind, void* packed, 
   if (bytes != packed_bytes(k, s.C, kind)) return false;
   PackedHeader* have = static_cast<PackedHeader*>(packed);
   const PackedHeader want = header_of(k, s, kind);
-  const bool current = have->magic == want.magic && !std::memcmp(have->isa, want.isa, 8) &&
-                       have->product == want.product && have->channels == want.channels &&
-                       have->fingerprint == want.fingerprint && have->eps[0] == want.eps[0] &&
-                       have->eps[1] == want.eps[1];
+  const bool current = made_for(*have, k, s.C, kind) && have->fingerprint == want.fingerprint &&
+                       have->eps[0] == want.eps[0] && have->eps[1] == want.eps[1];
   // Several threads may find out at once; all write the same.
   if (!current) __atomic_store_n(&have->stale, int64_t{1}, __ATOMIC_RELAXED);
   return current;
@@ -335,10 +338,7 @@ bool remember_sources(const Sources& s, void* packed, int64_t bytes) {
 const Sources* sources_of(const Kernels& k, int64_t C, Product kind, const void* packed,
                           int64_t bytes) {
   if (bytes != packed_bytes(k, C, kind)) return nullptr;
-  const PackedHeader* have = static_cast<const PackedHeader*>(packed);
-  if (have->magic != MAGIC || std::strncmp(have->isa, k.name, 8) || have->channels != C ||
-      have->product != static_cast<int64_t>(kind))
-    return nullptr;
+  if (!made_for(*static_cast<const PackedHeader*>(packed), k, C, kind)) return nullptr;
   const Sources* s =
       reinterpret_cast<const Sources*>(static_cast<const char*>(packed) + SOURCES_BEGIN);
   return s->C == C ? s : nullptr;
