@@ -69,15 +69,11 @@ def launch(name: str, x: Tensor, size: Cut, given: Sequence[Any], gates: int = 1
     given: its arguments before B. gates: 2 where a program has one of q and k.
     """
     b, c, height, width = x.shape
-    if 3 * c * height * width >= 2**31:  # offsets from the start of a row have 32 bits
-        raise ValueError(
-            "x: expected images whose q, k and v have fewer than 2^31 elements together with "
-            f"backend='triton', got shape {tuple(x.shape)}"
-        )
     pixels_last = ops.output_memory_format(x) is torch.contiguous_format
     t = tile(name, c, pixels_last)
-    together = min(b, (t.pixels + 1) // (width + 1) or 1)
-    if 3 * c * height * width * together >= 2**31:  # offsets within a tile have 32 bits
+    together = max(1, min(b, (t.pixels + 1) // (width + 1)))
+    # Offsets from the start of a row, and those within a tile of several images, have 32 bits.
+    if 3 * c * height * width * together >= 2**31:
         raise ValueError(
             "x: expected images whose q, k and v have fewer than 2^31 elements together with "
             f"backend='triton', got shape {tuple(x.shape)}"
