@@ -100,7 +100,7 @@ static void multiply_add(const unsigned char* x, const unsigned char* w, int64_t
     o.load_x(x + LOW);
     o.load_w(w + HIGH);
     for (int64_t t = 0; t < depth; ++t) {
-      o.all_but_last(x, w);
+      o.all_but_last(x, w, [] {});
       x += t + 1 < depth ? each : 0;  // the last load is idle
       w += t + 1 < depth ? each : 0;
       o.then_both(x + LOW, w);

@@ -126,9 +126,11 @@ static int64_t tiles_per_chunk(const Depth& d) {
   int64_t n = (192 << 10) / d.bytes() / 2 * 2;
   return n < 14 ? 14 : n > MOST_TILES ? MOST_TILES : n;
 }
+// Tiles of results: those of every pixel tile where the depth comes in slices.
+static int64_t sum_tiles(const Depth& d) { return d.slice < d.tiles ? 2 * tiles_per_chunk(d) : 4; }
 static int64_t product_temp_bytes(int64_t C, Product kind, int64_t) {
   const Depth d = depth_of(C, kind);
-  return tiles_per_chunk(d) * d.bytes() + 6 * TILE_BYTES;
+  return tiles_per_chunk(d) * d.bytes() + (sum_tiles(d) + 2) * TILE_BYTES;
 }
 
 // 16 channels from c on of 16 pixels, as floats: to[i * stride] are those of pixel i.
@@ -148,6 +150,19 @@ CASVIT_INLINE void gather(const T* x, int64_t channel_stride, int64_t C, const P
     for (int i = 0; i < count; ++i)
       _mm_prefetch(reinterpret_cast<const char*>(p + i * channel_stride + 4 * TILE), _MM_HINT_T0);
     load_transposed(p, channel_stride, static_cast<int>(count), r);
+    for (int i = 0; i < TILE; ++i) store(to + i * stride, r[i]);
+  } else if (piece.two_runs) {
+    const __mmask16 all = first_lanes(piece.count), first = first_lanes(piece.run);
+    const T* p = x + piece.from[0] + c * channel_stride;
+    const T* q = x + piece.from[piece.count - 1] + c * channel_stride - (piece.count - 1);
+    Vec r[TILE];
+    for (int i = 0; i < TILE; ++i) {
+      r[i] = zero();
+      if (i < count)
+        r[i] = _mm512_or_ps(load_lanes_as_float(p + i * channel_stride, first),
+                            load_lanes_as_float(q + i * channel_stride, all & ~first));
+    }
+    transpose(r);
     for (int i = 0; i < TILE; ++i) store(to + i * stride, r[i]);
   } else {
     for (int i = 0; i < TILE; ++i)
@@ -197,16 +212,53 @@ static void pack_tile(const Input& x, int64_t C, const Piece<TILE>& piece, const
   }
 }
 
+// The results of the last two pixel tiles by two blocks, on their way to the planes. They are
+// copied while the next ones are multiplied, a few after any four products, which take the matrix
+// unit 64 cycles. Before or behind them it would take its time once more: the core does not look
+// ahead over more than a few products.
+class Copy {
+ public:
+  // Pixels [begin, end) of results [pixel tile][block][16 pixels][16].
+  void start(const float* results, const Piece<TILE>* pieces, int begin, int end, float* plane,
+             int64_t next_plane, int blocks) {
+    results_ = results;
+    pieces_ = pieces;
+    next_ = begin;
+    end_ = end;
+    plane_ = plane;
+    next_plane_ = next_plane;
+    blocks_ = blocks;
+  }
+  // For that many steps.
+  void share_out(int64_t steps) {
+    const auto n = static_cast<uint32_t>(steps);
+    each_ = static_cast<int>((static_cast<uint32_t>(end_ - next_) + n - 1) / n);
+  }
+  void step() { copy(next_ + each_ < end_ ? next_ + each_ : end_); }
+  void finish() { copy(end_); }
+
+ private:
+  void copy(int end) {
+    for (; next_ < end; ++next_) {
+      const int tile = next_ / TILE, pixel = next_ % TILE;
+      const float* from = results_ + tile * 512 + pixel * VL;
+      float* to = plane_ + pieces_[tile].to[pixel];
+      store(to, load(from));
+      if (blocks_ > 1) store(to + next_plane_, load(from + 256));
+    }
+  }
+
+  const float* results_ = nullptr;
+  const Piece<TILE>* pieces_ = nullptr;
+  float* plane_ = nullptr;
+  int64_t next_plane_ = 0;
+  int next_ = 0, end_ = 0, each_ = 0, blocks_ = 0;
+};
+
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Where the 16 pixels by 16 outputs of an accumulator go: rows `stride` bytes apart.
-struct Target {
-  float* to;
-  int64_t stride;
 };
 
 // Where the parts lie in a depth tile.
@@ -258,31 +310,41 @@ struct Operands {
   }
   // Five of the six passes over a depth tile whose low part of x and high part of the weights are
   // loaded; the last is then_both, which loads the next.
+  // `step` is called after each pass.
+  template <class F>
   inline __attribute__((always_inline)) void all_but_last(const unsigned char* x,
-                                                          const unsigned char* w) const {
+                                                          const unsigned char* w,
+                                                          const F& step) const {
     then_x(x + MIDDLE);
+    step();
     then_w(w + MIDDLE);
+    step();
     then_x(x + HIGH);
+    step();
     then_w(w + LOW);
+    step();
     then_w(w + HIGH);
+    step();
   }
 };
 
-// The depth tiles [begin, begin + length) of one pair of pixel tiles and blocks.
+// The depth tiles [begin, begin + length) of one pair of pixel tiles and blocks. start: what each
+// accumulator (pixel tile * 2 + block) starts from, or zero; to: where it goes.
 template <int PIXEL_TILES, int BLOCKS>
 static void multiply(const unsigned char* x, const unsigned char* w, const Depth& depth,
-                     int64_t begin, const float* bias, const Target (&target)[4]) {
+                     int64_t begin, const float* const (&start)[4], float* const (&to)[4],
+                     Copy& copy) {
   const Operands<PIXEL_TILES, BLOCKS> o{depth.bytes(), depth.bytes()};
   const int64_t each = depth.parts * TILE_BYTES, length = depth.length(begin);
   const bool half = depth.half && begin + length == depth.tiles;
   const int64_t whole = half ? length - 1 : length;
   x += begin * each;
   w += begin * each;
-  if (bias) {
-    _tile_loadd(0, bias, 64);
-    if (BLOCKS > 1) _tile_loadd(1, bias + 256, 64);
-    if (PIXEL_TILES > 1) _tile_loadd(2, bias, 64);
-    if (PIXEL_TILES > 1 && BLOCKS > 1) _tile_loadd(3, bias + 256, 64);
+  if (start[0]) {
+    _tile_loadd(0, start[0], 64);
+    if (BLOCKS > 1) _tile_loadd(1, start[1], 64);
+    if (PIXEL_TILES > 1) _tile_loadd(2, start[2], 64);
+    if (PIXEL_TILES > 1 && BLOCKS > 1) _tile_loadd(3, start[3], 64);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -290,119 +352,155 @@ static void multiply(const unsigned char* x, const unsigned char* w, const Depth
     _tile_zero(3);
   }
   if (depth.parts == 1) {
+    copy.share_out(length);
     o.load_x(x);
     o.load_w(w);
     for (int64_t t = 0; t < length; ++t) {
       x += t + 1 < length ? each : 0;  // the last load is idle
       w += t + 1 < length ? each : 0;
       o.then_both(x, w);
+      copy.step();
     }
   } else {
+    copy.share_out(6 * whole + (half ? 3 : 0));
     o.load_x(x + LOW);
     o.load_w(whole ? w + HIGH : w + TILE_BYTES);
     for (int64_t t = 0; t < whole; ++t) {
-      o.all_but_last(x, w);
+      o.all_but_last(x, w, [&] { copy.step(); });
       const bool last = t + 1 == whole;
       x += last && !half ? 0 : each;
       w += last && !half ? 0 : each;
       o.then_both(x + LOW, last && half ? w + TILE_BYTES : w);
+      copy.step();
     }
     if (half) {
       o.then_both(x + TILE_BYTES, w);
+      copy.step();
       o.then_x(x);
+      copy.step();
       o.then_x(x);
+      copy.step();
     }
   }
-  _tile_stored(0, target[0].to, target[0].stride);
-  if (BLOCKS > 1) _tile_stored(1, target[1].to, target[1].stride);
-  if (PIXEL_TILES > 1) _tile_stored(2, target[2].to, target[2].stride);
-  if (PIXEL_TILES > 1 && BLOCKS > 1) _tile_stored(3, target[3].to, target[3].stride);
+  copy.finish();  // it may come from where these results go
+  _tile_stored(0, to[0], 64);
+  if (BLOCKS > 1) _tile_stored(1, to[1], 64);
+  if (PIXEL_TILES > 1) _tile_stored(2, to[2], 64);
+  if (PIXEL_TILES > 1 && BLOCKS > 1) _tile_stored(3, to[3], 64);
 }
 
 // What accumulators start from: the bias of one or two blocks, 16 equal rows for each; nullptr:
 // zero.
 static const float* spread_bias(const float* from, int blocks, float* to) {
-  bool any = false;
-  for (int64_t i = 0; i < blocks * VL; ++i) any = any || from[i] != 0.0f;
+  __mmask16 any = 0;
+  for (int64_t b = 0; b < blocks; ++b)
+    any |= _mm512_cmp_ps_mask(load(from + b * VL), zero(), _CMP_NEQ_UQ);
   if (!any) return nullptr;
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t i = 0; i < TILE; ++i) store(to + b * 256 + i * VL, load(from + b * VL));
   return to;
 }
 
+// One chunk of pixels, packed.
+struct Chunk {
+  const Geometry& g;
+  const WeightsView& w;
+  const Depth& depth;
+  float* planes;
+  unsigned char* panels;
+  float *sums, *bias;  // [pixel tile][2 blocks] tiles, or 4; 2 tiles
+  int64_t tiles = 0;
+  Piece<TILE> pieces[MOST_TILES];
+  bool in_row[MOST_TILES];  // the 16 pixels lie behind one another in the planes
+
+  Chunk(const Geometry& g, const WeightsView& w, const Depth& depth, float* planes, void* temp)
+      : g(g), w(w), depth(depth), planes(planes), sums(static_cast<float*>(temp)) {
+    bias = sums + sum_tiles(depth) * 256;
+    panels = reinterpret_cast<unsigned char*>(bias + 2 * 256);
+  }
+
+  // Pixel tiles t and t + 1, blocks [block, block + blocks), a slice of the depth.
+  void multiply(int64_t t, int64_t block, int blocks, int64_t begin, Copy& copy) const {
+    const bool last = begin + depth.length(begin) == depth.tiles;
+    const int pixel_tiles = t + 1 < tiles ? 2 : 1;
+    float* results = sums + (depth.slice < depth.tiles ? t * 512 : 0);
+    const float* start[4] = {};
+    if (begin > 0)
+      for (int i = 0; i < 4; ++i) start[i] = results + i * 256;
+    else if (spread_bias(w.qkv_bias + block * VL, blocks, bias))
+      for (int i = 0; i < 4; ++i) start[i] = bias + i % 2 * 256;
+    float* to[4];
+    for (int i = 0; i < 4; ++i) to[i] = results + i * 256;
+    int first = 0, end = TILE + pieces[t + pixel_tiles - 1].count;
+    if (pixel_tiles == 1) end -= TILE;
+    if (last) {
+      for (int i = 0; i < pixel_tiles; ++i)
+        for (int b = 0; b < blocks && in_row[t + i]; ++b)
+          to[2 * i + b] = planes + (block + b) * g.plane + pieces[t + i].to[0];
+      if (in_row[t + pixel_tiles - 1]) end -= TILE;
+      if (in_row[t]) first = TILE;
+    }
+    auto* f = pixel_tiles == 2 ? blocks == 2 ? amx::multiply<2, 2> : amx::multiply<2, 1>
+              : blocks == 2    ? amx::multiply<1, 2>
+                               : amx::multiply<1, 1>;
+    f(panels + t * depth.bytes(), w.product + block * depth.bytes(), depth, begin, start, to, copy);
+    if (last)
+      copy.start(results, pieces + t, first, end, planes + block * g.plane, g.plane, blocks);
+  }
+  // The weights of large C come from the third-level cache: asks for a share of the next slice.
+  void prefetch(int64_t block, int64_t begin, int64_t t) const {
+    const int64_t bytes = depth.parts * depth.length(begin) * TILE_BYTES;
+    const unsigned char* ahead =
+        w.product + block * depth.bytes() + begin * depth.parts * TILE_BYTES;
+    for (int64_t i = bytes * t / tiles / 64; i < bytes * (t + 2) / tiles / 64; ++i) {
+      _mm_prefetch(ahead + i * 64, _MM_HINT_T1);
+      _mm_prefetch(ahead + depth.bytes() + i * 64, _MM_HINT_T1);
+    }
+  }
+};
+
 static void product(const PixelRun& run, const WeightsView& w, Product kind, int64_t block_begin,
                     int64_t block_end, float* planes, int64_t image_floats, void* temp) {
   const Geometry& g = *run.g;
   const Depth depth = depth_of(g.C, kind);
-  const int64_t chunk = tiles_per_chunk(depth) * TILE;
-  float* result = static_cast<float*>(temp);  // 4 tiles, for pixels that do not lie in one row
-  float* bias = result + 4 * 256;             // 2 tiles
-  unsigned char* panels = static_cast<unsigned char*>(temp) + 6 * TILE_BYTES;
-  Piece<TILE> pieces[MOST_TILES];
-  bool in_row[MOST_TILES];
+  const int64_t chunk_pixels = tiles_per_chunk(depth) * TILE;
+  Chunk chunk(g, w, depth, planes, temp);
+  Copy copy;
 
   const TileConfig config;
   _tile_loadconfig(&config);
-  for (int64_t first = run.begin; first < run.end; first += chunk) {
-    const int64_t end = first + chunk < run.end ? first + chunk : run.end;
-    int64_t tiles = 0;
-    for (int64_t p = first; p < end; p += TILE, ++tiles) {
-      Piece<TILE>& piece = pieces[tiles];
+  for (int64_t first = run.begin; first < run.end; first += chunk_pixels) {
+    const int64_t end = first + chunk_pixels < run.end ? first + chunk_pixels : run.end;
+    copy.finish();  // it looks into the pieces of the chunk before
+    chunk.tiles = 0;
+    for (int64_t p = first; p < end; p += TILE, ++chunk.tiles) {
+      Piece<TILE>& piece = chunk.pieces[chunk.tiles];
       piece.locate(run, p, image_floats);
-      in_row[tiles] = piece.count == TILE && piece.to[TILE - 1] - piece.to[0] == (TILE - 1) * VL;
-      pack_tile(*run.x, g.C, piece, depth, panels + tiles * depth.bytes());
+      chunk.in_row[chunk.tiles] =
+          piece.count == TILE && piece.to[TILE - 1] - piece.to[0] == (TILE - 1) * VL;
+      pack_tile(*run.x, g.C, piece, depth, chunk.panels + chunk.tiles * depth.bytes());
     }
-    for (int64_t block = block_begin; block < block_end; block += 2) {
-      const int blocks = block + 1 < block_end ? 2 : 1;
-      const unsigned char* weights = w.product + block * depth.bytes();
-      // In slices of the depth, so that the weights of a slice stay in the first-level cache for
-      // all pixels; slices after the first are added to what is there.
+    auto blocks_at = [&](int64_t block) { return block + 1 < block_end ? 2 : 1; };
+    if (depth.slice >= depth.tiles) {  // all weights fit the second-level cache
+      for (int64_t t = 0; t < chunk.tiles; t += 2)
+        for (int64_t block = block_begin; block < block_end; block += 2)
+          chunk.multiply(t, block, blocks_at(block), 0, copy);
+      continue;
+    }
+    // In slices of the depth, so that the weights of a slice stay in the first-level cache for all
+    // pixels.
+    for (int64_t block = block_begin; block < block_end; block += 2)
       for (int64_t begin = 0; begin < depth.tiles; begin += depth.slice) {
         const int64_t stop = begin + depth.length(begin);
-        const bool add_up = begin > 0;
-        const float* start = add_up ? nullptr : spread_bias(w.qkv_bias + block * VL, blocks, bias);
-        const int64_t next_begin = stop < depth.tiles ? stop : 0;
-        const int64_t next_block = stop < depth.tiles ? block : block + 2;
-        for (int64_t t = 0; t < tiles; t += 2) {
-          if (next_block < block_end) {
-            // The weights of large C come from the third-level cache: ask for the next slice now.
-            const int64_t bytes = depth.parts * depth.length(next_begin) * TILE_BYTES;
-            const unsigned char* ahead =
-                w.product + next_block * depth.bytes() + next_begin * depth.parts * TILE_BYTES;
-            for (int64_t i = bytes * t / tiles / 64; i < bytes * (t + 2) / tiles / 64; ++i) {
-              _mm_prefetch(ahead + i * 64, _MM_HINT_T1);
-              _mm_prefetch(ahead + depth.bytes() + i * 64, _MM_HINT_T1);
-            }
-          }
-          const int pixel_tiles = t + 1 < tiles ? 2 : 1;
-          const unsigned char* panel = panels + t * depth.bytes();
-          Target target[4];
-          for (int i = 0; i < 4; ++i) target[i] = {result + i * 256, 64};
-          for (int i = 0; i < pixel_tiles; ++i)
-            if (in_row[t + i] && !add_up)
-              for (int b = 0; b < blocks; ++b)
-                target[2 * i + b].to = planes + (block + b) * g.plane + pieces[t + i].to[0];
-          auto* f = pixel_tiles == 2 ? blocks == 2 ? multiply<2, 2> : multiply<2, 1>
-                    : blocks == 2    ? multiply<1, 2>
-                                     : multiply<1, 1>;
-          f(panel, weights, depth, begin, start, target);
-          for (int i = 0; i < pixel_tiles; ++i) {
-            const Piece<TILE>& piece = pieces[t + i];
-            if (in_row[t + i] && !add_up) continue;
-            for (int b = 0; b < blocks; ++b) {
-              float* plane = planes + (block + b) * g.plane;
-              const float* from = result + (2 * i + b) * 256;
-              for (int p = 0; p < piece.count; ++p) {
-                float* to = plane + piece.to[p];
-                const Vec v = load(from + p * VL);
-                store(to, add_up ? add(load(to), v) : v);
-              }
-            }
-          }
+        const bool more = stop < depth.tiles;
+        for (int64_t t = 0; t < chunk.tiles; t += 2) {
+          if (more || block + 2 < block_end)
+            chunk.prefetch(more ? block : block + 2, more ? stop : 0, t);
+          chunk.multiply(t, block, blocks_at(block), begin, copy);
         }
       }
-    }
   }
+  copy.finish();
   _tile_release();
 }
 

@@ -15,17 +15,20 @@ struct Piece {
   int64_t to[P];    // into the planes, in floats, of channel block 0
   int count;
   bool consecutive;  // from[i] == from[0] + i for all P
+  int run;           // pixels up to the first that is not consecutive
+  bool two_runs;     // those from `run` to `count` are consecutive as well
 
-  void locate(const PixelRun& run, int64_t begin, int64_t image_floats) {
-    const Geometry& g = *run.g;
+  void locate(const PixelRun& pixel_run, int64_t begin, int64_t image_floats) {
+    const Geometry& g = *pixel_run.g;
+    const Input& input = *pixel_run.x;
     const int64_t pixels = g.pixels();
     int64_t image = begin / pixels, y = begin % pixels / g.W, x = begin % pixels % g.W;
-    count = static_cast<int>(run.end - begin < P ? run.end - begin : P);
-    consecutive = count == P;
+    count = static_cast<int>(pixel_run.end - begin < P ? pixel_run.end - begin : P);
+    run = 0;
     for (int i = 0; i < P; ++i) {
       if (i < count) {
-        from[i] = (run.image + image) * run.x->batch_stride + y * run.x->row_stride +
-                  x * run.x->column_stride;
+        from[i] = (pixel_run.image + image) * input.batch_stride + y * input.row_stride +
+                  x * input.column_stride;
         to[i] = image * image_floats + (y + 1) * g.row + (x + 1) * g.lanes;
         if (++x == g.W) {
           x = 0;
@@ -35,8 +38,11 @@ struct Piece {
         from[i] = from[count - 1];
         to[i] = to[count - 1];
       }
-      consecutive = consecutive && from[i] == from[0] + i;
     }
+    while (run < count && from[run] == from[0] + run) ++run;
+    consecutive = run == P;
+    two_runs = true;
+    for (int i = run; i < count; ++i) two_runs = two_runs && from[i] == from[run] + i - run;
   }
 };
 

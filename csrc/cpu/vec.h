@@ -59,16 +59,21 @@ CASVIT_INLINE Vec load_as_float(const Bf16* p) {
 CASVIT_INLINE Vec load_as_float(const F16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-// The first n elements, zeros behind them.
-CASVIT_INLINE Vec load_first_as_float(const float* p, int n) {
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
+// The elements of some lanes, zeros in the others, whose memory is not touched.
+CASVIT_INLINE Vec load_lanes_as_float(const float* p, __mmask16 lanes) {
+  return _mm512_maskz_loadu_ps(lanes, p);
 }
-CASVIT_INLINE Vec load_first_as_float(const Bf16* p, int n) {
-  const __m256i half = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p);
+CASVIT_INLINE Vec load_lanes_as_float(const Bf16* p, __mmask16 lanes) {
+  const __m256i half = _mm256_maskz_loadu_epi16(lanes, p);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
-CASVIT_INLINE Vec load_first_as_float(const F16* p, int n) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p));
+CASVIT_INLINE Vec load_lanes_as_float(const F16* p, __mmask16 lanes) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p));
+}
+CASVIT_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+template <class T>
+CASVIT_INLINE Vec load_first_as_float(const T* p, int n) {
+  return load_lanes_as_float(p, first_lanes(n));
 }
 CASVIT_INLINE __m256i to_bf16(Vec a) {
   __m512i bits = _mm512_castps_si512(a);
