@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -69,6 +70,20 @@ class PackedWeights:
         return packed
 
 
+    def at_hand(
+        self,
+        backend: str,
+        sources: Iterable[Tensor | None],
+        eps: tuple[float, float],
+        dtype: torch.dtype,
+    ) -> Any:
+        """What `get` finds without autocast for weights on the CPU (``sources``), or None."""
+        entry = self._entries.get((backend, eps, dtype, 0))
+        if entry is not None and entry.alike and entry.is_current(sources):
+            return entry.packed
+        return None
+
+
 class _Entry:
     packed: Any
 
@@ -89,7 +104,7 @@ class _Entry:
             else ctypes.c_int64(0)
         )
 
-    def is_current(self, sources: tuple[Tensor | None, ...]) -> bool:
+    def is_current(self, sources: Iterable[Tensor | None]) -> bool:
         return (
             not self._stale.value
             and all(map(operator.is_, sources, self._sources))

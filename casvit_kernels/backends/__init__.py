@@ -93,11 +93,7 @@ def select(requested: str | None, problem: Problem) -> Backend:
         ValueError: the environment variable names no known backend.
         BackendUnavailable: the backend that was asked for cannot serve the problem.
     """
-    name, origin = requested, "backend"
-    if name is None:
-        name, origin = _override.get(), "use_backend"
-    if name is None:
-        name, origin = os.environ.get(ENVIRONMENT) or None, ENVIRONMENT
+    name, origin = _asked(requested)
     check_name(name, origin)
     if name is not None:
         backend = _REGISTRY[name]
@@ -114,6 +110,21 @@ def select(requested: str | None, problem: Problem) -> Backend:
                 _say_once(problem)
             return backend
     raise AssertionError("the reference backend serves every problem")
+
+
+def first_choice(requested: str | None) -> str:
+    """The name of the backend that `select` takes if it can serve the problem; unchecked."""
+    name, _ = _asked(requested)
+    return next(iter(_REGISTRY)) if name is None else name
+
+
+def _asked(requested: str | None) -> tuple[str | None, str]:
+    """The name that was asked for, and where."""
+    if requested is not None:
+        return requested, "backend"
+    if (name := _override.get()) is not None:
+        return name, "use_backend"
+    return os.environ.get(ENVIRONMENT) or None, ENVIRONMENT
 
 
 def _say_once(problem: Problem) -> None:

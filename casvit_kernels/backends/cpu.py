@@ -228,6 +228,7 @@ class CpuPhases(WholeStep):
 
 
 _cpu = torch.ops.casvit_kernels
+_infer = _cpu.cpu_infer.default
 _workspace = Workspace()
 
 
@@ -271,5 +272,10 @@ class CpuBackend:
     ) -> Tensor:
         if packed is None or torch.is_grad_enabled() or ops.is_opaque() or autocasts(w):
             return ops.project_and_mix(x, w, eps, packed)
-        out: Tensor = _cpu.cpu_infer.default(x, packed)
-        return out
+        return infer(x, packed)
+
+
+def infer(x: Tensor, packed: Tensor) -> Tensor:
+    """`CpuBackend.project_and_mix` where neither gradients nor autocast nor an observer ask for more."""
+    out: Tensor = _infer(x, packed)
+    return out
