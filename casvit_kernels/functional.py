@@ -201,9 +201,7 @@ def formulas_only(x: Tensor, weight: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return (
-        transformed() or x.is_meta or isinstance(x, FakeTensor) or isinstance(weight, FakeTensor)
-    )
+    return transformed() or x.is_meta or isinstance(x, FakeTensor) or isinstance(weight, FakeTensor)
 
 
 def transformed() -> bool:

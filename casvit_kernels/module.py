@@ -85,7 +85,7 @@ class FusedCATM(AdditiveTokenMixer):
         q, k = _gate(children["oper_q"]), _gate(children["oper_k"])
         ends: tuple[Any, ...] = children["qkv"], children["dwc"], children["proj"]
         dropout: Any = children["proj_drop"]
-        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+        if not torch.compiler.is_compiling():
             found = shortcut.find(x, self.backend, ends, q, k, dropout, self._packed)
             if found is not None:
                 return infer(x, found)

@@ -69,7 +69,6 @@ class PackedWeights:
             self._entries = {**dict(kept), key: entry}
         return packed
 
-
     def at_hand(
         self,
         backend: str,

@@ -1,8 +1,8 @@
-"""Whether a call of the mixer comes to the CPU's operator and packed weights that are there already.
+"""Recognises the most frequent call: all of it is the CPU's operator, with weights packed earlier.
 
-`FusedCATM.forward` finds that out step by step, for every kind of call, in 20 to 60 us; here the same
-questions are asked at once, of what is there now, in C where possible. Nothing is remembered beside the
-packed weights, and nothing is refused: whatever is not plainly so goes the long way.
+`FusedCATM.forward` asks the same questions one by one for calls of every kind, which takes as long as
+the smallest of these take to compute. Here they are asked at once, in C where possible, each anew in
+each call, and nothing is refused: where an answer is not the plain one, the call goes the long way.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from .backends import first_choice
-from .functional import exporting, transformed
+from .functional import transformed
 from .packing import PackedWeights
 
 _Modules = tuple[Any, ...]
 
-# Where the weights of `reference.MixerWeights`, flat, lie in the modules that own them.
+# The fields of `reference.MixerWeights`, flat: their names in the modules that own them, and where.
 _PAIR = ("weight", "bias")
 _GATE = (*_PAIR, *_PAIR, "running_mean", "running_var", "weight", "weight")
 _NAMES = (*_PAIR, *_GATE, *_GATE, *_PAIR, *_PAIR)
 _STORES = tuple("_buffers" if "running" in name else "_parameters" for name in _NAMES)
 
-_pre_hooks = operator.attrgetter("_forward_pre_hooks")
 _hooks = operator.attrgetter("_forward_hooks")
+_pre_hooks = operator.attrgetter("_forward_pre_hooks")
 
 
 def find(
@@ -38,52 +38,45 @@ def find(
     dropout: Any,
     weights: PackedWeights,
 ) -> Tensor | None:
-    """The packed weights with which the operator ``cpu_infer`` is all of this call, or None.
+    """What `backends.cpu.infer` takes beside x where that is the whole call, else None.
 
     Args:
-        x, backend: as for `casvit_kernels.catm`; x unchecked.
-        ends: qkv, dwc, proj.
-        q, k: of each gate depthwise convolution, norm, spatial and channel convolution.
+        x, backend: as for `casvit_kernels.catm`; not checked yet.
+        ends: the modules qkv, dwc, proj.
+        q, k: of each gate the depthwise convolution, norm, spatial and channel convolution.
         weights: what the mixer has packed.
     """
-    if not (type(x) is Tensor and x.is_cpu and _unobserved() and first_choice(backend) == "cpu"):
-        return None
-    shape = x.shape
-    if len(shape) != 4 or 0 in shape:
-        return None
-    qkv, dwc, proj = ends
-    depthwise_q, norm_q, *products_q = q
-    depthwise_k, norm_k, *products_k = k
-    if norm_q.training or norm_k.training or dropout.training:
-        return None
-    modules = (*ends, *q, *k)
-    if any(map(_hooks, modules)) or any(map(_pre_hooks, modules)):
-        return None
-    owners = (
-        *(qkv, qkv),
-        *(depthwise_q, depthwise_q, norm_q, norm_q, norm_q, norm_q, *products_q),
-        *(depthwise_k, depthwise_k, norm_k, norm_k, norm_k, norm_k, *products_k),
-        *(dwc, dwc, proj, proj),
-    )
-    sources = map(operator.getitem, map(getattr, owners, _STORES), _NAMES)
-    try:
-        packed = weights.at_hand("cpu", sources, (norm_q.eps, norm_k.eps), x.dtype)
-    except KeyError:  # a weight that is computed from others
-        return None
-    if packed is None:
-        return None
-    weight = qkv._parameters["weight"]
-    fits = weight.dtype is x.dtype and weight.shape == (3 * shape[1], shape[1], 1, 1)
-    return packed if fits else None
-
-
-def _unobserved() -> bool:
-    """Whether nobody but the caller sees what is done: no gradients, tracer, mode or transform."""
-    return not (
+    if (
         torch.is_grad_enabled()
+        or not (type(x) is Tensor and x.is_cpu and x.dim() == 4 and x.numel())
+        # Who else follows what is done, or changes it:
         or torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
+        or torch._C._is_tracing()
         or transformed()
-        or exporting()
-    )
+        or first_choice(backend) != "cpu"
+    ):
+        return None
+    (qkv, dwc, proj), (dq, nq, sq, cq), (dk, nk, sk, ck) = ends, q, k
+    modules = (*ends, *q, *k)
+    of_gates = (dq, dq, nq, nq, nq, nq, sq, cq, dk, dk, nk, nk, nk, nk, sk, ck)
+    owners = (qkv, qkv, *of_gates, dwc, dwc, proj, proj)
+    try:
+        if (
+            nq.training
+            or nk.training
+            or dropout.training
+            or any(map(_hooks, modules))
+            or any(map(_pre_hooks, modules))
+        ):
+            return None
+        sources = map(operator.getitem, map(getattr, owners, _STORES), _NAMES)
+        packed = weights.at_hand("cpu", sources, (nq.eps, nk.eps), x.dtype)
+    except (AttributeError, KeyError):  # a child is missing, a weight computed from others
+        return None
+    if packed is None:
+        return None
+    weight, channels = qkv._parameters["weight"], x.shape[1]
+    fits = weight.dtype is x.dtype and weight.shape == (3 * channels, channels, 1, 1)
+    return packed if fits else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -228,7 +228,8 @@ class CpuPhases(WholeStep):
 
 
 _cpu = torch.ops.casvit_kernels
-_infer = _cpu.cpu_infer.default
+# `CpuBackend.project_and_mix` where no gradient, autocast or observer asks for more.
+infer: Callable[[Tensor, Tensor], Tensor] = _cpu.cpu_infer.default  # of x and packed
 _workspace = Workspace()
 
 
@@ -273,9 +274,3 @@ class CpuBackend:
         if packed is None or torch.is_grad_enabled() or ops.is_opaque() or autocasts(w):
             return ops.project_and_mix(x, w, eps, packed)
         return infer(x, packed)
-
-
-def infer(x: Tensor, packed: Tensor) -> Tensor:
-    """`CpuBackend.project_and_mix` where neither gradients nor autocast nor an observer ask for more."""
-    out: Tensor = _infer(x, packed)
-    return out
