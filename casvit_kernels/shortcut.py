@@ -48,13 +48,13 @@ def find(
     """
     if (
         torch.is_grad_enabled()
-        or not (type(x) is Tensor and x.is_cpu and x.dim() == 4 and x.numel())
-        # Who else follows what is done, or changes it:
+        # Whoever else follows what is done, or changes it (first: they shall not see what x is asked)
         or torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._is_tracing()
         or transformed()
+        or not (type(x) is Tensor and x.is_cpu and x.dim() == 4 and x.numel())
         or first_choice(backend) != "cpu"
     ):
         return None
