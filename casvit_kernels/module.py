@@ -85,10 +85,10 @@ class FusedCATM(AdditiveTokenMixer):
         q, k = _gate(children["oper_q"]), _gate(children["oper_k"])
         ends: tuple[Any, ...] = children["qkv"], children["dwc"], children["proj"]
         dropout: Any = children["proj_drop"]
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # a compiler follows the long way
             found = shortcut.find(x, self.backend, ends, q, k, dropout, self._packed)
             if found is not None:
-                return infer(x, found)
+                return infer(x, found.packed)
         w = _weights(ends, q, k)
         chosen, dtype = check(x, w, self.backend)
         if _hooked(ends) or _hooked(q) or _hooked(k):

@@ -30,7 +30,7 @@ class PackedWeights:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[_Key, _Entry] = {}
+        self._entries: dict[_Key, Entry] = {}
 
     def get(
         self, backend: Backend, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype
@@ -58,7 +58,7 @@ class PackedWeights:
         alike = check_alike(w)
         if any(t is not None and t.grad_fn is not None for t in sources):
             return None  # computed for this call: to keep them would keep their graph
-        entry = _Entry(sources, alike)  # first: what is written meanwhile makes it out of date
+        entry = Entry(sources, alike)  # first: what is written meanwhile makes it out of date
         with torch.no_grad():
             packed = backend.pack(w, eps, dtype)
         if packed is not None:
@@ -75,15 +75,17 @@ class PackedWeights:
         sources: Iterable[Tensor | None],
         eps: tuple[float, float],
         dtype: torch.dtype,
-    ) -> Any:
-        """What `get` finds without autocast for weights on the CPU (``sources``), or None."""
+    ) -> Entry | None:
+        """Where `get` finds those of weights on the CPU (``sources``) without autocast, or None."""
         entry = self._entries.get((backend, eps, dtype, 0))
         if entry is not None and entry.alike and entry.is_current(sources):
-            return entry.packed
+            return entry
         return None
 
 
-class _Entry:
+class Entry:
+    """Packed weights; the weights that they were made of live as long."""
+
     packed: Any
 
     def __init__(self, sources: tuple[Tensor | None, ...], alike: bool) -> None:

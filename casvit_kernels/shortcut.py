@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backends import first_choice
 from .functional import transformed
-from .packing import PackedWeights
+from .packing import Entry, PackedWeights
 
 _Modules = tuple[Any, ...]
 
@@ -37,8 +37,10 @@ def find(
     k: _Modules,
     dropout: Any,
     weights: PackedWeights,
-) -> Tensor | None:
-    """What `backends.cpu.infer` takes beside x where that is the whole call, else None.
+) -> Entry | None:
+    """The packed weights with which `backends.cpu.infer` is the whole call, else None.
+
+    To be held until it returns: it reads the weights themselves, too, which another thread may replace.
 
     Args:
         x, backend: as for `casvit_kernels.catm`; not checked yet.
@@ -72,11 +74,11 @@ def find(
         ):
             return None
         sources = map(operator.getitem, map(getattr, owners, _STORES), _NAMES)
-        packed = weights.at_hand("cpu", sources, (nq.eps, nk.eps), x.dtype)
+        entry = weights.at_hand("cpu", sources, (nq.eps, nk.eps), x.dtype)
     except (AttributeError, KeyError):  # a child is missing, a weight computed from others
         return None
-    if packed is None:
+    if entry is None:
         return None
     weight, channels = qkv._parameters["weight"], x.shape[1]
     fits = weight.dtype is x.dtype and weight.shape == (3 * channels, channels, 1, 1)
-    return packed if fits else None
+    return entry if fits else None

@@ -1,8 +1,10 @@
 """A call like the last one goes straight to the operator; any other gives what the long way gives."""
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 from collections import OrderedDict
 
 import pytest
@@ -630,6 +632,25 @@ def test_functional_call(mixer, x):
     other = {"dwc.weight": 2 * mixer.dwc.weight}
     assert_as_fresh(mixer, lambda m: torch.func.functional_call(m, other, x))
     assert torch.equal(mixer(x), before)
+
+
+@torch.no_grad()
+def test_weights_live_while_the_kernel_reads_them(mixer, x, monkeypatch):
+    expected = mixer(x)
+    weight = weakref.ref(mixer.qkv.weight)
+    real = module.infer
+
+    def meanwhile(*arguments):
+        monkeypatch.undo()
+        mixer.qkv.weight = nn.Parameter(2 * mixer.qkv.weight)  # another thread
+        mixer(x)
+        gc.collect()
+        assert weight() is not None
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "infer", meanwhile)
+    assert torch.equal(mixer(x), expected)
+    assert weight() is None
 
 
 # Copies
