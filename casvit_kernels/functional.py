@@ -201,13 +201,12 @@ def formulas_only(x: Tensor, weight: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or x.is_meta
-        or isinstance(x, FakeTensor)
-        or isinstance(weight, FakeTensor)
-    )
+    return transformed() or x.is_meta or isinstance(x, FakeTensor) or isinstance(weight, FakeTensor)
+
+
+def transformed() -> bool:
+    """Whether a `torch.func` transform or forward-mode AD is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _choose(backend: str | None, device: str, dtype: torch.dtype) -> str:

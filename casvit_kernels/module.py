@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import reference, shortcut
 from .backends import check_name
+from .backends.cpu import infer
 from .functional import GateWeights, MixerWeights, check, group_name, train, trains
 from .packing import PackedWeights
 from .reference import AdditiveTokenMixer
@@ -83,6 +84,11 @@ class FusedCATM(AdditiveTokenMixer):
         children = self._modules
         q, k = _gate(children["oper_q"]), _gate(children["oper_k"])
         ends: tuple[Any, ...] = children["qkv"], children["dwc"], children["proj"]
+        dropout: Any = children["proj_drop"]
+        if not torch.compiler.is_compiling():  # a compiler follows the long way
+            found = shortcut.find(x, self.backend, ends, q, k, dropout, self._packed)
+            if found is not None:
+                return infer(x, found.packed)
         w = _weights(ends, q, k)
         chosen, dtype = check(x, w, self.backend)
         if _hooked(ends) or _hooked(q) or _hooked(k):
@@ -103,7 +109,6 @@ class FusedCATM(AdditiveTokenMixer):
         else:
             packed = self._packed.get(chosen, w, eps, dtype)
             out = chosen.project_and_mix(x, w, eps, packed)
-        dropout: Any = children["proj_drop"]
         return dropout(out) if dropout.training else out
 
     def train(self, mode: bool = True) -> FusedCATM:

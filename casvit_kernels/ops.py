@@ -51,7 +51,7 @@ _library.define(
 )
 # project_and_mix without gradients, of weights that have not moved since cpu_remember noted in `packed`
 # where they are (their memory is read again): so many arguments take the dispatcher longer than the rest
-# of the call. These and the phases on the CPU are called by backends/cpu.py alone.
+# of the call. These and the phases on the CPU are reached by backends/cpu.py alone.
 _library.define(f"cpu_remember(Tensor(a!) packed, {_WEIGHTS}) -> ()")
 _library.define("cpu_infer(Tensor x, Tensor packed) -> Tensor")
 # The phases. qkv, grad_sum and grad_qkv are in layouts of their own; shape is (B, C, H, W).

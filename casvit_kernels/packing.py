@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class PackedWeights:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[_Key, _Entry] = {}
+        self._entries: dict[_Key, Entry] = {}
 
     def get(
         self, backend: Backend, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype
@@ -57,7 +58,7 @@ class PackedWeights:
         alike = check_alike(w)
         if any(t is not None and t.grad_fn is not None for t in sources):
             return None  # computed for this call: to keep them would keep their graph
-        entry = _Entry(sources, alike)  # first: what is written meanwhile makes it out of date
+        entry = Entry(sources, alike)  # first: what is written meanwhile makes it out of date
         with torch.no_grad():
             packed = backend.pack(w, eps, dtype)
         if packed is not None:
@@ -68,8 +69,23 @@ class PackedWeights:
             self._entries = {**dict(kept), key: entry}
         return packed
 
+    def at_hand(
+        self,
+        backend: str,
+        sources: Iterable[Tensor | None],
+        eps: tuple[float, float],
+        dtype: torch.dtype,
+    ) -> Entry | None:
+        """Where `get` finds those of weights on the CPU (``sources``) without autocast, or None."""
+        entry = self._entries.get((backend, eps, dtype, 0))
+        if entry is not None and entry.alike and entry.is_current(sources):
+            return entry
+        return None
 
-class _Entry:
+
+class Entry:
+    """Packed weights; the weights that they were made of live as long."""
+
     packed: Any
 
     def __init__(self, sources: tuple[Tensor | None, ...], alike: bool) -> None:
@@ -89,7 +105,7 @@ class _Entry:
             else ctypes.c_int64(0)
         )
 
-    def is_current(self, sources: tuple[Tensor | None, ...]) -> bool:
+    def is_current(self, sources: Iterable[Tensor | None]) -> bool:
         return (
             not self._stale.value
             and all(map(operator.is_, sources, self._sources))

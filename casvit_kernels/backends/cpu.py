@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -228,6 +228,8 @@ class CpuPhases(WholeStep):
 
 
 _cpu = torch.ops.casvit_kernels
+# `CpuBackend.project_and_mix` where no gradient, autocast or observer asks for more.
+infer: Callable[[Tensor, Tensor], Tensor] = _cpu.cpu_infer.default  # of x and packed
 _workspace = Workspace()
 
 
@@ -271,5 +273,4 @@ class CpuBackend:
     ) -> Tensor:
         if packed is None or torch.is_grad_enabled() or ops.is_opaque() or autocasts(w):
             return ops.project_and_mix(x, w, eps, packed)
-        out: Tensor = _cpu.cpu_infer.default(x, packed)
-        return out
+        return infer(x, packed)
