@@ -129,6 +129,8 @@ struct Kernels {
   // gate[image][o] = sigmoid(sum_i channel[i][o] * pooled[image][i]), o in [begin, end) blocks.
   void (*channel_gate)(const Geometry&, const GateView&, const float* pooled, float* gate,
                        int64_t images, int64_t begin, int64_t end);
+  // One block of outputs of a dense [C][C] matrix to its place in GateView::channel.
+  void (*pack_channel_gate)(const float* matrix, int64_t C, int64_t block, float* to);
   // Rows [y_begin, y_end) of channel block `block` of one image, from q, k, v planes to out.
   void (*combine)(const Geometry&, const WeightsView&, const float* planes, const float* s,
                   const float* const gate[2], int64_t block, int64_t y_begin, int64_t y_end,

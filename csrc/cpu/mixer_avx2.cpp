@@ -17,6 +17,7 @@ const Kernels& avx2_kernels() {
                                   product,
                                   spatial_gate,
                                   channel_gate,
+                                  pack_channel_gate,
                                   combine,
                                   moments,
                                   backward_combine,

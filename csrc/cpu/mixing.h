@@ -131,6 +131,21 @@ static void channel_gate(const Geometry& g, const GateView& w, const float* pool
   }
 }
 
+static void pack_channel_gate(const float* matrix, int64_t C, int64_t block, float* to) {
+  const int64_t first = block * VL;
+  to += first * C;
+  for (int64_t i = 0; i < C; i += VL) {
+    const int64_t inputs = C - i < VL ? C - i : VL;
+    Vec r[VL];
+    for (int64_t o = 0; o < VL; ++o)
+      r[o] = first + o < C
+                 ? load_first_as_float(matrix + (first + o) * C + i, static_cast<int>(inputs))
+                 : zero();
+    transpose(r);
+    for (int64_t x = 0; x < inputs; ++x) store(to + (i + x) * VL, r[x]);
+  }
+}
+
 static void combine(const Geometry& g, const WeightsView& w, const float* planes, const float* s,
                     const float* const gate[2], int64_t block, int64_t y_begin, int64_t y_end,
                     const Output& out, int64_t image, float* temp) {

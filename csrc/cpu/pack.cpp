@@ -52,26 +52,6 @@ void copy_row(const Source& s, int64_t row, int64_t n, float* to) {
   }
   for (int64_t i = 0; i < n; ++i) to[i] = at(s, row, i);
 }
-// to[o / lanes][i][o % lanes] = s[o][i] of an n by n matrix, in tiles that stay in the first-level
-// cache.
-void transpose(const Source& s, int64_t n, int64_t lanes, float* to, const Pool& pool) {
-  constexpr int64_t tile = 32;
-  run(pool, divide_up(n, tile), [&](int64_t strip) {
-    float rows[tile][tile];
-    const int64_t o = strip * tile;
-    for (int64_t i = 0; i < n; i += tile) {
-      const int64_t height = n - o < tile ? n - o : tile, width = n - i < tile ? n - i : tile;
-      Source corner = s;
-      const int64_t bytes = s.dtype == DType::F32 ? 4 : 2;
-      corner.data = static_cast<const char*>(s.data) + i * s.stride[1] * bytes;
-      for (int64_t y = 0; y < height; ++y) copy_row(corner, o + y, width, rows[y]);
-      for (int64_t x = 0; x < width; ++x)
-        for (int64_t y = 0; y < height; ++y)
-          to[((o + y) / lanes * n + i + x) * lanes + (o + y) % lanes] = rows[y][x];
-    }
-  });
-}
-
 // Where each array begins, in bytes from the start: the product's, then the others.
 class Offsets {
  public:
@@ -127,11 +107,17 @@ thread_local Buffer matrix_buffer, training_buffer;
 template <class Scale, class Shift>
 void pack_depthwise(const Source& weight, const Source& bias, int64_t C, int64_t lanes, float* taps,
                     float* biases, Scale scale, Shift shift) {
+  const int64_t* stride = weight.stride;
+  const bool dense =
+      weight.dtype == DType::F32 && stride[0] == 9 && stride[2] == 3 && stride[3] == 1;
+  float copy[9];
   for (int64_t c = 0; c < C; ++c) {
     const double factor = scale(c);
     float* to = taps + c / lanes * 9 * lanes + c % lanes;
+    const float* own = dense ? static_cast<const float*>(weight.data) + c * 9 : copy;
+    for (int64_t t = 0; t < 9 && !dense; ++t) copy[t] = at(weight, c, 0, t / 3, t % 3);
     for (int64_t t = 0; t < 9; ++t)
-      to[t * lanes] = static_cast<float>(at(weight, c, 0, t / 3, t % 3) * factor);
+      to[t * lanes] = static_cast<float>(static_cast<double>(own[t]) * factor);
     biases[c] = static_cast<float>(at(bias, c) * factor + shift(c, factor));
   }
 }
@@ -275,7 +261,13 @@ void fill_mixing(const Kernels& k, const Sources& s, const MixingLayout& layout,
         floats(base, layout.gate[i][1]), [&](int64_t c) { return normalizer(g, c); },
         [&](int64_t c, double scale) { return beta(g, c) - at(g.norm_mean, c) * scale; });
     copy_row(g.spatial_weight, 0, C, floats(base, layout.gate[i][2]));
-    transpose(g.channel_weight, C, k.lanes, floats(base, layout.gate[i][3]), pool);
+    const bool dense = is_dense(g.channel_weight, C);
+    const float* matrix =
+        dense_matrix(g.channel_weight, C, C,
+                     dense ? nullptr : static_cast<float*>(matrix_buffer.get(C * C * 4)));
+    run(pool, divide_up(C, k.lanes), [&](int64_t block) {
+      k.pack_channel_gate(matrix, C, block, floats(base, layout.gate[i][3]));
+    });
   }
   fill_combine(k, s, layout, base);
 }
