@@ -212,8 +212,10 @@ std::tuple<Tensor, Tensor> project_backward(const Tensor& grad_qkv, const Tensor
   const float* grad = read(grad_qkv, "grad_qkv", shape.B * shape.H * shape.W * 3 * C);
   Tensor grad_x = need_x ? empty_output(x, x.scalar_type()) : empty({0});
   Tensor grad_weight = empty({need_weight ? 3 * C : 0, C});
-  if (need_x) casvit::input_gradient(problem, weight, kind, grad, output_of(grad_x, x));
-  if (need_weight) casvit::weight_gradient(problem, input, kind, grad, write(grad_weight));
+  const casvit::Output output = output_of(grad_x, x);
+  casvit::product_backward(problem, grad,
+                           {&weight, kind, &input, need_x ? &output : nullptr,
+                            need_weight ? write(grad_weight) : nullptr});
   return {grad_x, grad_weight};
 }
 
@@ -255,7 +257,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, WEIG
 }
 
 // needed: bit i stands for x and the weights in the order of the schema. Returns the gradients of
-// those from the gates on, and leaves in grad_qkv what those before need.
+// those from the gates on, before them, where kernels have these, of x and the product's weights;
+// and leaves in grad_qkv what the others need.
 std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, WEIGHT_PARAMETERS, bool batch_q,
                              bool batch_k, ScalarType dtype, const Tensor& statistics,
                              const Tensor& spatial, const Tensor& pooled, const Tensor& channel,
@@ -289,6 +292,7 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, WEIGHT_PARAMET
   const bool need_depthwise =
       any({X, QKV_WEIGHT, QKV_BIAS}) || any_of_gates({DEPTHWISE, DEPTHWISE_BIAS});
   const bool need_gate = need_depthwise || any_of_gates({NORM, NORM_BIAS, SPATIAL});
+  const bool products = problem.kernels.input_gradient;
   std::vector<Tensor> found(END);
   auto make = [&](int index, Sizes sizes) {
     found[static_cast<size_t>(index)] = empty(sizes);
@@ -338,14 +342,24 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, WEIGHT_PARAMET
     if (need_depthwise) {
       Tensor factors = empty({2, 3, C});
       casvit::coefficients(problem, sources, write(sums), {batch_q, batch_k}, write(factors));
+      casvit::Output output{};
+      casvit::ProductGradients product{&sources.qkv_weight, kind, &input, nullptr, nullptr};
+      if (any({X})) {
+        found[X] = empty_output(x, x.scalar_type());
+        output = output_of(found[X], x);
+        product.grad_x = &output;
+      }
+      if (any({QKV_WEIGHT})) product.grad_weight = make(QKV_WEIGHT, {3 * C, C});
       casvit::backward_depthwise(problem, gates, write(qkv), from_spatial, from_channel,
                                  write(shift), write(logit), write(factors), write(grad_sum),
-                                 of_depthwise);
+                                 of_depthwise,
+                                 products && any({X, QKV_WEIGHT}) ? &product : nullptr);
     }
   }
   std::vector<Tensor> result;
-  for (int i = GATES; i < END; ++i)
-    if (any({i})) result.push_back(found[static_cast<size_t>(i)]);
+  for (int i = 0; i < END; ++i)
+    if (any({i}) && (i >= GATES || (products && i != QKV_BIAS)))
+      result.push_back(found[static_cast<size_t>(i)]);
   return result;
 }
 

@@ -154,23 +154,12 @@ class CpuPhases(WholeStep):
     def project_backward(
         self, grad_qkv: Tensor, x: Tensor, w: MixerWeights, needed: tuple[bool, bool, bool]
     ) -> ProjectionGradients:
-        return self._project_backward(grad_qkv, x, w, needed, x.dtype)
-
-    def _project_backward(
-        self,
-        grad_qkv: Tensor,
-        x: Tensor,
-        w: MixerWeights,
-        needed: tuple[bool, bool, bool],
-        dtype: torch.dtype,
-    ) -> ProjectionGradients:
-        """dtype: that of the products' operands, where a kernel of this library computes them."""
         images, channels, height, width = x.shape
         need_x, need_weight, need_bias = needed
         grad_bias = grad_qkv.sum(0) if need_bias else None
         if active_instruction_set() == "amx":  # beats library products
             of_x, of_weight = _cpu.cpu_project_backward(
-                grad_qkv, x, w.qkv_weight, dtype, need_x, need_weight
+                grad_qkv, x, w.qkv_weight, x.dtype, need_x, need_weight
             )
             return ProjectionGradients(
                 of_x if need_x else None, of_weight if need_weight else None, grad_bias
@@ -220,10 +209,14 @@ class CpuPhases(WholeStep):
         rest: list[Tensor] = _cpu.cpu_backward(
             grad, x, *_arguments(w, eps), *batch, dtype, *small, bits, qkv, grad_qkv, grad_sum
         )
-        first = needed[0], needed[1], needed[2]
-        if not any(first):
+        need_x, need_weight, need_bias = needed[0], needed[1], needed[2]
+        if active_instruction_set() == "amx":  # these products come with it
+            before = rest[: need_x + need_weight]
+            of_bias = [grad_qkv.sum(0)] if need_bias else []
+            return before + of_bias + rest[len(before) :]
+        if not (need_x or need_weight or need_bias):
             return rest
-        product = self._project_backward(grad_qkv, x, w, first, dtype)
+        product = self.project_backward(grad_qkv, x, w, (need_x, need_weight, need_bias))
         return [g for g in product if g is not None] + rest
 
 

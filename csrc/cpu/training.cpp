@@ -9,12 +9,13 @@ namespace casvit {
 namespace {
 
 // Of the calling thread and of each task.
-thread_local Buffer call_buffer, task_buffer;
+thread_local Buffer call_buffer, product_buffer, task_buffer;
 
-// Takes arrays for one call out of the calling thread's buffer.
+// Takes arrays for one call out of one of the calling thread's buffers.
 class Arrays {
  public:
-  explicit Arrays(int64_t bytes) : next_(static_cast<char*>(call_buffer.get(bytes))) {}
+  explicit Arrays(int64_t bytes, Buffer& buffer = call_buffer)
+      : next_(static_cast<char*>(buffer.get(bytes))) {}
   template <class T>
   T* take(int64_t count) {
     T* begin = reinterpret_cast<T*>(next_);
@@ -49,15 +50,22 @@ int64_t channels_of(const Geometry& g, int64_t block) {
   return left < g.lanes ? left : g.lanes;
 }
 
-// Calls f(image, block, band, y_begin, y_end) for every unit of work.
+// Calls f(image, block, band, y_begin, y_end) for every unit of work, or for those of one image.
+template <class F>
+void for_band(const Geometry& g, const Bands& bands, int64_t i, const F& f) {
+  const int64_t band = i % bands.count, unit = i / bands.count;
+  const int64_t y_begin = band * bands.rows, y_end = y_begin + bands.rows;
+  f(unit / g.blocks, unit % g.blocks, band, y_begin, y_end < g.H ? y_end : g.H);
+}
 template <class F>
 void for_bands(const TrainingProblem& p, const Bands& bands, const F& f) {
   const Geometry& g = p.geometry;
-  run(p.pool, p.images * g.blocks * bands.count, [&](int64_t i) {
-    const int64_t band = i % bands.count, unit = i / bands.count;
-    const int64_t y_begin = band * bands.rows, y_end = y_begin + bands.rows;
-    f(unit / g.blocks, unit % g.blocks, band, y_begin, y_end < g.H ? y_end : g.H);
-  });
+  run(p.pool, p.images * g.blocks * bands.count, [&](int64_t i) { for_band(g, bands, i, f); });
+}
+template <class F>
+void for_bands_of(const TrainingProblem& p, const Bands& bands, int64_t image, const F& f) {
+  const int64_t each = p.geometry.blocks * bands.count;
+  for (int64_t i = 0; i < each; ++i) for_band(p.geometry, bands, image * each + i, f);
 }
 
 // Partial sums of the units: [images][bands][blocks][K][lanes].
@@ -169,6 +177,97 @@ struct Mixing {
               y + bands.rows < g.H ? y + bands.rows : g.H);
     });
   }
+};
+
+// The gradients of the product; see ProductGradients.
+class ProductBackward {
+ public:
+  ProductBackward(const TrainingProblem& p, const float* grad, const ProductGradients& to,
+                  bool by_images)
+      : p_(p), grad_(grad), to_(to), by_images_(by_images) {
+    const Geometry& g = p.geometry;
+    // Sums over parts of the pixels, cut by the shape alone.
+    int64_t parts = pixels() / 4096 < 1 ? 1 : pixels() / 4096 > 8 ? 8 : pixels() / 4096;
+    part_ = by_images ? g.pixels() : divide_up(pixels(), parts);
+    parts_ = divide_up(pixels(), part_);
+    const int64_t square = 3 * g.C * g.C, summed = parts_ > 1 && to.grad_weight ? parts_ : 0;
+    const int64_t packed_bytes =
+        to.grad_x ? p.kernels.input_gradient_weight_bytes(g.C, to.kind) : 0;
+    Arrays arrays(Arrays::bytes<float>(square) + Arrays::bytes<char>(packed_bytes) +
+                      Arrays::bytes<float>(summed * square),
+                  product_buffer);
+    packed_ = arrays.take<char>(packed_bytes);
+    float* scratch = arrays.take<float>(square);
+    sums_ = parts_ > 1 ? arrays.take<float>(summed * square) : to.grad_weight;
+    if (!to.grad_x) return;
+    const float* matrix = dense_matrix(*to.weight, 3 * g.C, g.C, scratch);
+    run(p.pool, divide_up(g.C, 16), [&](int64_t column) {
+      p.kernels.input_gradient_pack_weights(matrix, g.C, to.kind, column, packed_);
+    });
+  }
+
+  static bool goes_by_images(const TrainingProblem& p) {
+    const Geometry& g = p.geometry;
+    const int64_t threads = p.pool.threads;
+    const bool balanced = p.images % threads == 0 || p.images >= 4 * threads;
+    return balanced && p.images > 1 && g.pixels() >= 4 * g.C;  // so that parts are small
+  }
+  void image(int64_t i) const {
+    input(i * part_, (i + 1) * part_);
+    weight(i, 0, rows());
+  }
+  // What `image` leaves to do when all are done, or everything.
+  void finish() const {
+    if (!by_images_) {
+      const int64_t share = divide_up(divide_up(pixels(), p_.pool.threads), 16) * 16;
+      run(p_.pool, divide_up(pixels(), share), [&](int64_t i) {
+        input(i * share, (i + 1) * share < pixels() ? (i + 1) * share : pixels());
+      });
+      const int64_t band =
+          divide_up(divide_up(rows(), divide_up(p_.pool.threads, parts_)), 32) * 32;
+      const int64_t bands = divide_up(rows(), band);
+      run(p_.pool, parts_ * bands, [&](int64_t i) {
+        const int64_t row = i % bands * band;
+        weight(i / bands, row, row + band < rows() ? row + band : rows());
+      });
+    }
+    if (parts_ == 1 || !to_.grad_weight) return;
+    const int64_t size = rows() * p_.geometry.C, threads = p_.pool.threads;
+    run(p_.pool, threads, [&](int64_t i) {
+      for (int64_t j = i * size / threads; j < (i + 1) * size / threads; ++j) {
+        float sum = sums_[j];
+        for (int64_t n = 1; n < parts_; ++n) sum += sums_[n * size + j];
+        to_.grad_weight[j] = sum;
+      }
+    });
+  }
+
+ private:
+  int64_t pixels() const { return p_.images * p_.geometry.pixels(); }
+  int64_t rows() const { return 3 * p_.geometry.C; }
+  void input(int64_t begin, int64_t end) const {
+    if (!to_.grad_x) return;
+    const int64_t C = p_.geometry.C;
+    p_.kernels.input_gradient(p_.geometry, grad_, packed_, to_.kind, begin, end, *to_.grad_x,
+                              task_buffer.get(p_.kernels.input_gradient_temp_bytes(C, to_.kind)));
+  }
+  void weight(int64_t part, int64_t row, int64_t row_end) const {
+    if (!to_.grad_weight) return;
+    const int64_t C = p_.geometry.C, begin = part * part_, end = begin + part_;
+    const int64_t bytes =
+        p_.kernels.weight_gradient_temp_bytes(C, divide_up(row_end - row, 16), to_.kind);
+    p_.kernels.weight_gradient(p_.geometry, grad_, *to_.x, to_.kind, begin,
+                               end < pixels() ? end : pixels(), row, row_end,
+                               sums_ + part * rows() * C, task_buffer.get(bytes));
+  }
+
+  const TrainingProblem& p_;
+  const float* grad_;
+  const ProductGradients& to_;
+  const bool by_images_;
+  int64_t part_, parts_;  // pixels of one, number
+  char* packed_;
+  float* sums_;  // [parts][3C][C]
 };
 
 }  // namespace
@@ -389,10 +488,14 @@ void backward_gate(const TrainingProblem& p, const TrainingGates& w, const float
   });
 }
 
+void product_backward(const TrainingProblem& p, const float* grad_qkv, const ProductGradients& to) {
+  ProductBackward(p, grad_qkv, to, false).finish();
+}
+
 void backward_depthwise(const TrainingProblem& p, const TrainingGates& w, const float* qkv,
                         const float* spatial, const float* channel, const float* shift,
                         const float* logit, const float* coefficients, const float* grad_sum,
-                        const DepthwiseGradients& to) {
+                        const DepthwiseGradients& to, const ProductGradients* product) {
   const Geometry& g = p.geometry;
   const Bands bands = make_bands(g, p.images);
   const int64_t sums = Partials::size(p, bands, 2 * DEPTHWISE_SUMS);
@@ -408,68 +511,29 @@ void backward_depthwise(const TrainingProblem& p, const TrainingGates& w, const 
   pad(g, 6, coefficients, factors);
   const BackwardDepthwise io{qkv,     spatial,  gates,    shifts,     logit,
                              factors, grad_sum, p.images, to.grad_qkv};
-  for_bands(p, bands,
-            [&](int64_t image, int64_t block, int64_t band, int64_t y_begin, int64_t y_end) {
-              double* to_sums = partials.at(image, band, block);
-              for (int64_t i = 0; i < 2; ++i)
-                p.kernels.backward_depthwise(g, w.gate[i], io, i, image, block, y_begin, y_end,
-                                             to_sums + i * DEPTHWISE_SUMS * g.lanes,
-                                             temp_floats(backward_depthwise_temp_floats(g)));
-            });
+  auto unit = [&](int64_t image, int64_t block, int64_t band, int64_t y_begin, int64_t y_end) {
+    double* to_sums = partials.at(image, band, block);
+    for (int64_t i = 0; i < 2; ++i)
+      p.kernels.backward_depthwise(g, w.gate[i], io, i, image, block, y_begin, y_end,
+                                   to_sums + i * DEPTHWISE_SUMS * g.lanes,
+                                   temp_floats(backward_depthwise_temp_floats(g)));
+  };
+  if (product && ProductBackward::goes_by_images(p)) {
+    const ProductBackward products(p, to.grad_qkv, *product, true);
+    run(p.pool, p.images, [&](int64_t image) {
+      for_bands_of(p, bands, image, unit);
+      products.image(image);
+    });
+    products.finish();
+  } else {
+    for_bands(p, bands, unit);
+    if (product) product_backward(p, to.grad_qkv, *product);
+  }
   run(p.pool, 2 * g.blocks, [&](int64_t i) {
     const int64_t which = i / g.blocks, block = i % g.blocks;
     const int64_t begin = which * DEPTHWISE_SUMS, c = block * g.lanes;
     partials.merge(0, p.images, block, begin + DEPTHWISE, 9, to.weight[which] + c * 9, 9);
     partials.merge(0, p.images, block, begin + DEPTHWISE_BIAS, 1, to.bias[which] + c, 1);
-  });
-}
-
-void input_gradient(const TrainingProblem& p, const Source& weight, Product kind, const float* grad,
-                    const Output& grad_x) {
-  const Geometry& g = p.geometry;
-  const int64_t packed_bytes = p.kernels.input_gradient_weight_bytes(g.C, kind);
-  Arrays arrays(Arrays::bytes<float>(3 * g.C * g.C) + packed_bytes);
-  unsigned char* packed = arrays.take<unsigned char>(packed_bytes);
-  const float* matrix = dense_matrix(weight, 3 * g.C, g.C, arrays.take<float>(3 * g.C * g.C));
-  run(p.pool, divide_up(g.C, 16), [&](int64_t column) {
-    p.kernels.input_gradient_pack_weights(matrix, g.C, kind, column, packed);
-  });
-  const int64_t pixels = p.images * g.pixels();
-  const int64_t part = divide_up(divide_up(pixels, p.pool.threads), 16) * 16;
-  run(p.pool, divide_up(pixels, part), [&](int64_t i) {
-    const int64_t end = (i + 1) * part < pixels ? (i + 1) * part : pixels;
-    p.kernels.input_gradient(g, grad, packed, kind, i * part, end, grad_x,
-                             task_buffer.get(p.kernels.input_gradient_temp_bytes(g.C, kind)));
-  });
-}
-
-void weight_gradient(const TrainingProblem& p, const Input& x, Product kind, const float* grad,
-                     float* to) {
-  const Geometry& g = p.geometry;
-  const int64_t rows = 3 * g.C, size = rows * g.C, pixels = p.images * g.pixels();
-  // Sums over parts of the pixels, cut by the shape alone, then the rows for the threads.
-  int64_t parts = pixels / 4096 < 1 ? 1 : pixels / 4096 > 8 ? 8 : pixels / 4096;
-  const int64_t part = divide_up(pixels, parts);
-  parts = divide_up(pixels, part);
-  const int64_t band = divide_up(divide_up(rows, divide_up(p.pool.threads, parts)), 32) * 32;
-  const int64_t bands = divide_up(rows, band);
-  float* sums =
-      parts == 1 ? to : Arrays(Arrays::bytes<float>(parts * size)).take<float>(parts * size);
-  run(p.pool, parts * bands, [&](int64_t i) {
-    const int64_t first = i / bands, begin = first * part, row = i % bands * band;
-    const int64_t end = begin + part < pixels ? begin + part : pixels;
-    const int64_t row_end = row + band < rows ? row + band : rows;
-    p.kernels.weight_gradient(g, grad, x, kind, begin, end, row, row_end, sums + first * size,
-                              task_buffer.get(p.kernels.weight_gradient_temp_bytes(
-                                  g.C, divide_up(row_end - row, 16), kind)));
-  });
-  if (parts == 1) return;
-  run(p.pool, p.pool.threads, [&](int64_t i) {
-    for (int64_t j = i * size / p.pool.threads; j < (i + 1) * size / p.pool.threads; ++j) {
-      float sum = sums[j];
-      for (int64_t n = 1; n < parts; ++n) sum += sums[n * size + j];
-      to[j] = sum;
-    }
   });
 }
 

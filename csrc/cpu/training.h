@@ -64,18 +64,24 @@ void backward_gate(const TrainingProblem&, const TrainingGates&, const float* qk
 void coefficients(const TrainingProblem&, const Sources&, const float* sums, const bool (&batch)[2],
                   float* to);
 
+// The product's own gradients, of what the phases leave in grad_qkv: only where kernels have them.
+struct ProductGradients {
+  const Source* weight;  // (3C, C)
+  Product kind;
+  const Input* x;
+  const Output* grad_x;  // or null
+  float* grad_weight;    // [3C][C], or null
+};
+void product_backward(const TrainingProblem&, const float* grad_qkv, const ProductGradients&);
+
 struct DepthwiseGradients {
   float* grad_qkv;
   float *weight[2], *bias[2];  // [C][9], [C]
 };
+// With `product` that, too: image by image where these are large, while grad_qkv is in the cache.
 void backward_depthwise(const TrainingProblem&, const TrainingGates&, const float* qkv,
                         const float* spatial, const float* channel, const float* shift,
                         const float* logit, const float* coefficients, const float* grad_sum,
-                        const DepthwiseGradients&);
-
-// Only where the kernels have them. grad: what the phases left in grad_qkv; weight: (3C, C).
-void input_gradient(const TrainingProblem&, const Source& weight, Product, const float* grad,
-                    const Output& grad_x);
-void weight_gradient(const TrainingProblem&, const Input& x, Product, const float* grad, float* to);
+                        const DepthwiseGradients&, const ProductGradients* product = nullptr);
 
 }  // namespace casvit
