@@ -1,4 +1,4 @@
-"""Turns the results under bench/results/ into README's table, its picture and the complete tables.
+"""Turns the results under bench/results/ into the tables and the picture of README and docs.
 
     python bench/report.py            write them
     python bench/report.py --check    exit 1 where they are not what the results give
@@ -21,6 +21,8 @@ COMMAND = "pytest bench/ --benchmark-only --json-dir bench/results && python ben
 NOT_MEASURED = "not measured"
 KEPT = "saved_bytes.json"  # written by saved_bytes.py
 ACCURACY = "int8_accuracy.json"  # written by int8_accuracy.py
+COREML = "coreml_accuracy.json"  # written by coreml_accuracy.py
+COREML_MARKS = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
 MODELS = ("xs", "t")
 SPEED = ("mixer", "training", "model", "model-training")  # files of gpu.py; the others are verdicts
 GPU_MODELS, GPU_BATCH = ("xs", "s", "m", "t"), 256
@@ -115,6 +117,11 @@ def load_kept(folder: Path) -> Document | None:
 def load_accuracy(folder: Path) -> Document | None:
     """Top-1 of exported files; None where that was not measured."""
     return _load_one(folder / ACCURACY, "bench/int8_accuracy.py", _accuracy_table)
+
+
+def load_coreml(folder: Path) -> Document | None:
+    """How exact Core ML packages are; None where that was not measured."""
+    return _load_one(folder / COREML, "bench/coreml_accuracy.py", coreml_tables)
 
 
 def _load_one(path: Path, writer: str, table: Callable[[Document], list[str]]) -> Document | None:
@@ -382,20 +389,19 @@ def picture(documents: list[Document]) -> str:
     return "\n".join(out) + "\n"
 
 
-def with_table(readme: str, table: str) -> str:
-    """`readme` with the text between its markers replaced.
+def with_table(
+    text: str, table: str, file: str = "README.md", marks: tuple[str, str] = (BEGIN, END)
+) -> str:
+    """`text` with what stands between its markers replaced.
 
     Raises:
         ReportError: the markers are not there, once each and in order.
     """
-    if (
-        readme.count(BEGIN) != 1
-        or readme.count(END) != 1
-        or readme.index(BEGIN) > readme.index(END)
-    ):
-        raise ReportError(f"README.md: expected the markers {BEGIN} and {END}, once each, in order")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    begin, end = marks
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ReportError(f"{file}: expected the markers {begin} and {end}, once each, in order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
 def outputs(root: Path) -> dict[Path, str]:
@@ -409,12 +415,20 @@ def outputs(root: Path) -> dict[Path, str]:
         raise ReportError(f"README.md: expected a file at {readme}")
     results = root / "bench" / "results"
     documents, kept, gpus = load(results), load_kept(results), load_gpu(results)
-    accuracy = load_accuracy(results)
-    return {
+    accuracy, coreml = load_accuracy(results), load_coreml(results)
+    found = {
         readme: with_table(readme.read_text(encoding="utf-8"), readme_table(documents, gpus)),
         root / "docs" / "bench.svg": picture(documents),
         results / "README.md": complete_tables(documents, kept, gpus, accuracy),
     }
+    if coreml is not None:
+        page = root / "docs" / "coreml.md"
+        if not page.is_file():
+            raise ReportError(f"docs/coreml.md: expected a file at {page}")
+        tables = "\n".join(coreml_tables(coreml))
+        name = "docs/coreml.md"
+        found[page] = with_table(page.read_text(encoding="utf-8"), tables, name, COREML_MARKS)
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -564,6 +578,39 @@ def _accuracy_table(accuracy: Document) -> list[str]:
         title = name if size is None else f"ONNX {name}"
         lines.append(f"| {title} | {top1:.2f} | {'' if size is None else f'{size:,}'} |")
     return lines
+
+
+def coreml_tables(document: Document) -> list[str]:
+    """The tables of docs/coreml.md: networks on photographs, then one on what it was trained for."""
+    networks = [(name, rows) for name, rows in document.items() if isinstance(rows, list)]
+    photographs = [(n, rows) for n, rows in networks if "right" not in rows[0]]
+    head = "| | package, MB | largest error | mean error | error, rms | same top class |"
+    rule = "|---|---:|---:|---:|---:|---:|"
+    lines = [
+        f"Networks with weights from a seed, on {photographs[0][1][0]['images']} photographs "
+        f"(torch {document['torch']}, coremltools {document['coremltools']}):",
+        "",
+        head,
+        rule,
+    ]
+    for name, rows in photographs:
+        lines += [_coreml_row(f"{name}, {row['case']}", row) for row in rows]
+    for name, rows in networks:
+        if "right" not in rows[0]:
+            continue
+        truth = rows[0]["right_float64"]
+        lines += ["", f"{name}:", "", f"{head} right (float64: {truth}) |", f"{rule}---:|"]
+        lines += [
+            f"{_coreml_row(row['case'], row)} {row['right']} of {row['images']} |" for row in rows
+        ]
+    return lines
+
+
+def _coreml_row(title: str, row: Case) -> str:
+    return (
+        f"| {title} | {row['megabytes']:.2f} | {row['max_error']:.2g} | {row['mean_error']:.2g} | "
+        f"{100 * row['relative_rms']:.2g} % | {row['same_top_class']} of {row['images']} |"
+    )
 
 
 def _matrix(cases: list[Case], gpu: bool = False) -> list[str]:

@@ -227,6 +227,30 @@ def test_the_memory_kept_for_the_backward_has_a_table(checkout, capsys):
     assert report.KEPT in capsys.readouterr().err
 
 
+def test_the_accuracy_of_packages_is_shown_where_they_are_described(checkout, capsys):
+    row = {"case": "fp16", "images": 8, "megabytes": 6.894, "max_error": 0.0115}
+    row |= {"mean_error": 0.00207, "relative_rms": 0.00178, "same_top_class": 7}
+    trained = [row | {"right": 6, "right_float64": 8}]
+    results = checkout / "bench" / "results"
+    results.mkdir(parents=True)
+    measured = {"torch": "2.15.0", "coremltools": "9.0", "tiny": [row], "digits": trained}
+    (results / report.COREML).write_text(json.dumps(measured))
+    assert _run(checkout) == 2
+    assert "docs/coreml.md" in capsys.readouterr().err
+    page = checkout / "docs" / "coreml.md"
+    page.parent.mkdir(exist_ok=True)
+    page.write_text("before\n{}\nold\n{}\nafter\n".format(*report.COREML_MARKS))
+    assert _run(checkout) == 0
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "| tiny, fp16 | 6.89 | 0.011 | 0.0021 | 0.18 % | 7 of 8 |\n" in text
+    assert "| fp16 | 6.89 | 0.011 | 0.0021 | 0.18 % | 7 of 8 | 6 of 8 |\n" in text
+    page.write_text(text.replace("6 of 8", "8 of 8"))
+    assert _run(checkout, "--check") == 1
+
+
 def test_absent_baselines_are_shown_with_the_reason(checkout):
     _publish(checkout, _measured(eager=8.0, compile=5.0, onnxruntime=None, fused=2.0))
     assert _run(checkout) == 0
