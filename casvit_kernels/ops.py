@@ -51,7 +51,7 @@ _library.define(
 )
 # project_and_mix without gradients, of weights that have not moved since cpu_remember noted in `packed`
 # where they are (their memory is read again): so many arguments take the dispatcher longer than the rest
-# of the call. These and the phases on the CPU are reached by backends/cpu.py alone.
+# of the call. These and the phases on the CPU are reached by way of backends/cpu.py alone.
 _library.define(f"cpu_remember(Tensor(a!) packed, {_WEIGHTS}) -> ()")
 _library.define("cpu_infer(Tensor x, Tensor packed) -> Tensor")
 # The phases. qkv, grad_sum and grad_qkv are in layouts of their own; shape is (B, C, H, W).
@@ -70,7 +70,7 @@ for _phase in (
     " Tensor spatial, Tensor channel, Tensor shift, Tensor logit, Tensor coefficients,"
     " Tensor grad_sum, Tensor(a!) grad_qkv) -> (Tensor depthwise_weight, Tensor depthwise_bias)",
     # The phases together. needed: bit i stands for x and the weights, in order; the gradients of
-    # those from the gates on are returned.
+    # those from the gates on are returned, before them, with amx, of x and the product's weights.
     f"cpu_forward(Tensor x, {_WEIGHTS}, bool batch_q, bool batch_k, ScalarType dtype,"
     " Tensor(a!) qkv)"
     " -> (Tensor out, Tensor statistics, Tensor spatial, Tensor pooled, Tensor channel)",

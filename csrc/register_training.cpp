@@ -344,12 +344,12 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, WEIGHT_PARAMET
       casvit::coefficients(problem, sources, write(sums), {batch_q, batch_k}, write(factors));
       casvit::Output output{};
       casvit::ProductGradients product{&sources.qkv_weight, kind, &input, nullptr, nullptr};
-      if (any({X})) {
+      if (products && any({X})) {
         found[X] = empty_output(x, x.scalar_type());
         output = output_of(found[X], x);
         product.grad_x = &output;
       }
-      if (any({QKV_WEIGHT})) product.grad_weight = make(QKV_WEIGHT, {3 * C, C});
+      if (products && any({QKV_WEIGHT})) product.grad_weight = make(QKV_WEIGHT, {3 * C, C});
       casvit::backward_depthwise(problem, gates, write(qkv), from_spatial, from_channel,
                                  write(shift), write(logit), write(factors), write(grad_sum),
                                  of_depthwise,

@@ -6,6 +6,7 @@ A phase may err at most four times as much as it does in float32 PyTorch.
 import phases
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import require_native
 from test_phases import EPS, weights
 
@@ -306,6 +307,15 @@ def test_out_is_of_the_dtype_and_layout_asked_for(dtype, memory_format):
     torch.testing.assert_close(out.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-4)
     for f, e in zip(small, expected_small, strict=True):
         torch.testing.assert_close(f.double(), e, rtol=1e-5, atol=1e-5)
+
+
+def test_sums_over_many_channels_lose_no_digit(instruction_set):
+    shape = (1, 2048, 7, 7)
+    x, weight = torch.randn(shape), torch.randn(3 * 2048, 2048, 1, 1) / 45
+    found = from_planes(cpu_project(x, weight, None, torch.float32), shape)[:, 0].flatten(0, 1)
+    truth = F.conv2d(x.double(), weight.double())[0]
+    plain = (F.conv2d(x, weight)[0].double() - truth).abs().max().item()
+    assert (found.double() - truth).abs().max().item() <= plain
 
 
 def test_the_product_in_bfloat16():

@@ -24,7 +24,7 @@ from .reference import ReferenceBackend
 from .triton import TritonBackend
 
 ENVIRONMENT = "CASVIT_KERNELS_BACKEND"
-_KEY = os.environ.encodekey(ENVIRONMENT)
+_KEY = os.fsencode(ENVIRONMENT) if os.name == "posix" else ENVIRONMENT  # as os.environ keeps it
 
 _REGISTRY: dict[str, Backend] = {
     backend.name: backend

@@ -126,11 +126,9 @@ static int64_t tiles_per_chunk(const Depth& d) {
   int64_t n = (192 << 10) / d.bytes() / 2 * 2;
   return n < 14 ? 14 : n > MOST_TILES ? MOST_TILES : n;
 }
-// Tiles of results: those of every pixel tile where the depth comes in slices.
-static int64_t sum_tiles(const Depth& d) { return d.slice < d.tiles ? 2 * tiles_per_chunk(d) : 4; }
 static int64_t product_temp_bytes(int64_t C, Product kind, int64_t) {
   const Depth d = depth_of(C, kind);
-  return tiles_per_chunk(d) * d.bytes() + (sum_tiles(d) + 2) * TILE_BYTES;
+  return tiles_per_chunk(d) * d.bytes() + 6 * TILE_BYTES;
 }
 
 // 16 channels from c on of 16 pixels, as floats: to[i * stride] are those of pixel i.
@@ -218,13 +216,14 @@ static void pack_tile(const Input& x, int64_t C, const Piece<TILE>& piece, const
 // ahead over more than a few products.
 class Copy {
  public:
-  // Pixels [begin, end) of results [pixel tile][block][16 pixels][16].
+  // Pixels [begin, end) of results [pixel tile][block][16 pixels][16]; add_up: to what is there.
   void start(const float* results, const Piece<TILE>* pieces, int begin, int end, float* plane,
-             int64_t next_plane, int blocks) {
+             int64_t next_plane, int blocks, bool add_up) {
     results_ = results;
     pieces_ = pieces;
     next_ = begin;
-    end_ = end;
+    end_ = end < begin ? begin : end;
+    add_up_ = add_up;
     plane_ = plane;
     next_plane_ = next_plane;
     blocks_ = blocks;
@@ -243,9 +242,12 @@ class Copy {
       const int tile = next_ / TILE, pixel = next_ % TILE;
       const float* from = results_ + tile * 512 + pixel * VL;
       float* to = plane_ + pieces_[tile].to[pixel];
-      store(to, load(from));
-      if (blocks_ > 1) store(to + next_plane_, load(from + 256));
+      put(from, to);
+      if (blocks_ > 1) put(from + 256, to + next_plane_);
     }
+  }
+  void put(const float* from, float* to) const {
+    store(to, add_up_ ? add(load(to), load(from)) : load(from));
   }
 
   const float* results_ = nullptr;
@@ -253,6 +255,7 @@ class Copy {
   float* plane_ = nullptr;
   int64_t next_plane_ = 0;
   int next_ = 0, end_ = 0, each_ = 0, blocks_ = 0;
+  bool add_up_ = false;
 };
 
 struct alignas(64) TileConfig {
@@ -328,23 +331,22 @@ struct Operands {
   }
 };
 
-// The depth tiles [begin, begin + length) of one pair of pixel tiles and blocks. start: what each
-// accumulator (pixel tile * 2 + block) starts from, or zero; to: where it goes.
+// The depth tiles [begin, begin + length) of one pair of pixel tiles and blocks. bias: two tiles
+// that accumulators (pixel tile * 2 + block) start from, or null; to: where these go.
 template <int PIXEL_TILES, int BLOCKS>
 static void multiply(const unsigned char* x, const unsigned char* w, const Depth& depth,
-                     int64_t begin, const float* const (&start)[4], float* const (&to)[4],
-                     Copy& copy) {
+                     int64_t begin, const float* bias, float* const (&to)[4], Copy& copy) {
   const Operands<PIXEL_TILES, BLOCKS> o{depth.bytes(), depth.bytes()};
   const int64_t each = depth.parts * TILE_BYTES, length = depth.length(begin);
   const bool half = depth.half && begin + length == depth.tiles;
   const int64_t whole = half ? length - 1 : length;
   x += begin * each;
   w += begin * each;
-  if (start[0]) {
-    _tile_loadd(0, start[0], 64);
-    if (BLOCKS > 1) _tile_loadd(1, start[1], 64);
-    if (PIXEL_TILES > 1) _tile_loadd(2, start[2], 64);
-    if (PIXEL_TILES > 1 && BLOCKS > 1) _tile_loadd(3, start[3], 64);
+  if (bias) {
+    _tile_loadd(0, bias, 64);
+    if (BLOCKS > 1) _tile_loadd(1, bias + 256, 64);
+    if (PIXEL_TILES > 1) _tile_loadd(2, bias, 64);
+    if (PIXEL_TILES > 1 && BLOCKS > 1) _tile_loadd(3, bias + 256, 64);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -408,32 +410,27 @@ struct Chunk {
   const Depth& depth;
   float* planes;
   unsigned char* panels;
-  float *sums, *bias;  // [pixel tile][2 blocks] tiles, or 4; 2 tiles
+  float *results, *bias;  // 4 tiles; 2 tiles
   int64_t tiles = 0;
   Piece<TILE> pieces[MOST_TILES];
   bool in_row[MOST_TILES];  // the 16 pixels lie behind one another in the planes
 
   Chunk(const Geometry& g, const WeightsView& w, const Depth& depth, float* planes, void* temp)
-      : g(g), w(w), depth(depth), planes(planes), sums(static_cast<float*>(temp)) {
-    bias = sums + sum_tiles(depth) * 256;
+      : g(g), w(w), depth(depth), planes(planes), results(static_cast<float*>(temp)) {
+    bias = results + 4 * 256;
     panels = reinterpret_cast<unsigned char*>(bias + 2 * 256);
   }
 
   // Pixel tiles t and t + 1, blocks [block, block + blocks), a slice of the depth.
   void multiply(int64_t t, int64_t block, int blocks, int64_t begin, Copy& copy) const {
-    const bool last = begin + depth.length(begin) == depth.tiles;
     const int pixel_tiles = t + 1 < tiles ? 2 : 1;
-    float* results = sums + (depth.slice < depth.tiles ? t * 512 : 0);
-    const float* start[4] = {};
-    if (begin > 0)
-      for (int i = 0; i < 4; ++i) start[i] = results + i * 256;
-    else if (spread_bias(w.qkv_bias + block * VL, blocks, bias))
-      for (int i = 0; i < 4; ++i) start[i] = bias + i % 2 * 256;
+    // Slices after the first start from zero, too, and are added up: in one long chain the small
+    // parts would meet a large sum.
+    const bool biased = begin == 0 && spread_bias(w.qkv_bias + block * VL, blocks, bias);
+    int first = 0, end = (pixel_tiles - 1) * TILE + pieces[t + pixel_tiles - 1].count;
     float* to[4];
     for (int i = 0; i < 4; ++i) to[i] = results + i * 256;
-    int first = 0, end = TILE + pieces[t + pixel_tiles - 1].count;
-    if (pixel_tiles == 1) end -= TILE;
-    if (last) {
+    if (begin == 0) {
       for (int i = 0; i < pixel_tiles; ++i)
         for (int b = 0; b < blocks && in_row[t + i]; ++b)
           to[2 * i + b] = planes + (block + b) * g.plane + pieces[t + i].to[0];
@@ -443,9 +440,10 @@ struct Chunk {
     auto* f = pixel_tiles == 2 ? blocks == 2 ? amx::multiply<2, 2> : amx::multiply<2, 1>
               : blocks == 2    ? amx::multiply<1, 2>
                                : amx::multiply<1, 1>;
-    f(panels + t * depth.bytes(), w.product + block * depth.bytes(), depth, begin, start, to, copy);
-    if (last)
-      copy.start(results, pieces + t, first, end, planes + block * g.plane, g.plane, blocks);
+    f(panels + t * depth.bytes(), w.product + block * depth.bytes(), depth, begin,
+      biased ? bias : nullptr, to, copy);
+    copy.start(results, pieces + t, first, end, planes + block * g.plane, g.plane, blocks,
+               begin > 0);
   }
   // The weights of large C come from the third-level cache: asks for a share of the next slice.
   void prefetch(int64_t block, int64_t begin, int64_t t) const {

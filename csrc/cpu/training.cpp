@@ -186,18 +186,18 @@ class ProductBackward {
                   bool by_images)
       : p_(p), grad_(grad), to_(to), by_images_(by_images) {
     const Geometry& g = p.geometry;
-    // Sums over parts of the pixels, cut by the shape alone.
+    // Sums over parts of the pixels: images, or cut by the shape alone.
     int64_t parts = pixels() / 4096 < 1 ? 1 : pixels() / 4096 > 8 ? 8 : pixels() / 4096;
     part_ = by_images ? g.pixels() : divide_up(pixels(), parts);
     parts_ = divide_up(pixels(), part_);
     const int64_t square = 3 * g.C * g.C, summed = parts_ > 1 && to.grad_weight ? parts_ : 0;
     const int64_t packed_bytes =
         to.grad_x ? p.kernels.input_gradient_weight_bytes(g.C, to.kind) : 0;
-    Arrays arrays(Arrays::bytes<float>(square) + Arrays::bytes<char>(packed_bytes) +
+    Arrays arrays(Arrays::bytes<float>(to.grad_x ? square : 0) + Arrays::bytes<char>(packed_bytes) +
                       Arrays::bytes<float>(summed * square),
                   product_buffer);
     packed_ = arrays.take<char>(packed_bytes);
-    float* scratch = arrays.take<float>(square);
+    float* scratch = arrays.take<float>(to.grad_x ? square : 0);
     sums_ = parts_ > 1 ? arrays.take<float>(summed * square) : to.grad_weight;
     if (!to.grad_x) return;
     const float* matrix = dense_matrix(*to.weight, 3 * g.C, g.C, scratch);
@@ -205,6 +205,8 @@ class ProductBackward {
       p.kernels.input_gradient_pack_weights(matrix, g.C, to.kind, column, packed_);
     });
   }
+
+  ~ProductBackward() { product_buffer.release_if_over(int64_t{256} << 20); }
 
   static bool goes_by_images(const TrainingProblem& p) {
     const Geometry& g = p.geometry;
