@@ -539,38 +539,32 @@ def test_autocast(mixer, x):
         assert assert_as_fresh(mixer, lambda m: m(x)).dtype is torch.bfloat16
 
 
-@torch.no_grad()
-def test_a_dispatch_mode_sees_the_same(mixer, x):
-    class Mode(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
+def seen_by(mode, method, mixer, x):
+    """A call of the mixer under a mode; it returns the functions that the mode saw."""
+
+    def note(self, function, types, args=(), kwargs=None):
+        seen.append(str(function))
+        return function(*args, **(kwargs or {}))
 
     def call():
         seen.clear()
-        with Mode():
+        with type("Mode", (mode,), {method: note})():
             mixer(x)
         return list(seen)
 
     seen = []
+    return call
+
+
+@torch.no_grad()
+def test_a_dispatch_mode_sees_the_same(mixer, x):
+    call = seen_by(TorchDispatchMode, "__torch_dispatch__", mixer, x)
     assert "casvit_kernels.project_and_mix.default" in assert_same_the_long_way(call)
 
 
 @torch.no_grad()
 def test_a_function_mode_sees_the_same(mixer, x):
-    class Mode(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    def call():
-        seen.clear()
-        with Mode():
-            mixer(x)
-        return list(seen)
-
-    seen = []
-    assert_same_the_long_way(call)
+    assert_same_the_long_way(seen_by(TorchFunctionMode, "__torch_function__", mixer, x))
 
 
 @torch.no_grad()

@@ -426,7 +426,7 @@ struct Chunk {
     const int pixel_tiles = t + 1 < tiles ? 2 : 1;
     // Slices after the first start from zero, too, and are added up: in one long chain the small
     // parts would meet a large sum.
-    const bool biased = begin == 0 && spread_bias(w.qkv_bias + block * VL, blocks, bias);
+    const float* start = begin == 0 ? spread_bias(w.qkv_bias + block * VL, blocks, bias) : nullptr;
     int first = 0, end = (pixel_tiles - 1) * TILE + pieces[t + pixel_tiles - 1].count;
     float* to[4];
     for (int i = 0; i < 4; ++i) to[i] = results + i * 256;
@@ -440,8 +440,7 @@ struct Chunk {
     auto* f = pixel_tiles == 2 ? blocks == 2 ? amx::multiply<2, 2> : amx::multiply<2, 1>
               : blocks == 2    ? amx::multiply<1, 2>
                                : amx::multiply<1, 1>;
-    f(panels + t * depth.bytes(), w.product + block * depth.bytes(), depth, begin,
-      biased ? bias : nullptr, to, copy);
+    f(panels + t * depth.bytes(), w.product + block * depth.bytes(), depth, begin, start, to, copy);
     copy.start(results, pieces + t, first, end, planes + block * g.plane, g.plane, blocks,
                begin > 0);
   }
