@@ -257,7 +257,7 @@ def _cpu_features() -> list[str]:
     """The instruction set extensions that matter here, by the names Linux gives them."""
     wanted = (
         "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16",
-        "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "asimdhp", "bf16", "sve", "i8mm",
+        "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "asimdhp", "bf16", "sve", "i8mm",
     )  # fmt: skip
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

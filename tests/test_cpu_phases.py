@@ -3,6 +3,8 @@
 A phase may err at most four times as much as it does in float32 PyTorch.
 """
 
+import math
+
 import phases
 import pytest
 import torch
@@ -367,3 +369,49 @@ def test_wrong_arguments_are_refused(change, message):
     vars(p).update(change)
     with pytest.raises(RuntimeError, match=message):
         kernel_gate(p)
+
+
+def product(x, weight):
+    """The kernel's product, PyTorch's and the true one, (B, 3 C, H, W) each."""
+    found = from_planes(cpu_project(x, weight, None, torch.float32), x.shape)
+    found = found.transpose(0, 1).flatten(1, 2)
+    return found.double(), F.conv2d(x, weight).double(), F.conv2d(x.double(), weight.double())
+
+
+@pytest.mark.parametrize("memory_format", [CONTIGUOUS, CHANNELS_LAST], ids=str)
+@pytest.mark.parametrize("C", [56, 112, 220, 300, 512])
+def test_the_product_is_as_exact_as_float32(instruction_set, C, memory_format):
+    x = torch.randn(2, C, 9, 7).contiguous(memory_format=memory_format)
+    found, plain, truth = product(x, torch.randn(3 * C, C, 1, 1) / C**0.5)
+    assert (found - truth).abs().max() <= 1.5 * (plain - truth).abs().max()
+
+
+@pytest.mark.parametrize("where", ["x", "weight"])
+def test_one_huge_number_does_not_blur_the_others(instruction_set, where):
+    """What it is multiplied with is zero: in float32 it leaves no trace."""
+    C = 112
+    x, weight = torch.randn(2, C, 9, 7), torch.randn(3 * C, C, 1, 1) / C**0.5
+    x[:, 70] = 1e6 if where == "x" else 0.0
+    weight[:, 70] = 1e6 if where == "weight" else 0.0
+    found, plain, truth = product(x, weight)
+    assert (found - truth).abs().max() <= 1.5 * (plain - truth).abs().max()
+
+
+@pytest.mark.parametrize("where", ["x", "weight"])
+@pytest.mark.parametrize("factor", [0.0, 1e-33, 1e33, torch.inf, torch.nan])
+def test_numbers_at_the_ends_of_the_range_and_beyond(instruction_set, factor, where):
+    C = 64
+    x, weight = torch.randn(1, C, 8, 8), torch.randn(3 * C, C, 1, 1)
+    channels = slice(None) if math.isfinite(factor) else slice(7, 8)
+    if where == "x":
+        x[:, channels, 3, 4] *= factor
+    else:
+        weight[20, channels] *= factor
+    found, plain, truth = product(x, weight)
+    assert torch.equal(found.isfinite(), plain.isfinite())
+    error = (found - truth).abs().nan_to_num(0.0)
+    touched = torch.zeros(error.shape, dtype=torch.bool)
+    (touched[..., 3, 4] if where == "x" else touched[:, 20]).fill_(True)
+    assert error[~touched].max() <= 1e-4
+    # The last digits of 1e-33 are too small for float32's normal range.
+    assert error[touched].max() <= (1e-3 * factor if 0 < factor < torch.inf else 0.0)

@@ -123,7 +123,8 @@ struct Group {
   }
 };
 
-// Few images: every phase is spread over the threads.
+// Few images: every phase is spread over the threads. What a thread reads it has written itself,
+// for the most part: tasks count along the rows, and the pool gives each thread a run of them.
 void by_phases(const Group& group, const Pool& pool) {
   const Geometry& g = group.g;
   const int64_t threads = pool.threads, pixels = group.images * g.pixels();
@@ -140,8 +141,8 @@ void by_phases(const Group& group, const Pool& pool) {
     group.product(begin, end, block, block_end);
   });
   const int64_t strips = group.strips.count;
-  run(pool, group.images * 2 * strips,
-      [&](int64_t i) { group.spatial_gate(i / (2 * strips), i / strips % 2, i % strips); });
+  run(pool, group.images * strips * 2,
+      [&](int64_t i) { group.spatial_gate(i / (2 * strips), i % 2, i / 2 % strips); });
   group.pool();
   const int64_t gate_part =
       divide_up(2 * g.blocks, threads) < g.blocks ? divide_up(2 * g.blocks, threads) : g.blocks;
@@ -151,8 +152,17 @@ void by_phases(const Group& group, const Pool& pool) {
     const int64_t end = begin + gate_part < g.blocks ? begin + gate_part : g.blocks;
     group.channel_gate(i / gate_parts, begin, end);
   });
-  // All rows of all blocks in one line, cut into equal pieces: only the cut blocks compute the rows
-  // around a cut twice.
+  // Bands of rows of one large image, although all blocks compute the rows around a cut twice.
+  const int64_t band = divide_up(g.H, threads);
+  if (group.images == 1 && band >= 14) {
+    run(pool, divide_up(g.H, band), [&](int64_t i) {
+      const int64_t y_end = (i + 1) * band < g.H ? (i + 1) * band : g.H;
+      for (int64_t block = 0; block < g.blocks; ++block) group.combine(0, block, i * band, y_end);
+    });
+    return;
+  }
+  // Else all rows of all blocks in one line, cut into equal pieces: only the cut blocks compute
+  // rows twice.
   const int64_t rows = group.images * g.blocks * g.H;
   const int64_t pieces = rows / 4 < threads ? divide_up(rows, 4) : threads;
   run(pool, pieces, [&](int64_t i) {

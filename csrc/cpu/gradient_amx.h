@@ -1,6 +1,6 @@
-// The gradients of the qkv product on the matrix unit, as mixer_amx.cpp does the product: float32
-// by six passes, bf16 (operands are rounded, sums are float32) by one. G: [pixels][3C], the
-// gradient at q, k and v; W: [3C][C].
+// The gradients of the qkv product on the matrix unit in bf16 parts, as parts_amx.h does the
+// product. float32 takes six passes, bf16 (operands are rounded, sums are float32) one. G:
+// [pixels][3C], the gradient at q, k and v; W: [3C][C].
 //   of x: G W, one row for each pixel;
 //   of the weights: X^T G, a sum over pixels, written transposed. Either way round, but so neither
 //   G nor an x with channels first is transposed on the way in.

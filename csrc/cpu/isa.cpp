@@ -51,6 +51,7 @@ std::string why_not_amx() {
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & (1u << 5))) return without("AVX512_BF16");
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & (1u << 22)) || !(d & (1u << 24)))
     return without("AMX-BF16");
+  if (!(d & (1u << 25))) return without("AMX-INT8");
 #if defined(__linux__)
   // The kernel hands out the tile registers on request, once per process.
   const long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -1,503 +1,97 @@
 // The qkv product on the matrix unit (AMX) of recent Xeons; gates and combination are AVX-512's.
-//
-// The unit multiplies bf16 pairs into float32. A bf16 product (x in bf16) is one pass. A float32
-// product is exact to float32 rounding all the same: each number is split into three bf16 parts
-// (8 + 8 + 8 bits) and the six partial products that reach float32 precision are summed, the small
-// ones first, in the same accumulators. Six passes here still beat one pass of AVX-512 by far.
+// bf16 is one pass; float32 is fixed point where the numbers suit it (fixed_point_amx.h), else six
+// passes over bf16 parts (parts_amx.h).
 #define CASVIT_ISA amx
+#include "fixed_point_amx.h"
 #include "mixer.h"
 #include "output.h"
-#include "pixels.h"
-#include "vec.h"
+#include "parts_amx.h"
 
 namespace casvit {
 namespace CASVIT_ISA {
 
-constexpr int TILE = 16;   // pixels or outputs of one tile
-constexpr int DEPTH = 32;  // channels of one tile
-constexpr int64_t TILE_BYTES = 1024;
-constexpr int MOST_TILES = 32;  // pixel tiles packed at a time
-
-// A depth tile keeps channels i and i + 16 side by side: pairs that need no shuffle to make. For
-// float32 it is three tiles, the high, middle and low parts of 32 channels. Where only 16 channels
-// are left, their parts pair up with one another instead, which halves the passes:
-//   of x: [high high] [middle middle] [low high]; of the weights: [high middle] [high low].
-struct Depth {
-  int64_t parts;  // 3 for float32, 1 for bf16
-  int64_t tiles;  // depth tiles
-  bool half;      // the last has 16 channels
-  int64_t slice;  // depth tiles worked on at a time: what fits the first-level cache
-  int64_t bytes() const { return parts * tiles * TILE_BYTES; }
-  int64_t length(int64_t begin) const { return begin + slice < tiles ? slice : tiles - begin; }
-};
-static Depth depth_of(int64_t C, Product kind) {
-  Depth d{};
-  d.parts = kind == Product::F32 ? 3 : 1;
-  d.tiles = (C + DEPTH - 1) / DEPTH;
-  d.half = d.parts == 3 && (C + TILE - 1) / TILE % 2 == 1;
-  d.slice = d.parts == 3 ? 4 : 8;
-  return d;
+// Up to 48 channels nine passes over parts are as quick as six and their conversion; among very
+// many some value is always far above the others.
+static bool may_be_fixed(int64_t C, Product kind) {
+  return kind == Product::F32 && C > 48 && C <= 1024;
 }
 
-CASVIT_INLINE Vec upper_half(Vec a) {
-  const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), mask));
+static int64_t block_bytes(int64_t C, Product kind) {
+  const int64_t parts = depth_of(C, kind).bytes();
+  if (!may_be_fixed(C, kind)) return parts;
+  const int64_t fixed = FixedDepth(C).bytes();
+  return UNIT_BYTES + (fixed > parts ? fixed : parts);
 }
-// The upper halves of two vectors as pairs: lane i of `low` below, lane i of `high` above.
-CASVIT_INLINE __m512i pairs(Vec low, Vec high) {
-  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_castps_si512(low), 16),
-                                 _mm512_castps_si512(high));
-}
-
-// A number as a sum of three floats of 8 significant bits each, exactly: the upper halves are bf16.
-struct Split {
-  Vec part[3];
-};
-// Weights are rounded, so that what the passes leave out has no preferred sign.
-CASVIT_INLINE Split split_rounded(Vec a) {
-  const __m512i bits = _mm512_castps_si512(a);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i even = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);  // round half to even
-  Split s;
-  s.part[0] = upper_half(_mm512_castsi512_ps(_mm512_add_epi32(bits, even)));
-  // Adding must not carry a NaN over into a number.
-  const __m512i quiet =
-      _mm512_or_si512(_mm512_castps_si512(upper_half(a)), _mm512_set1_epi32(0x400000));
-  s.part[0] = _mm512_mask_mov_ps(s.part[0], _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q),
-                                 _mm512_castsi512_ps(quiet));
-  const Vec rest = sub(a, s.part[0]);
-  const __m512i half = _mm512_add_epi32(_mm512_castps_si512(rest), _mm512_set1_epi32(0x8000));
-  s.part[1] = upper_half(_mm512_castsi512_ps(half));
-  s.part[2] = sub(rest, s.part[1]);
-  return s;
-}
-// x is cut off instead, at half the price. The parts may have lower halves: pairs() drops them.
-CASVIT_INLINE Split split_cut(Vec a) {
-  Split s;
-  s.part[0] = a;
-  s.part[1] = sub(a, upper_half(a));
-  s.part[2] = sub(s.part[1], upper_half(s.part[1]));
-  return s;
-}
-
-// to[i] lane j = from[j * stride + i]; zero for i >= count.
-CASVIT_INLINE void columns(const float* from, int64_t stride, int64_t count, Vec (&to)[TILE]) {
-  if (count >= TILE) return load_transposed(from, stride, to);
-  const int n = count < 0 ? 0 : static_cast<int>(count);
-  for (int j = 0; j < TILE; ++j) to[j] = n ? load_first_as_float(from + j * stride, n) : zero();
-  transpose(to);
-}
-
-// Weights: [block][depth tile][16 channel pairs][16 outputs][2].
 static int64_t product_weight_bytes(int64_t C, int64_t blocks, Product kind) {
-  return 3 * blocks * depth_of(C, kind).bytes();
+  return 3 * blocks * block_bytes(C, kind);
 }
-
 static void product_pack_weights(const float* matrix, int64_t C, int64_t blocks, Product kind,
                                  void* to) {
-  const Depth d = depth_of(C, kind);
-  unsigned char* tiles = static_cast<unsigned char*>(to);
-  for (int64_t block = 0; block < 3 * blocks; ++block)
-    for (int64_t t = 0; t < d.tiles; ++t, tiles += d.parts * TILE_BYTES) {
-      auto put = [&](int64_t tile, int pair, Vec low, Vec high) {
-        _mm512_storeu_si512(tiles + tile * TILE_BYTES + pair * 64, pairs(low, high));
-      };
-      const float* row = matrix + block * TILE * C + t * DEPTH;
-      const bool half = d.half && t == d.tiles - 1;
-      Vec low[TILE], high[TILE];  // of 16 outputs each: channels i and i + 16
-      columns(row, C, C - t * DEPTH, low);
-      columns(row + TILE, C, C - t * DEPTH - TILE, high);
-      for (int i = 0; i < TILE; ++i) {
-        const Split a = split_rounded(low[i]), b = split_rounded(high[i]);
-        if (half) {
-          put(0, i, a.part[0], a.part[1]);
-          put(1, i, a.part[0], a.part[2]);
-          put(2, i, zero(), zero());
-        } else {
-          for (int part = 0; part < static_cast<int>(d.parts); ++part)
-            put(part, i, a.part[part], b.part[part]);
-        }
-      }
-    }
+  const Depth depth = depth_of(C, kind);
+  for (int64_t block = 0; block < 3 * blocks; ++block) {
+    unsigned char* own = static_cast<unsigned char*>(to) + block * block_bytes(C, kind);
+    const float* rows = matrix + block * TILE * C;
+    if (may_be_fixed(C, kind)) pack_fixed_point(rows, C, own);
+    else pack_parts(rows, C, depth, own);
+  }
 }
 
-// Panels: [pixel tile][depth tile][16 pixels][32 channels].
 static int64_t tiles_per_chunk(const Depth& d) {
-  int64_t n = (192 << 10) / d.bytes() / 2 * 2;
+  const int64_t n = (192 << 10) / d.bytes() / 2 * 2;
   return n < 14 ? 14 : n > MOST_TILES ? MOST_TILES : n;
 }
 static int64_t product_temp_bytes(int64_t C, Product kind, int64_t) {
   const Depth d = depth_of(C, kind);
-  return tiles_per_chunk(d) * d.bytes() + 6 * TILE_BYTES;
+  const int64_t tiles = tiles_per_chunk(d), parts = PartsProduct::temp_bytes(d, tiles);
+  if (!may_be_fixed(C, kind)) return parts;
+  const int64_t fixed = FixedPointProduct::temp_bytes(FixedDepth(C), tiles);
+  return 2 * d.bytes() + (fixed > parts ? fixed : parts);  // two blocks rebuilt in parts
 }
-
-// 16 channels from c on of 16 pixels, as floats: to[i * stride] are those of pixel i.
-template <class T>
-CASVIT_INLINE void gather(const T* x, int64_t channel_stride, int64_t C, const Piece<TILE>& piece,
-                          int64_t c, float* to, int64_t stride) {
-  const int64_t count = C - c < TILE ? C - c : TILE;
-  if (count <= 0) {
-    for (int i = 0; i < TILE; ++i) store(to + i * stride, zero());
-  } else if (channel_stride == 1) {
-    for (int i = 0; i < TILE; ++i)
-      store(to + i * stride, load_first_as_float(x + piece.from[i] + c, static_cast<int>(count)));
-  } else if (piece.consecutive) {
-    const T* p = x + piece.from[0] + c * channel_stride;
-    Vec r[TILE];
-    // Too many streams for the hardware prefetcher: one for each channel.
-    for (int i = 0; i < count; ++i)
-      _mm_prefetch(reinterpret_cast<const char*>(p + i * channel_stride + 4 * TILE), _MM_HINT_T0);
-    load_transposed(p, channel_stride, static_cast<int>(count), r);
-    for (int i = 0; i < TILE; ++i) store(to + i * stride, r[i]);
-  } else if (piece.two_runs) {
-    const __mmask16 all = first_lanes(piece.count), first = first_lanes(piece.run);
-    const T* p = x + piece.from[0] + c * channel_stride;
-    const T* q = x + piece.from[piece.count - 1] + c * channel_stride - (piece.count - 1);
-    Vec r[TILE];
-    for (int i = 0; i < TILE; ++i) {
-      r[i] = zero();
-      if (i < count)
-        r[i] = _mm512_or_ps(load_lanes_as_float(p + i * channel_stride, first),
-                            load_lanes_as_float(q + i * channel_stride, all & ~first));
-    }
-    transpose(r);
-    for (int i = 0; i < TILE; ++i) store(to + i * stride, r[i]);
-  } else {
-    for (int i = 0; i < TILE; ++i)
-      for (int j = 0; j < TILE; ++j)
-        to[i * stride + j] =
-            c + j < C ? widen_one(x + piece.from[i] + (c + j) * channel_stride) : 0.0f;
-  }
-}
-
-// One pixel tile: every row of a depth tile is written as one line of 32 channels.
-template <class T>
-CASVIT_INLINE void pack_tile(const T* x, int64_t channel_stride, int64_t C,
-                             const Piece<TILE>& piece, const Depth& d, unsigned char* to) {
-  alignas(64) float channels[TILE * DEPTH];
-  auto put = [&](int row, int64_t tile, __m512i line) __attribute__((always_inline)) {
-    _mm512_store_si512(to + tile * TILE_BYTES + row * 64, line);
-  };
-  for (int64_t t = 0; t < d.tiles; ++t, to += d.parts * TILE_BYTES) {
-    const bool half = d.half && t == d.tiles - 1;
-    gather(x, channel_stride, C, piece, t * DEPTH, channels, DEPTH);
-    if (!half) gather(x, channel_stride, C, piece, t * DEPTH + TILE, channels + TILE, DEPTH);
-    for (int i = 0; i < TILE; ++i) {
-      const Vec first = load(channels + i * DEPTH), second = load(channels + i * DEPTH + TILE);
-      if (d.parts == 1) {
-        put(i, 0, pairs(split_rounded(first).part[0], split_rounded(second).part[0]));
-      } else if (half) {
-        const Split a = split_cut(first);
-        put(i, 0, pairs(a.part[0], a.part[0]));
-        put(i, 1, pairs(a.part[1], a.part[1]));
-        put(i, 2, pairs(a.part[2], a.part[0]));
-      } else {
-        const Split a = split_cut(first), b = split_cut(second);
-        for (int part = 0; part < 3; ++part) put(i, part, pairs(a.part[part], b.part[part]));
-      }
-    }
-  }
-}
-static void pack_tile(const Input& x, int64_t C, const Piece<TILE>& piece, const Depth& d,
-                      unsigned char* tiles) {
-  switch (x.dtype) {
-    case DType::F32:
-      return pack_tile(static_cast<const float*>(x.data), x.channel_stride, C, piece, d, tiles);
-    case DType::BF16:
-      return pack_tile(static_cast<const Bf16*>(x.data), x.channel_stride, C, piece, d, tiles);
-    case DType::F16:
-      return pack_tile(static_cast<const F16*>(x.data), x.channel_stride, C, piece, d, tiles);
-  }
-}
-
-// The results of the last two pixel tiles by two blocks, on their way to the planes. They are
-// copied while the next ones are multiplied, a few after any four products, which take the matrix
-// unit 64 cycles. Before or behind them it would take its time once more: the core does not look
-// ahead over more than a few products.
-class Copy {
- public:
-  // Pixels [begin, end) of results [pixel tile][block][16 pixels][16]; add_up: to what is there.
-  void start(const float* results, const Piece<TILE>* pieces, int begin, int end, float* plane,
-             int64_t next_plane, int blocks, bool add_up) {
-    results_ = results;
-    pieces_ = pieces;
-    next_ = begin;
-    end_ = end < begin ? begin : end;
-    add_up_ = add_up;
-    plane_ = plane;
-    next_plane_ = next_plane;
-    blocks_ = blocks;
-  }
-  // For that many steps.
-  void share_out(int64_t steps) {
-    const auto n = static_cast<uint32_t>(steps);
-    each_ = static_cast<int>((static_cast<uint32_t>(end_ - next_) + n - 1) / n);
-  }
-  void step() { copy(next_ + each_ < end_ ? next_ + each_ : end_); }
-  void finish() { copy(end_); }
-
- private:
-  void copy(int end) {
-    for (; next_ < end; ++next_) {
-      const int tile = next_ / TILE, pixel = next_ % TILE;
-      const float* from = results_ + tile * 512 + pixel * VL;
-      float* to = plane_ + pieces_[tile].to[pixel];
-      put(from, to);
-      if (blocks_ > 1) put(from + 256, to + next_plane_);
-    }
-  }
-  void put(const float* from, float* to) const {
-    store(to, add_up_ ? add(load(to), load(from)) : load(from));
-  }
-
-  const float* results_ = nullptr;
-  const Piece<TILE>* pieces_ = nullptr;
-  float* plane_ = nullptr;
-  int64_t next_plane_ = 0;
-  int next_ = 0, end_ = 0, each_ = 0, blocks_ = 0;
-  bool add_up_ = false;
-};
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Where the parts lie in a depth tile.
-constexpr int64_t HIGH = 0, MIDDLE = TILE_BYTES, LOW = 2 * TILE_BYTES;
-
-// Up to 2 pixel tiles times 2 blocks: accumulators in tiles 0 to 3 (pixel tile * 2 + block), x in 4
-// and 5, weights in 6 and 7. A tile can be loaded anew only when the products that read it have
-// begun, so a step orders its products by what the next step replaces.
-template <int PIXEL_TILES, int BLOCKS>
-struct Operands {
-  int64_t x_next, w_next;  // from the first pixel tile or block to the second, in bytes
-
-  inline __attribute__((always_inline)) void load_x(const unsigned char* x) const {
-    _tile_loadd(4, x, 64);
-    if (PIXEL_TILES > 1) _tile_loadd(5, x + x_next, 64);
-  }
-  inline __attribute__((always_inline)) void load_w(const unsigned char* w) const {
-    _tile_loadd(6, w, 64);
-    if (BLOCKS > 1) _tile_loadd(7, w + w_next, 64);
-  }
-  inline __attribute__((always_inline)) void then_x(const unsigned char* x) const {
-    _tile_dpbf16ps(0, 4, 6);
-    if (BLOCKS > 1) _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(4, x, 64);
-    if (PIXEL_TILES == 1) return;
-    _tile_dpbf16ps(2, 5, 6);
-    if (BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
-    _tile_loadd(5, x + x_next, 64);
-  }
-  inline __attribute__((always_inline)) void then_w(const unsigned char* w) const {
-    _tile_dpbf16ps(0, 4, 6);
-    if (PIXEL_TILES > 1) _tile_dpbf16ps(2, 5, 6);
-    _tile_loadd(6, w, 64);
-    if (BLOCKS == 1) return;
-    _tile_dpbf16ps(1, 4, 7);
-    if (PIXEL_TILES > 1) _tile_dpbf16ps(3, 5, 7);
-    _tile_loadd(7, w + w_next, 64);
-  }
-  inline __attribute__((always_inline)) void then_both(const unsigned char* x,
-                                                       const unsigned char* w) const {
-    _tile_dpbf16ps(0, 4, 6);
-    if (BLOCKS > 1) _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(4, x, 64);
-    if (PIXEL_TILES > 1 && BLOCKS > 1) _tile_dpbf16ps(3, 5, 7);
-    if (BLOCKS > 1) _tile_loadd(7, w + w_next, 64);
-    if (PIXEL_TILES > 1) _tile_dpbf16ps(2, 5, 6);
-    _tile_loadd(6, w, 64);
-    if (PIXEL_TILES > 1) _tile_loadd(5, x + x_next, 64);
-  }
-  // Five of the six passes over a depth tile whose low part of x and high part of the weights are
-  // loaded; the last is then_both, which loads the next.
-  // `step` is called after each pass.
-  template <class F>
-  inline __attribute__((always_inline)) void all_but_last(const unsigned char* x,
-                                                          const unsigned char* w,
-                                                          const F& step) const {
-    then_x(x + MIDDLE);
-    step();
-    then_w(w + MIDDLE);
-    step();
-    then_x(x + HIGH);
-    step();
-    then_w(w + LOW);
-    step();
-    then_w(w + HIGH);
-    step();
-  }
-};
-
-// The depth tiles [begin, begin + length) of one pair of pixel tiles and blocks. bias: two tiles
-// that accumulators (pixel tile * 2 + block) start from, or null; to: where these go.
-template <int PIXEL_TILES, int BLOCKS>
-static void multiply(const unsigned char* x, const unsigned char* w, const Depth& depth,
-                     int64_t begin, const float* bias, float* const (&to)[4], Copy& copy) {
-  const Operands<PIXEL_TILES, BLOCKS> o{depth.bytes(), depth.bytes()};
-  const int64_t each = depth.parts * TILE_BYTES, length = depth.length(begin);
-  const bool half = depth.half && begin + length == depth.tiles;
-  const int64_t whole = half ? length - 1 : length;
-  x += begin * each;
-  w += begin * each;
-  if (bias) {
-    _tile_loadd(0, bias, 64);
-    if (BLOCKS > 1) _tile_loadd(1, bias + 256, 64);
-    if (PIXEL_TILES > 1) _tile_loadd(2, bias, 64);
-    if (PIXEL_TILES > 1 && BLOCKS > 1) _tile_loadd(3, bias + 256, 64);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  if (depth.parts == 1) {
-    copy.share_out(length);
-    o.load_x(x);
-    o.load_w(w);
-    for (int64_t t = 0; t < length; ++t) {
-      x += t + 1 < length ? each : 0;  // the last load is idle
-      w += t + 1 < length ? each : 0;
-      o.then_both(x, w);
-      copy.step();
-    }
-  } else {
-    copy.share_out(6 * whole + (half ? 3 : 0));
-    o.load_x(x + LOW);
-    o.load_w(whole ? w + HIGH : w + TILE_BYTES);
-    for (int64_t t = 0; t < whole; ++t) {
-      o.all_but_last(x, w, [&] { copy.step(); });
-      const bool last = t + 1 == whole;
-      x += last && !half ? 0 : each;
-      w += last && !half ? 0 : each;
-      o.then_both(x + LOW, last && half ? w + TILE_BYTES : w);
-      copy.step();
-    }
-    if (half) {
-      o.then_both(x + TILE_BYTES, w);
-      copy.step();
-      o.then_x(x);
-      copy.step();
-      o.then_x(x);
-      copy.step();
-    }
-  }
-  copy.finish();  // it may come from where these results go
-  _tile_stored(0, to[0], 64);
-  if (BLOCKS > 1) _tile_stored(1, to[1], 64);
-  if (PIXEL_TILES > 1) _tile_stored(2, to[2], 64);
-  if (PIXEL_TILES > 1 && BLOCKS > 1) _tile_stored(3, to[3], 64);
-}
-
-// What accumulators start from: the bias of one or two blocks, 16 equal rows for each; nullptr:
-// zero.
-static const float* spread_bias(const float* from, int blocks, float* to) {
-  __mmask16 any = 0;
-  for (int64_t b = 0; b < blocks; ++b)
-    any |= _mm512_cmp_ps_mask(load(from + b * VL), zero(), _CMP_NEQ_UQ);
-  if (!any) return nullptr;
-  for (int64_t b = 0; b < blocks; ++b)
-    for (int64_t i = 0; i < TILE; ++i) store(to + b * 256 + i * VL, load(from + b * VL));
-  return to;
-}
-
-// One chunk of pixels, packed.
-struct Chunk {
-  const Geometry& g;
-  const WeightsView& w;
-  const Depth& depth;
-  float* planes;
-  unsigned char* panels;
-  float *results, *bias;  // 4 tiles; 2 tiles
-  int64_t tiles = 0;
-  Piece<TILE> pieces[MOST_TILES];
-  bool in_row[MOST_TILES];  // the 16 pixels lie behind one another in the planes
-
-  Chunk(const Geometry& g, const WeightsView& w, const Depth& depth, float* planes, void* temp)
-      : g(g), w(w), depth(depth), planes(planes), results(static_cast<float*>(temp)) {
-    bias = results + 4 * 256;
-    panels = reinterpret_cast<unsigned char*>(bias + 2 * 256);
-  }
-
-  // Pixel tiles t and t + 1, blocks [block, block + blocks), a slice of the depth.
-  void multiply(int64_t t, int64_t block, int blocks, int64_t begin, Copy& copy) const {
-    const int pixel_tiles = t + 1 < tiles ? 2 : 1;
-    // Slices after the first start from zero, too, and are added up: in one long chain the small
-    // parts would meet a large sum.
-    const float* start = begin == 0 ? spread_bias(w.qkv_bias + block * VL, blocks, bias) : nullptr;
-    int first = 0, end = (pixel_tiles - 1) * TILE + pieces[t + pixel_tiles - 1].count;
-    float* to[4];
-    for (int i = 0; i < 4; ++i) to[i] = results + i * 256;
-    if (begin == 0) {
-      for (int i = 0; i < pixel_tiles; ++i)
-        for (int b = 0; b < blocks && in_row[t + i]; ++b)
-          to[2 * i + b] = planes + (block + b) * g.plane + pieces[t + i].to[0];
-      if (in_row[t + pixel_tiles - 1]) end -= TILE;
-      if (in_row[t]) first = TILE;
-    }
-    auto* f = pixel_tiles == 2 ? blocks == 2 ? amx::multiply<2, 2> : amx::multiply<2, 1>
-              : blocks == 2    ? amx::multiply<1, 2>
-                               : amx::multiply<1, 1>;
-    f(panels + t * depth.bytes(), w.product + block * depth.bytes(), depth, begin, start, to, copy);
-    copy.start(results, pieces + t, first, end, planes + block * g.plane, g.plane, blocks,
-               begin > 0);
-  }
-  // The weights of large C come from the third-level cache: asks for a share of the next slice.
-  void prefetch(int64_t block, int64_t begin, int64_t t) const {
-    const int64_t bytes = depth.parts * depth.length(begin) * TILE_BYTES;
-    const unsigned char* ahead =
-        w.product + block * depth.bytes() + begin * depth.parts * TILE_BYTES;
-    for (int64_t i = bytes * t / tiles / 64; i < bytes * (t + 2) / tiles / 64; ++i) {
-      _mm_prefetch(ahead + i * 64, _MM_HINT_T1);
-      _mm_prefetch(ahead + depth.bytes() + i * 64, _MM_HINT_T1);
-    }
-  }
-};
 
 static void product(const PixelRun& run, const WeightsView& w, Product kind, int64_t block_begin,
                     int64_t block_end, float* planes, int64_t image_floats, void* temp) {
   const Geometry& g = *run.g;
   const Depth depth = depth_of(g.C, kind);
-  const int64_t chunk_pixels = tiles_per_chunk(depth) * TILE;
-  Chunk chunk(g, w, depth, planes, temp);
-  Copy copy;
+  const FixedDepth fixed_depth(g.C);
+  const int64_t next = block_bytes(g.C, kind), chunk_pixels = tiles_per_chunk(depth) * TILE;
+  const unsigned char* weights = w.product + block_begin * next;
+  bool fixed = may_be_fixed(g.C, kind);
+  for (int64_t block = block_begin; fixed && block < block_end; ++block)
+    fixed = in_fixed_point(w.product + block * next);
 
   const TileConfig config;
   _tile_loadconfig(&config);
+  Chunk chunk{*run.x, g, 0, {}};
   for (int64_t first = run.begin; first < run.end; first += chunk_pixels) {
     const int64_t end = first + chunk_pixels < run.end ? first + chunk_pixels : run.end;
-    copy.finish();  // it looks into the pieces of the chunk before
     chunk.tiles = 0;
-    for (int64_t p = first; p < end; p += TILE, ++chunk.tiles) {
-      Piece<TILE>& piece = chunk.pieces[chunk.tiles];
-      piece.locate(run, p, image_floats);
-      chunk.in_row[chunk.tiles] =
-          piece.count == TILE && piece.to[TILE - 1] - piece.to[0] == (TILE - 1) * VL;
-      pack_tile(*run.x, g.C, piece, depth, chunk.panels + chunk.tiles * depth.bytes());
+    for (int64_t p = first; p < end; p += TILE)
+      chunk.pieces[chunk.tiles++].locate(run, p, image_floats);
+    if (fixed) {
+      FixedPointProduct product(chunk, fixed_depth, temp);
+      if (product.pack()) {
+        product.multiply(weights, next, w.qkv_bias, block_begin, block_end, planes);
+        continue;
+      }
     }
-    auto blocks_at = [&](int64_t block) { return block + 1 < block_end ? 2 : 1; };
-    if (depth.slice >= depth.tiles) {  // all weights fit the second-level cache
-      for (int64_t t = 0; t < chunk.tiles; t += 2)
-        for (int64_t block = block_begin; block < block_end; block += 2)
-          chunk.multiply(t, block, blocks_at(block), 0, copy);
+    if (!may_be_fixed(g.C, kind)) {
+      PartsProduct(chunk, depth, w.qkv_bias, planes, temp)
+          .multiply(weights, next, block_begin, block_end);
       continue;
     }
-    // In slices of the depth, so that the weights of a slice stay in the first-level cache for all
-    // pixels.
-    for (int64_t block = block_begin; block < block_end; block += 2)
-      for (int64_t begin = 0; begin < depth.tiles; begin += depth.slice) {
-        const int64_t stop = begin + depth.length(begin);
-        const bool more = stop < depth.tiles;
-        for (int64_t t = 0; t < chunk.tiles; t += 2) {
-          if (more || block + 2 < block_end)
-            chunk.prefetch(more ? block : block + 2, more ? stop : 0, t);
-          chunk.multiply(t, block, blocks_at(block), begin, copy);
-        }
+    unsigned char* parts = static_cast<unsigned char*>(temp);
+    PartsProduct product(chunk, depth, w.qkv_bias, planes, parts + 2 * depth.bytes());
+    for (int64_t block = block_begin; block < block_end; block += 2) {
+      const int64_t stop = block + 2 < block_end ? block + 2 : block_end;
+      for (int64_t i = block; i < stop; ++i) {
+        const unsigned char* from = w.product + i * next;
+        unsigned char* to = parts + (i - block) * depth.bytes();
+        if (in_fixed_point(from)) rebuild_parts(from, g.C, to);
+        else std::memcpy(to, from + UNIT_BYTES, static_cast<size_t>(depth.bytes()));
       }
+      product.multiply(parts, depth.bytes(), block, stop);
+    }
   }
-  copy.finish();
   _tile_release();
 }
 

@@ -24,25 +24,32 @@ struct Piece {
     const int64_t pixels = g.pixels();
     int64_t image = begin / pixels, y = begin % pixels / g.W, x = begin % pixels % g.W;
     count = static_cast<int>(pixel_run.end - begin < P ? pixel_run.end - begin : P);
-    run = 0;
-    for (int i = 0; i < P; ++i) {
-      if (i < count) {
-        from[i] = (pixel_run.image + image) * input.batch_stride + y * input.row_stride +
-                  x * input.column_stride;
-        to[i] = image * image_floats + (y + 1) * g.row + (x + 1) * g.lanes;
-        if (++x == g.W) {
-          x = 0;
-          if (++y == g.H) y = 0, ++image;
-        }
-      } else {
-        from[i] = from[count - 1];
-        to[i] = to[count - 1];
+    int breaks = 0;
+    run = count;
+    for (int i = 0; i < count;) {  // the rest of a row
+      const int n = static_cast<int>(g.W - x < count - i ? g.W - x : count - i);
+      const int64_t first = (pixel_run.image + image) * input.batch_stride + y * input.row_stride +
+                            x * input.column_stride;
+      const int64_t place = image * image_floats + (y + 1) * g.row + (x + 1) * g.lanes;
+      if (i > 0 && first != from[i - 1] + 1 && breaks++ == 0) run = i;
+      if (n > 1 && input.column_stride != 1) {
+        if (breaks == 0) run = i + 1;
+        breaks += n - 1;
       }
+      for (int j = 0; j < n; ++j) {
+        from[i + j] = first + j * input.column_stride;
+        to[i + j] = place + j * g.lanes;
+      }
+      i += n;
+      x = 0;
+      if (++y == g.H) y = 0, ++image;
     }
-    while (run < count && from[run] == from[0] + run) ++run;
+    for (int i = count; i < P; ++i) {
+      from[i] = from[count - 1];
+      to[i] = to[count - 1];
+    }
     consecutive = run == P;
-    two_runs = true;
-    for (int i = run; i < count; ++i) two_runs = two_runs && from[i] == from[run] + i - run;
+    two_runs = breaks <= 1;
   }
 };
 
