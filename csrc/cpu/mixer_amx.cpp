@@ -16,10 +16,10 @@ static bool may_be_fixed(int64_t C, Product kind) {
   return kind == Product::F32 && C > 48 && C <= 1024;
 }
 
+// From block to block of the weights.
 static int64_t block_bytes(int64_t C, Product kind) {
-  const int64_t parts = depth_of(C, kind).bytes();
+  const int64_t parts = depth_of(C, kind).bytes(), fixed = FixedDepth(C).bytes();
   if (!may_be_fixed(C, kind)) return parts;
-  const int64_t fixed = FixedDepth(C).bytes();
   return UNIT_BYTES + (fixed > parts ? fixed : parts);
 }
 static int64_t product_weight_bytes(int64_t C, int64_t blocks, Product kind) {
@@ -44,7 +44,7 @@ static int64_t product_temp_bytes(int64_t C, Product kind, int64_t) {
   const Depth d = depth_of(C, kind);
   const int64_t tiles = tiles_per_chunk(d), parts = PartsProduct::temp_bytes(d, tiles);
   if (!may_be_fixed(C, kind)) return parts;
-  const int64_t fixed = FixedPointProduct::temp_bytes(FixedDepth(C), tiles);
+  const int64_t fixed = 2 * SUMS_BYTES + Left::bytes(FixedDepth(C), tiles * TILE);
   return 2 * d.bytes() + (fixed > parts ? fixed : parts);  // two blocks rebuilt in parts
 }
 
@@ -52,7 +52,6 @@ static void product(const PixelRun& run, const WeightsView& w, Product kind, int
                     int64_t block_end, float* planes, int64_t image_floats, void* temp) {
   const Geometry& g = *run.g;
   const Depth depth = depth_of(g.C, kind);
-  const FixedDepth fixed_depth(g.C);
   const int64_t next = block_bytes(g.C, kind), chunk_pixels = tiles_per_chunk(depth) * TILE;
   const unsigned char* weights = w.product + block_begin * next;
   bool fixed = may_be_fixed(g.C, kind);
@@ -68,9 +67,12 @@ static void product(const PixelRun& run, const WeightsView& w, Product kind, int
     for (int64_t p = first; p < end; p += TILE)
       chunk.pieces[chunk.tiles++].locate(run, p, image_floats);
     if (fixed) {
-      FixedPointProduct product(chunk, fixed_depth, temp);
-      if (product.pack()) {
-        product.multiply(weights, next, w.qkv_bias, block_begin, block_end, planes);
+      unsigned char* sums = static_cast<unsigned char*>(temp);
+      const Left left(FixedDepth(g.C), end - first, sums + 2 * SUMS_BYTES);
+      if (pack_pixels(chunk, left)) {
+        multiply(left, {weights, next, block_end - block_begin},
+                 {planes + block_begin * g.plane, g.plane, w.qkv_bias + block_begin * VL, false},
+                 sums);
         continue;
       }
     }
@@ -83,12 +85,8 @@ static void product(const PixelRun& run, const WeightsView& w, Product kind, int
     PartsProduct product(chunk, depth, w.qkv_bias, planes, parts + 2 * depth.bytes());
     for (int64_t block = block_begin; block < block_end; block += 2) {
       const int64_t stop = block + 2 < block_end ? block + 2 : block_end;
-      for (int64_t i = block; i < stop; ++i) {
-        const unsigned char* from = w.product + i * next;
-        unsigned char* to = parts + (i - block) * depth.bytes();
-        if (in_fixed_point(from)) rebuild_parts(from, g.C, to);
-        else std::memcpy(to, from + UNIT_BYTES, static_cast<size_t>(depth.bytes()));
-      }
+      for (int64_t i = block; i < stop; ++i)
+        rebuild_parts(w.product + i * next, g.C, parts + (i - block) * depth.bytes());
       product.multiply(parts, depth.bytes(), block, stop);
     }
   }
