@@ -10,6 +10,8 @@
 // column by far; else the unit is too coarse for these: see Range::fits().
 #pragma once
 
+#include <cmath>
+
 #include "tiles_amx.h"
 
 namespace casvit {
@@ -17,7 +19,9 @@ namespace CASVIT_ISA {
 
 constexpr int FIXED_DEPTH = 64;            // numbers of a row in one tile
 constexpr float FULL = 127.0f * 65536.0f;  // so that no digit is above 127
-constexpr float OUTSHINES = 16.0f;         // times the mean magnitude
+// A number outshines others from this many times the mean magnitude on, times the square root of
+// how many are summed: float32 sums of many lose digits, too.
+constexpr float OUTSHINES = 2.0f;
 
 // A depth tile is three tiles: the high, middle and low digits of 64 numbers.
 constexpr int64_t DIGITS_BYTES = 3 * TILE_BYTES;
@@ -40,7 +44,7 @@ struct Range {
     sum = add(sum, _mm512_abs_ps(a));
   }
   bool fits(int64_t numbers) const {
-    const Vec near = mul(sum, splat(OUTSHINES / static_cast<float>(numbers)));
+    const Vec near = mul(sum, splat(OUTSHINES / std::sqrt(static_cast<float>(numbers))));
     const Vec most = min_keep_nan(splat(1e30f), near);  // NaN is in every sum
     const __mmask16 good = _mm512_cmp_ps_mask(top, most, _CMP_LE_OQ);
     const __mmask16 tiny = _mm512_cmp_ps_mask(top, splat(1e-25f), _CMP_LT_OQ);

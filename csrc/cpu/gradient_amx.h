@@ -6,6 +6,9 @@
 //   G nor an x with channels first is transposed on the way in.
 #pragma once
 
+#include "output.h"
+#include "parts_amx.h"
+
 namespace casvit {
 namespace CASVIT_ISA {
 
@@ -141,14 +144,12 @@ static int64_t gradient_rows(int64_t depth, Product kind) {
 }
 
 // Weights: [column tile][depth tile].
-static int64_t input_gradient_weight_bytes(int64_t C, Product kind) {
-  return (C + TILE - 1) / TILE * ((3 * C + DEPTH - 1) / DEPTH) * parts_bytes(kind);
+static int64_t column_bytes_in_parts(int64_t C, Product kind) {
+  return (3 * C + DEPTH - 1) / DEPTH * parts_bytes(kind);
 }
-// One column tile of them.
-static void input_gradient_pack_weights(const float* weight, int64_t C, Product kind,
-                                        int64_t column, void* to) {
-  const int64_t K = 3 * C, depth = (K + DEPTH - 1) / DEPTH, c = column * TILE;
-  unsigned char* tiles = static_cast<unsigned char*>(to) + column * depth * parts_bytes(kind);
+static void pack_column_in_parts(const float* weight, int64_t C, Product kind, int64_t column,
+                                 unsigned char* tiles) {
+  const int64_t K = 3 * C, c = column * TILE;
   for (int64_t k = 0; k < K; k += DEPTH, tiles += parts_bytes(kind)) {
     Vec first[TILE], second[TILE];
     load_lines(weight + k * C + c, C, K - k, C - c, first);
@@ -157,15 +158,34 @@ static void input_gradient_pack_weights(const float* weight, int64_t C, Product 
   }
 }
 
-static int64_t input_gradient_temp_bytes(int64_t C, Product kind) {
+static int64_t input_gradient_temp_bytes_in_parts(int64_t C, Product kind) {
   const int64_t depth = (3 * C + DEPTH - 1) / DEPTH, columns = (C + TILE - 1) / TILE;
   const int64_t rows = gradient_rows(depth, kind);
   return rows * depth * parts_bytes(kind) + (rows + 1) * columns * TILE_BYTES;
 }
 
+// `count` pixels of all images, from `pixel` on, to memory. from: [count][row_floats].
+static void write_pixels(const Geometry& g, int64_t pixel, int64_t count, const float* from,
+                         int64_t row_floats, const Output& out) {
+  for (int64_t done = 0; done < count;) {  // a piece of one image at a time
+    const int64_t image = (pixel + done) / g.pixels(), at = (pixel + done) % g.pixels();
+    const int64_t n = g.pixels() - at < count - done ? g.pixels() - at : count - done;
+    for (int64_t c = 0; c < g.blocks; ++c) {
+      const float* own = from + done * row_floats + c * TILE;
+      switch (out.dtype) {
+        case DType::F32: write_out<float>(g, out, image, c, at, n, own, row_floats); break;
+        case DType::BF16: write_out<Bf16>(g, out, image, c, at, n, own, row_floats); break;
+        case DType::F16: write_out<F16>(g, out, image, c, at, n, own, row_floats); break;
+      }
+    }
+    done += n;
+  }
+}
+
 // Pixels [begin, end) of all images of the gradient at x.
-static void input_gradient(const Geometry& g, const float* grad, const void* weights, Product kind,
-                           int64_t begin, int64_t end, const Output& out, void* temp) {
+static void input_gradient_in_parts(const Geometry& g, const float* grad, const void* weights,
+                                    Product kind, int64_t begin, int64_t end, const Output& out,
+                                    void* temp) {
   const int64_t K = 3 * g.C, depth = (K + DEPTH - 1) / DEPTH;
   const int64_t columns = (g.C + TILE - 1) / TILE, most = gradient_rows(depth, kind);
   unsigned char* left = static_cast<unsigned char*>(temp);
@@ -186,20 +206,7 @@ static void input_gradient(const Geometry& g, const float* grad, const void* wei
       }
     multiply_add(left, static_cast<const unsigned char*>(weights), rows, columns, depth, kind,
                  false, sums);
-    // To memory: a piece of one image at a time.
-    for (int64_t done = 0; done < count;) {
-      const int64_t image = (pixel + done) / g.pixels(), at = (pixel + done) % g.pixels();
-      const int64_t n = g.pixels() - at < count - done ? g.pixels() - at : count - done;
-      for (int64_t c = 0; c < columns; ++c) {
-        const float* from = sums + done * columns * TILE + c * TILE;
-        switch (out.dtype) {
-          case DType::F32: write_out<float>(g, out, image, c, at, n, from, columns * TILE); break;
-          case DType::BF16: write_out<Bf16>(g, out, image, c, at, n, from, columns * TILE); break;
-          case DType::F16: write_out<F16>(g, out, image, c, at, n, from, columns * TILE); break;
-        }
-      }
-      done += n;
-    }
+    write_pixels(g, pixel, count, sums, columns * TILE, out);
   }
   _tile_release();
 }
@@ -212,17 +219,34 @@ static int64_t gradient_depth(int64_t rows, Product kind) {
 }
 constexpr int64_t COLUMNS = 4;
 
-static int64_t weight_gradient_temp_bytes(int64_t C, int64_t columns, Product kind) {
+static int64_t weight_gradient_temp_bytes_in_parts(int64_t C, int64_t columns, Product kind) {
   const int64_t rows = (C + TILE - 1) / TILE, whole = (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
   return (rows + COLUMNS) * gradient_depth(rows, kind) * parts_bytes(kind) +
          rows * whole * TILE_BYTES;
 }
 
+// sums: [group of column tiles][C, padded][columns of the group], transposed to [3C][C].
+static void write_weights(int64_t C, int64_t row_begin, int64_t row_end, const float* sums,
+                          float* to) {
+  for (int64_t row = row_begin; row < row_end; row += COLUMNS * TILE) {
+    const int64_t left_over = (row_end - row + TILE - 1) / TILE;
+    const int64_t columns = left_over < COLUMNS ? left_over : COLUMNS;
+    for (int64_t channel = 0; channel < C; channel += TILE, sums += columns * TILE * TILE)
+      for (int64_t c = 0; c < columns; ++c) {
+        Vec tile[TILE];
+        load_transposed(sums + c * TILE, columns * TILE, tile);
+        const int64_t first = row + c * TILE, n = C - channel < TILE ? C - channel : TILE;
+        for (int64_t i = 0; i < TILE && first + i < row_end; ++i)
+          store_first(to + (first + i) * C + channel, tile[i], static_cast<int>(n));
+      }
+  }
+}
+
 // Rows [row_begin, row_end) of the gradient of the weights, summed over pixels [begin, end) of all
 // images; to: [3C][C].
-static void weight_gradient(const Geometry& g, const float* grad, const Input& x, Product kind,
-                            int64_t begin, int64_t end, int64_t row_begin, int64_t row_end,
-                            float* to, void* temp) {
+static void weight_gradient_in_parts(const Geometry& g, const float* grad, const Input& x,
+                                     Product kind, int64_t begin, int64_t end, int64_t row_begin,
+                                     int64_t row_end, float* to, void* temp) {
   const int64_t C = g.C, K = 3 * C, rows = (C + TILE - 1) / TILE,
                 depth = gradient_depth(rows, kind);
   unsigned char* left = static_cast<unsigned char*>(temp);
@@ -266,20 +290,7 @@ static void weight_gradient(const Geometry& g, const float* grad, const Input& x
     }
   }
   _tile_release();
-  const float* group_sums = sums;
-  for (int64_t row = row_begin; row < row_end; row += COLUMNS * TILE) {
-    const int64_t left_over = (row_end - row + TILE - 1) / TILE;
-    const int64_t columns = left_over < COLUMNS ? left_over : COLUMNS;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < columns; ++c) {
-        Vec tile[TILE];
-        load_transposed(group_sums + r * columns * TILE * TILE + c * TILE, columns * TILE, tile);
-        const int64_t first = row + c * TILE, n = C - r * TILE < TILE ? C - r * TILE : TILE;
-        for (int64_t i = 0; i < TILE && first + i < row_end; ++i)
-          store_first(to + (first + i) * C + r * TILE, tile[i], static_cast<int>(n));
-      }
-    group_sums += rows * columns * TILE * TILE;
-  }
+  write_weights(C, row_begin, row_end, sums, to);
 }
 
 }  // namespace CASVIT_ISA

@@ -2,6 +2,7 @@
 // bf16 is one pass; float32 is fixed point where the numbers suit it (fixed_point_amx.h), else six
 // passes over bf16 parts (parts_amx.h).
 #define CASVIT_ISA amx
+#include "fixed_gradient_amx.h"
 #include "fixed_point_amx.h"
 #include "mixer.h"
 #include "output.h"
@@ -18,9 +19,8 @@ static bool may_be_fixed(int64_t C, Product kind) {
 
 // From block to block of the weights.
 static int64_t block_bytes(int64_t C, Product kind) {
-  const int64_t parts = depth_of(C, kind).bytes(), fixed = FixedDepth(C).bytes();
-  if (!may_be_fixed(C, kind)) return parts;
-  return UNIT_BYTES + (fixed > parts ? fixed : parts);
+  // In fixed point they are not larger than in parts.
+  return depth_of(C, kind).bytes() + (may_be_fixed(C, kind) ? UNIT_BYTES : 0);
 }
 static int64_t product_weight_bytes(int64_t C, int64_t blocks, Product kind) {
   return 3 * blocks * block_bytes(C, kind);
@@ -95,8 +95,6 @@ static void product(const PixelRun& run, const WeightsView& w, Product kind, int
 
 }  // namespace CASVIT_ISA
 }  // namespace casvit
-
-#include "gradient_amx.h"
 
 namespace casvit {
 

@@ -1,0 +1,240 @@
+// The gradients of the float32 qkv product in fixed point (digits_amx.h), and which go over to bf16
+// parts (gradient_amx.h).
+#pragma once
+
+#include "digits_amx.h"
+#include "gradient_amx.h"
+#include "scratch.h"
+
+namespace casvit {
+namespace CASVIT_ISA {
+
+// Of the weights: from column tile to column tile. In fixed point they are not larger than in
+// parts.
+static int64_t column_bytes(int64_t C, Product kind) {
+  return column_bytes_in_parts(C, kind) + (kind == Product::F32 ? UNIT_BYTES : 0);
+}
+static int64_t input_gradient_weight_bytes(int64_t C, Product kind) {
+  return (C + TILE - 1) / TILE * column_bytes(C, kind);
+}
+// One column tile of them.
+static void input_gradient_pack_weights(const float* weight, int64_t C, Product kind,
+                                        int64_t column, void* to) {
+  unsigned char* own = static_cast<unsigned char*>(to) + column * column_bytes(C, kind);
+  if (kind == Product::F32) {
+    const int64_t K = 3 * C, c = column * TILE;
+    auto lines = [&](int64_t k, Vec(&v)[TILE]) {
+      load_lines(weight + k * C + c, C, K - k, C - c, v);
+    };
+    if (pack_columns(K, lines, own)) return;
+    own += UNIT_BYTES;
+  }
+  pack_column_in_parts(weight, C, kind, column, own);
+}
+// All of them in parts.
+static const void* rebuild_weights(const unsigned char* weights, int64_t C) {
+  static thread_local Buffer buffer;
+  const int64_t each = column_bytes_in_parts(C, Product::F32), columns = (C + TILE - 1) / TILE;
+  unsigned char* tiles = static_cast<unsigned char*>(buffer.get(columns * each));
+  for (int64_t column = 0; column < columns; ++column) {
+    const unsigned char* own = weights + column * column_bytes(C, Product::F32);
+    unsigned char* to = tiles + column * each;
+    if (!in_fixed_point(own)) {
+      std::memcpy(to, own + UNIT_BYTES, static_cast<size_t>(each));
+      continue;
+    }
+    for (int64_t k = 0; k < 3 * C; k += DEPTH, to += parts_bytes(Product::F32)) {
+      Vec first[TILE], second[TILE];
+      unpack_columns(own, k, first);
+      unpack_columns(own, k + TILE, second);
+      put_rounded(first, second, Product::F32, to);
+    }
+  }
+  return tiles;
+}
+
+// Rows of gradients at a time: they stay in the second-level cache.
+static int64_t fixed_gradient_rows(const FixedDepth& depth) {
+  const int64_t n = (1 << 20) / depth.bytes() / 2 * 2;
+  return TILE * (n < 2 ? 2 : n > 16 ? 16 : n);
+}
+static int64_t input_gradient_temp_bytes(int64_t C, Product kind) {
+  const int64_t parts = input_gradient_temp_bytes_in_parts(C, kind);
+  const FixedDepth depth(3 * C);
+  const int64_t rows = fixed_gradient_rows(depth), columns = (C + TILE - 1) / TILE;
+  const int64_t fixed =
+      2 * SUMS_BYTES + Left::bytes(depth, rows) + (rows + TILE) * columns * TILE * 4;
+  return fixed > parts ? fixed : parts;
+}
+
+// Rows [.][numbers], dense; false: some do not fit.
+static bool pack_rows(const float* from, int64_t numbers, int64_t row_floats, const Left& left) {
+  auto some = [&](const float* row, int64_t n) __attribute__((always_inline)) {
+    const int64_t count = numbers - n;
+    return count >= TILE ? load(row + n)
+           : count > 0   ? load_first_as_float(row + n, static_cast<int>(count))
+                         : zero();
+  };
+  for (int64_t tile = 0; tile < left.tiles; ++tile) {
+    const float* rows[TILE];
+    Range own[TILE];
+    for (int i = 0; i < TILE; ++i) {
+      const int64_t row = tile * TILE + i;
+      rows[i] = from + (row < left.rows ? row : left.rows - 1) * numbers;
+      left.to[row] = row * row_floats;
+      for (int64_t n = 0; n < numbers; n += TILE) own[i].include(some(rows[i], n));
+    }
+    const Range range = across(own);
+    if (!range.fits(numbers)) return false;
+    left.set_units(tile, range);
+    alignas(64) float scale[TILE];
+    store(scale, range.scale());
+    for (int i = 0; i < TILE; ++i)
+      for (int64_t n = 0; n < numbers; n += FIXED_DEPTH)
+        left.put(tile, i, n / FIXED_DEPTH,
+                 {some(rows[i], n), some(rows[i], n + TILE), some(rows[i], n + 2 * TILE),
+                  some(rows[i], n + 3 * TILE)},
+                 scale[i]);
+  }
+  return true;
+}
+
+// Pixels [begin, end) of all images of the gradient at x.
+static void input_gradient(const Geometry& g, const float* grad, const void* weights, Product kind,
+                           int64_t begin, int64_t end, const Output& out, void* temp) {
+  if (kind != Product::F32)
+    return input_gradient_in_parts(g, grad, weights, kind, begin, end, out, temp);
+  const int64_t K = 3 * g.C, columns = (g.C + TILE - 1) / TILE, row_floats = columns * TILE;
+  const Right right{static_cast<const unsigned char*>(weights), column_bytes(g.C, kind), columns};
+  bool fixed = true;
+  for (int64_t c = 0; fixed && c < columns; ++c)
+    fixed = in_fixed_point(right.blocks + c * right.next);
+  const void* rebuilt = nullptr;
+  const FixedDepth depth(K);
+  const int64_t most = fixed_gradient_rows(depth);
+  unsigned char* sums = static_cast<unsigned char*>(temp);
+  unsigned char* panels = sums + 2 * SUMS_BYTES;
+  float* rows = reinterpret_cast<float*>(panels + Left::bytes(depth, most));
+  for (int64_t pixel = begin; pixel < end; pixel += most) {
+    const int64_t count = end - pixel < most ? end - pixel : most;
+    const Left left(depth, count, panels);
+    if (fixed && pack_rows(grad + pixel * K, K, row_floats, left)) {
+      const TileConfig config;
+      _tile_loadconfig(&config);
+      multiply(left, right, {rows, TILE, nullptr, false}, sums);
+      _tile_release();
+      write_pixels(g, pixel, count, rows, row_floats, out);
+    } else {
+      if (!rebuilt) rebuilt = rebuild_weights(right.blocks, g.C);
+      input_gradient_in_parts(g, grad, rebuilt, kind, pixel, pixel + count, out, temp);
+    }
+  }
+}
+
+// For the gradient of the weights: pixels at a time, while the left operand stays in the
+// second-level cache.
+static int64_t fixed_gradient_pixels(int64_t C) {
+  const int64_t n = (5 << 18) / ((C + TILE - 1) / TILE * DIGITS_BYTES);
+  return FIXED_DEPTH * (n < 1 ? 1 : n > 8 ? 8 : n);
+}
+constexpr int MOST_PIECES = 8 * FIXED_DEPTH / TILE;
+
+static int64_t weight_gradient_temp_bytes(int64_t C, int64_t columns, Product kind) {
+  const int64_t parts = weight_gradient_temp_bytes_in_parts(C, columns, kind);
+  const FixedDepth depth(fixed_gradient_pixels(C));
+  const int64_t rows = (C + TILE - 1) / TILE, whole = (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
+  const int64_t fixed = 2 * SUMS_BYTES + Left::bytes(depth, C) +
+                        COLUMNS * (UNIT_BYTES + depth.bytes()) + rows * whole * TILE_BYTES;
+  return fixed > parts ? fixed : parts;
+}
+
+// `count` pixels of x from `pixel` on, its channels as rows; false: some do not fit.
+static bool pack_channels(const Geometry& g, const Input& x, int64_t pixel, int64_t count,
+                          float* scratch, const Left& left) {
+  const PixelRun run{&x, &g, 0, pixel, pixel + count};
+  const int64_t pieces = (count + TILE - 1) / TILE;
+  Piece<TILE> piece[MOST_PIECES];
+  for (int64_t p = 0; p < pieces; ++p) piece[p].locate(run, pixel + p * TILE, 0);
+  for (int64_t tile = 0; tile < left.tiles; ++tile) {
+    Range own[TILE];
+    for (int64_t p = 0; p < pieces; ++p) {
+      Vec channels[TILE];
+      load_channels(x, g.C, piece[p], tile * TILE, channels);
+      for (int i = 0; i < TILE; ++i) {
+        own[i].include(channels[i]);
+        store(scratch + (p * TILE + i) * TILE, channels[i]);
+      }
+    }
+    const Range range = across(own);
+    if (!range.fits(count)) return false;
+    left.set_units(tile, range);
+    alignas(64) float scale[TILE];
+    store(scale, range.scale());
+    auto some = [&](int64_t p, int i) __attribute__((always_inline)) {
+      return p < pieces ? load(scratch + (p * TILE + i) * TILE) : zero();
+    };
+    for (int64_t p = 0; p < pieces; p += 4)
+      for (int i = 0; i < TILE; ++i)
+        left.put(tile, i, p / 4, {some(p, i), some(p + 1, i), some(p + 2, i), some(p + 3, i)},
+                 scale[i]);
+  }
+  return true;
+}
+
+static bool fixed_weight_gradient(const Geometry& g, const float* grad, const Input& x,
+                                  int64_t begin, int64_t end, int64_t row_begin, int64_t row_end,
+                                  float* to, void* temp) {
+  const int64_t C = g.C, K = 3 * C, most = fixed_gradient_pixels(C);
+  unsigned char* sums = static_cast<unsigned char*>(temp);
+  unsigned char* panels = sums + 2 * SUMS_BYTES;
+  unsigned char* blocks = panels + Left::bytes(FixedDepth(most), C);
+  float* const totals =
+      reinterpret_cast<float*>(blocks + COLUMNS * (UNIT_BYTES + FixedDepth(most).bytes()));
+  alignas(64) float scratch[MOST_PIECES * TILE * TILE];
+  const TileConfig config;
+  for (int64_t pixel = begin; pixel < end; pixel += most) {
+    const int64_t count = end - pixel < most ? end - pixel : most;
+    const FixedDepth depth(count);
+    const Left left(depth, C, panels);
+    if (!pack_channels(g, x, pixel, count, scratch, left)) return false;
+    float* group = totals;
+    for (int64_t row = row_begin; row < row_end; row += COLUMNS * TILE) {
+      const int64_t left_over = (row_end - row + TILE - 1) / TILE;
+      const int64_t columns = left_over < COLUMNS ? left_over : COLUMNS;
+      const Right right{blocks, UNIT_BYTES + depth.bytes(), columns};
+      for (int64_t c = 0; c < columns; ++c) {
+        // Rows of the gradient lie far apart: they are read once.
+        const float* from = grad + pixel * K + row + c * TILE;
+        for (int64_t p = 0; p < count; p += TILE) {
+          Vec lines[TILE];
+          load_lines(from + p * K, K, count - p, K - row - c * TILE, lines);
+          for (int i = 0; i < TILE; ++i) store(scratch + (p + i) * TILE, lines[i]);
+        }
+        auto pixels = [&](int64_t p, Vec(&v)[TILE]) {
+          for (int i = 0; i < TILE; ++i) v[i] = p < count ? load(scratch + (p + i) * TILE) : zero();
+        };
+        if (!pack_columns(count, pixels, blocks + c * right.next)) return false;
+      }
+      for (int64_t channel = 0; channel < left.tiles * TILE; ++channel)
+        left.to[channel] = channel * columns * TILE;
+      _tile_loadconfig(&config);
+      multiply(left, right, {group, TILE, nullptr, pixel > begin}, sums);
+      _tile_release();
+      group += left.tiles * TILE * columns * TILE;
+    }
+  }
+  write_weights(C, row_begin, row_end, totals, to);
+  return true;
+}
+// Rows [row_begin, row_end) of the gradient of the weights, summed over pixels [begin, end) of all
+// images; to: [3C][C].
+static void weight_gradient(const Geometry& g, const float* grad, const Input& x, Product kind,
+                            int64_t begin, int64_t end, int64_t row_begin, int64_t row_end,
+                            float* to, void* temp) {
+  if (kind != Product::F32 ||
+      !fixed_weight_gradient(g, grad, x, begin, end, row_begin, row_end, to, temp))
+    weight_gradient_in_parts(g, grad, x, kind, begin, end, row_begin, row_end, to, temp);
+}
+
+}  // namespace CASVIT_ISA
+}  // namespace casvit
