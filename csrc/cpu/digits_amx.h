@@ -1,13 +1,14 @@
 // Float32 products on the matrix unit (AMX) in fixed point.
 //
-// The unit multiplies bytes into int32, twice as many at a time as bf16 numbers. Every row of the
-// left operand and every column of the right one is measured in units of its own, of which its
-// largest number has FULL, and rounded to integers of 24 bits: three signed digits of base 256. Of
-// the nine products of digits the six that reach float32 precision are summed, without any
-// rounding, by order:
+// The unit multiplies bytes into int32, twice as many at a time as bf16 numbers. The depth is cut
+// in slices. In each, every row of the left operand and every column of the right one is measured
+// in units of its own, of which its largest number has FULL, and rounded to integers of 24 bits:
+// three signed digits of base 256. Of the nine products of digits the six that reach float32
+// precision are summed, without any rounding, by order:
 //   0: high high    1: high middle + middle high    2: high low + middle middle + low high
-// Errors are like those of float32 sums as long as no number outshines the others of its row or
-// column by far; else the unit is too coarse for these: see Range::fits().
+// The slices are summed in float32. Errors are like those of float32 sums as long as no number
+// outshines the others of its row or column by far; else the unit is too coarse for these: see
+// Range::fits().
 #pragma once
 
 #include <cmath>
@@ -26,15 +27,24 @@ constexpr float OUTSHINES = 2.0f;
 // A depth tile is three tiles: the high, middle and low digits of 64 numbers.
 constexpr int64_t DIGITS_BYTES = 3 * TILE_BYTES;
 constexpr int64_t HIGH_DIGIT = 0, MIDDLE_DIGIT = TILE_BYTES, LOW_DIGIT = 2 * TILE_BYTES;
+
+constexpr int64_t SLICE = 2 * FIXED_DEPTH;  // numbers; in larger ones the largest would be larger
 struct FixedDepth {
-  int64_t tiles;
-  int64_t slice;  // worked on at a time: those of two row tiles fit the first-level cache
-  explicit FixedDepth(int64_t numbers) : tiles((numbers + FIXED_DEPTH - 1) / FIXED_DEPTH) {
-    const int64_t slices = (tiles + 3) / 4;
-    slice = (tiles + slices - 1) / slices;
-  }
+  int64_t numbers, tiles, slices;
+  explicit FixedDepth(int64_t numbers)
+      : numbers(numbers),
+        tiles((numbers + FIXED_DEPTH - 1) / FIXED_DEPTH),
+        slices((numbers + SLICE - 1) / SLICE) {}
   int64_t bytes() const { return tiles * DIGITS_BYTES; }
+  // Numbers of the slice that begins with this one.
+  int64_t length(int64_t begin) const { return begin + SLICE < numbers ? SLICE : numbers - begin; }
 };
+
+// Up to 48 channels nine passes over parts are as quick as six and their conversion; among very
+// many some number is always far above the others.
+static bool may_be_fixed(int64_t C, Product kind) {
+  return kind == Product::F32 && C > 48 && C <= 1024;
+}
 
 // The magnitudes in 16 rows or columns, one for each lane.
 struct Range {
@@ -102,63 +112,86 @@ CASVIT_INLINE void put_digits(const Digits& d, unsigned char* line) {
 struct Left {
   FixedDepth depth;
   int64_t rows, tiles;
-  float* units;           // of each row
-  int64_t* to;            // where its results go
+  int64_t* to;            // where the results of each row go
+  float* units;           // [slice][row]
   unsigned char* panels;  // [row tile][depth tile][digit][16 rows][64]; one more tile may be read
 
   static int64_t bytes(const FixedDepth& depth, int64_t rows) {
     const int64_t tiles = (rows + TILE - 1) / TILE;
-    return tiles * TILE * 12 + (tiles + 1) * depth.bytes();
+    return tiles * TILE * (8 + 4 * depth.slices) + (tiles + 1) * depth.bytes();
   }
   Left(const FixedDepth& depth, int64_t rows, void* memory)
       : depth(depth), rows(rows), tiles((rows + TILE - 1) / TILE) {
     to = static_cast<int64_t*>(memory);
     units = reinterpret_cast<float*>(to + tiles * TILE);
-    panels = reinterpret_cast<unsigned char*>(units + tiles * TILE);
+    panels = reinterpret_cast<unsigned char*>(units + depth.slices * tiles * TILE);
   }
-  void set_units(int64_t tile, const Range& range) const {
+  // One slice of one tile, from number n on. some(n, v): v[i] are the numbers n to n + 15 of row i,
+  // zeros past the end.
+  template <class F>
+  void put(int64_t tile, int64_t n, const Range& range, const F& some) const {
     // The lowest order of digits counts in 65536ths of a product of units.
-    store(units + tile * TILE, mul(range.unit(), splat(65536.0f)));
-  }
-  // 64 numbers v[j][i] of one row.
-  void put(int64_t tile, int row, int64_t depth_tile, const Vec (&v)[4], float scale) const {
-    unsigned char* lines = panels + tile * depth.bytes() + depth_tile * DIGITS_BYTES;
-    put_digits(digits(v, splat(scale)), lines + row * 64);
+    store(units + (n / SLICE * tiles + tile) * TILE, mul(range.unit(), splat(65536.0f)));
+    alignas(64) float scale[TILE];
+    store(scale, range.scale());
+    unsigned char* lines = panels + tile * depth.bytes() + n / FIXED_DEPTH * DIGITS_BYTES;
+    for (const int64_t end = n + depth.length(n); n < end;
+         n += FIXED_DEPTH, lines += DIGITS_BYTES) {
+      Vec v[4][TILE];
+      for (int j = 0; j < 4; ++j) some(n + j * TILE, v[j]);
+      for (int i = 0; i < TILE; ++i)
+        put_digits(digits({v[0][i], v[1][i], v[2][i], v[3][i]}, splat(scale[i])), lines + i * 64);
+    }
   }
 };
 
-// The right operand, in blocks of 16 columns: the units of these, then [depth
+// The right operand, in blocks of 16 columns: of each slice their units, then [depth
 // tile][digit][16][16 columns][4]. A negative unit: the columns do not fit.
 constexpr int64_t UNIT_BYTES = 64;
-CASVIT_INLINE Vec units(const unsigned char* block) {
-  return load(reinterpret_cast<const float*>(block));
+constexpr int64_t SLICE_BYTES = UNIT_BYTES + SLICE / FIXED_DEPTH * DIGITS_BYTES;
+static int64_t block_bytes(const FixedDepth& depth) {
+  return depth.slices * UNIT_BYTES + depth.bytes();
+}
+CASVIT_INLINE Vec units(const unsigned char* slice) {
+  return load(reinterpret_cast<const float*>(slice));
 }
 static bool in_fixed_point(const unsigned char* block) {
   return *reinterpret_cast<const float*>(block) >= 0.0f;
 }
-// numbers(n, v): v[i] are those of row n + i of all 16 columns, zeros past the end.
+// some(n, v): v[i] are the numbers n + i of all 16 columns, zeros past the end.
 template <class F>
-static bool pack_columns(int64_t count, const F& numbers, unsigned char* block) {
-  Range range;
-  Vec v[4][TILE];
-  for (int64_t n = 0; n < count; n += TILE) {
-    numbers(n, v[0]);
-    for (int i = 0; i < TILE; ++i) range.include(v[0][i]);
-  }
-  const bool fits = range.fits(count);
-  store(reinterpret_cast<float*>(block), fits ? range.unit() : splat(-1.0f));
-  if (!fits) return false;
-  unsigned char* lines = block + UNIT_BYTES;
-  for (int64_t n = 0; n < count; n += FIXED_DEPTH, lines += DIGITS_BYTES) {
-    for (int j = 0; j < 4; ++j) numbers(n + j * TILE, v[j]);
-    for (int i = 0; i < TILE; ++i)
-      put_digits(digits({v[0][i], v[1][i], v[2][i], v[3][i]}, range.scale()), lines + i * 64);
+static bool pack_columns(const FixedDepth& depth, const F& some, unsigned char* block) {
+  unsigned char* slice = block;
+  for (int64_t begin = 0; begin < depth.numbers; begin += SLICE, slice += SLICE_BYTES) {
+    const int64_t end = begin + depth.length(begin);
+    Vec v[SLICE / TILE][TILE];
+    Range range;
+    for (int64_t n = begin; n < end; n += TILE) {
+      Vec(&own)[TILE] = v[(n - begin) / TILE];
+      some(n, own);
+      for (int i = 0; i < TILE; ++i) range.include(own[i]);
+    }
+    if (!range.fits(end - begin)) {
+      store(reinterpret_cast<float*>(block), splat(-1.0f));
+      return false;
+    }
+    store(reinterpret_cast<float*>(slice), range.unit());
+    unsigned char* lines = slice + UNIT_BYTES;
+    for (int64_t n = begin; n < end; n += FIXED_DEPTH, lines += DIGITS_BYTES) {
+      const Vec(*four)[TILE] = v + (n - begin) / TILE;
+      auto at = [&](int j, int i) __attribute__((always_inline)) {
+        return n + j * TILE < end ? four[j][i] : zero();
+      };
+      for (int i = 0; i < TILE; ++i)
+        put_digits(digits({at(0, i), at(1, i), at(2, i), at(3, i)}, range.scale()), lines + i * 64);
+    }
   }
   return true;
 }
-// Rows n to n + 15 of them back again, n a multiple of 16.
+// The numbers n to n + 15 of them back again, n a multiple of 16.
 CASVIT_INLINE void unpack_columns(const unsigned char* block, int64_t n, Vec (&to)[TILE]) {
-  const unsigned char* lines = block + UNIT_BYTES + n / FIXED_DEPTH * DIGITS_BYTES;
+  const unsigned char* slice = block + n / SLICE * SLICE_BYTES;
+  const unsigned char* lines = slice + UNIT_BYTES + n % SLICE / FIXED_DEPTH * DIGITS_BYTES;
   const int order[4] = {0, 2, 1, 3};  // see digits()
   const int digit = order[n % FIXED_DEPTH / TILE];
   const __m128i up = _mm_cvtsi32_si128(24 - 8 * digit), down = _mm_cvtsi32_si128(24);
@@ -169,7 +202,7 @@ CASVIT_INLINE void unpack_columns(const unsigned char* block, int64_t n, Vec (&t
     };
     const __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(at(HIGH_DIGIT), 8), at(MIDDLE_DIGIT));
     const __m512i all = _mm512_add_epi32(_mm512_slli_epi32(upper, 8), at(LOW_DIGIT));
-    to[i] = mul(units(block), _mm512_cvtepi32_ps(all));
+    to[i] = mul(units(slice), _mm512_cvtepi32_ps(all));
   }
 }
 struct Right {
@@ -210,23 +243,26 @@ struct Conversion {
 
 constexpr int64_t SUMS_BYTES = 6 * TILE_BYTES + 256;  // two buffers, not a multiple of 4096 apart
 
-// Some depth tiles of all rows and blocks. Accumulators (order * 2 + row tile) are tiles 0 to 5,
+// One slice of all rows and blocks. Accumulators (order * 2 + row tile) are tiles 0 to 5,
 // the left operand goes through 6 and the right one through 7. While one block is multiplied the
 // one before is converted, EACH rows after any product. Its sums of order 2 are stored only then,
 // when they are sure to be complete.
 template <int EACH, bool ADD_UP>
 static void multiply_slice(const Left& given_left, const Right& given_right, int64_t slice,
-                           int64_t depth_tiles, const Results& given_results, unsigned char* sums) {
+                           const Results& given_results, unsigned char* sums) {
   const Left left = given_left;  // no store changes what these say
   const Right right = given_right;
   const Results results = given_results;
   const int64_t pairs = (left.tiles + 1) / 2;
+  const int64_t depth_tile = slice * SLICE / FIXED_DEPTH;
+  const int64_t depth_tiles = EACH == 2 ? 2 : 1;
   Conversion before;
   int64_t buffer = 0, pair = 0, block = 0;
   while (pair < pairs) {
-    const unsigned char* x = left.panels + 2 * pair * left.depth.bytes() + slice * DIGITS_BYTES;
-    const unsigned char* own = right.blocks + block * right.next;
-    const unsigned char* w = own + UNIT_BYTES + slice * DIGITS_BYTES;
+    const unsigned char* x =
+        left.panels + 2 * pair * left.depth.bytes() + depth_tile * DIGITS_BYTES;
+    const unsigned char* own = right.blocks + block * right.next + slice * SLICE_BYTES;
+    const unsigned char* w = own + UNIT_BYTES;
     int32_t* to = reinterpret_cast<int32_t*>(sums + buffer);
     int row = 0;
     auto convert = [&]() __attribute__((always_inline)) {
@@ -299,7 +335,7 @@ static void multiply_slice(const Left& given_left, const Right& given_right, int
     for (; row < before.rows; ++row) before.convert(row, ADD_UP);
     const int64_t rest = left.rows - pair * 2 * TILE;
     before.sums = to;
-    before.row_units = left.units + pair * 2 * TILE;
+    before.row_units = left.units + (slice * left.tiles + pair * 2) * TILE;
     before.to = left.to + pair * 2 * TILE;
     before.base = results.base + block * results.next;
     before.units = units(own);
@@ -318,23 +354,20 @@ static void multiply_slice(const Left& given_left, const Right& given_right, int
 static void multiply(const Left& left, const Right& right, const Results& results,
                      unsigned char* sums) {
   const int64_t group = 32;  // blocks that stay in the second-level cache for all rows
-  const FixedDepth& depth = left.depth;
-  for (int64_t slice = 0; slice < depth.tiles; slice += depth.slice) {
-    const int64_t rest = depth.tiles - slice, length = rest < depth.slice ? rest : depth.slice;
-    const bool add_up = slice > 0 || results.add_up;
-    // EACH: such that all rows are converted when the products are done.
-    auto* f = length == 1   ? add_up ? multiply_slice<4, true> : multiply_slice<4, false>
-              : length == 2 ? add_up ? multiply_slice<2, true> : multiply_slice<2, false>
-              : add_up      ? multiply_slice<1, true>
-                            : multiply_slice<1, false>;
-    for (int64_t first = 0; first < right.count; first += group) {
+  for (int64_t first = 0; first < right.count; first += group)
+    for (int64_t slice = 0; slice < left.depth.slices; ++slice) {
+      const bool two = left.depth.length(slice * SLICE) > FIXED_DEPTH;
+      const bool add_up = slice > 0 || results.add_up;
+      // All rows are converted when the products of one or two depth tiles are done.
+      auto* f = two      ? add_up ? multiply_slice<2, true> : multiply_slice<2, false>
+                : add_up ? multiply_slice<4, true>
+                         : multiply_slice<4, false>;
       const int64_t count = right.count - first < group ? right.count - first : group;
-      f(left, {right.blocks + first * right.next, right.next, count}, slice, length,
+      f(left, {right.blocks + first * right.next, right.next, count}, slice,
         {results.base + first * results.next, results.next,
          results.bias ? results.bias + first * VL : nullptr, add_up},
         sums);
     }
-  }
 }
 
 }  // namespace CASVIT_ISA

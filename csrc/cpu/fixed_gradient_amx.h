@@ -12,7 +12,7 @@ namespace CASVIT_ISA {
 // Of the weights: from column tile to column tile. In fixed point they are not larger than in
 // parts.
 static int64_t column_bytes(int64_t C, Product kind) {
-  return column_bytes_in_parts(C, kind) + (kind == Product::F32 ? UNIT_BYTES : 0);
+  return column_bytes_in_parts(C, kind) + (may_be_fixed(C, kind) ? UNIT_BYTES : 0);
 }
 static int64_t input_gradient_weight_bytes(int64_t C, Product kind) {
   return (C + TILE - 1) / TILE * column_bytes(C, kind);
@@ -21,12 +21,12 @@ static int64_t input_gradient_weight_bytes(int64_t C, Product kind) {
 static void input_gradient_pack_weights(const float* weight, int64_t C, Product kind,
                                         int64_t column, void* to) {
   unsigned char* own = static_cast<unsigned char*>(to) + column * column_bytes(C, kind);
-  if (kind == Product::F32) {
+  if (may_be_fixed(C, kind)) {
     const int64_t K = 3 * C, c = column * TILE;
     auto lines = [&](int64_t k, Vec(&v)[TILE]) {
       load_lines(weight + k * C + c, C, K - k, C - c, v);
     };
-    if (pack_columns(K, lines, own)) return;
+    if (pack_columns(FixedDepth(K), lines, own)) return;
     own += UNIT_BYTES;
   }
   pack_column_in_parts(weight, C, kind, column, own);
@@ -69,32 +69,24 @@ static int64_t input_gradient_temp_bytes(int64_t C, Product kind) {
 
 // Rows [.][numbers], dense; false: some do not fit.
 static bool pack_rows(const float* from, int64_t numbers, int64_t row_floats, const Left& left) {
-  auto some = [&](const float* row, int64_t n) __attribute__((always_inline)) {
-    const int64_t count = numbers - n;
-    return count >= TILE ? load(row + n)
-           : count > 0   ? load_first_as_float(row + n, static_cast<int>(count))
-                         : zero();
-  };
   for (int64_t tile = 0; tile < left.tiles; ++tile) {
-    const float* rows[TILE];
-    Range own[TILE];
-    for (int i = 0; i < TILE; ++i) {
-      const int64_t row = tile * TILE + i;
-      rows[i] = from + (row < left.rows ? row : left.rows - 1) * numbers;
-      left.to[row] = row * row_floats;
-      for (int64_t n = 0; n < numbers; n += TILE) own[i].include(some(rows[i], n));
+    const int64_t first = tile * TILE;
+    for (int64_t row = first; row < first + TILE; ++row) left.to[row] = row * row_floats;
+    auto some = [&](int64_t n, Vec(&v)[TILE]) __attribute__((always_inline)) {
+      load_lines(from + first * numbers + n, numbers, left.rows - first, numbers - n, v);
+    };
+    for (int64_t n = 0; n < numbers; n += SLICE) {
+      const int64_t length = left.depth.length(n);
+      Range own[TILE];
+      for (int64_t m = n; m < n + length; m += TILE) {
+        Vec v[TILE];
+        some(m, v);
+        for (int i = 0; i < TILE; ++i) own[i].include(v[i]);
+      }
+      const Range range = across(own);
+      if (!range.fits(length)) return false;
+      left.put(tile, n, range, some);
     }
-    const Range range = across(own);
-    if (!range.fits(numbers)) return false;
-    left.set_units(tile, range);
-    alignas(64) float scale[TILE];
-    store(scale, range.scale());
-    for (int i = 0; i < TILE; ++i)
-      for (int64_t n = 0; n < numbers; n += FIXED_DEPTH)
-        left.put(tile, i, n / FIXED_DEPTH,
-                 {some(rows[i], n), some(rows[i], n + TILE), some(rows[i], n + 2 * TILE),
-                  some(rows[i], n + 3 * TILE)},
-                 scale[i]);
   }
   return true;
 }
@@ -102,7 +94,7 @@ static bool pack_rows(const float* from, int64_t numbers, int64_t row_floats, co
 // Pixels [begin, end) of all images of the gradient at x.
 static void input_gradient(const Geometry& g, const float* grad, const void* weights, Product kind,
                            int64_t begin, int64_t end, const Output& out, void* temp) {
-  if (kind != Product::F32)
+  if (!may_be_fixed(g.C, kind))
     return input_gradient_in_parts(g, grad, weights, kind, begin, end, out, temp);
   const int64_t K = 3 * g.C, columns = (g.C + TILE - 1) / TILE, row_floats = columns * TILE;
   const Right right{static_cast<const unsigned char*>(weights), column_bytes(g.C, kind), columns};
@@ -143,40 +135,39 @@ static int64_t weight_gradient_temp_bytes(int64_t C, int64_t columns, Product ki
   const int64_t parts = weight_gradient_temp_bytes_in_parts(C, columns, kind);
   const FixedDepth depth(fixed_gradient_pixels(C));
   const int64_t rows = (C + TILE - 1) / TILE, whole = (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
-  const int64_t fixed = 2 * SUMS_BYTES + Left::bytes(depth, C) +
-                        COLUMNS * (UNIT_BYTES + depth.bytes()) + rows * whole * TILE_BYTES;
+  const int64_t fixed = 2 * SUMS_BYTES + Left::bytes(depth, C) + COLUMNS * block_bytes(depth) +
+                        rows * whole * TILE_BYTES;
   return fixed > parts ? fixed : parts;
 }
 
 // `count` pixels of x from `pixel` on, its channels as rows; false: some do not fit.
 static bool pack_channels(const Geometry& g, const Input& x, int64_t pixel, int64_t count,
-                          float* scratch, const Left& left) {
+                          const Left& left) {
   const PixelRun run{&x, &g, 0, pixel, pixel + count};
   const int64_t pieces = (count + TILE - 1) / TILE;
   Piece<TILE> piece[MOST_PIECES];
+  alignas(64) float scratch[SLICE * TILE];
   for (int64_t p = 0; p < pieces; ++p) piece[p].locate(run, pixel + p * TILE, 0);
   for (int64_t tile = 0; tile < left.tiles; ++tile) {
-    Range own[TILE];
-    for (int64_t p = 0; p < pieces; ++p) {
-      Vec channels[TILE];
-      load_channels(x, g.C, piece[p], tile * TILE, channels);
-      for (int i = 0; i < TILE; ++i) {
-        own[i].include(channels[i]);
-        store(scratch + (p * TILE + i) * TILE, channels[i]);
-      }
-    }
-    const Range range = across(own);
-    if (!range.fits(count)) return false;
-    left.set_units(tile, range);
-    alignas(64) float scale[TILE];
-    store(scale, range.scale());
-    auto some = [&](int64_t p, int i) __attribute__((always_inline)) {
-      return p < pieces ? load(scratch + (p * TILE + i) * TILE) : zero();
-    };
-    for (int64_t p = 0; p < pieces; p += 4)
+    auto some = [&](int64_t n, Vec(&v)[TILE]) __attribute__((always_inline)) {
       for (int i = 0; i < TILE; ++i)
-        left.put(tile, i, p / 4, {some(p, i), some(p + 1, i), some(p + 2, i), some(p + 3, i)},
-                 scale[i]);
+        v[i] = n < count ? load(scratch + (n % SLICE + i) * TILE) : zero();
+    };
+    for (int64_t n = 0; n < count; n += SLICE) {
+      const int64_t length = left.depth.length(n);
+      Range own[TILE];
+      for (int64_t m = 0; m < length; m += TILE) {
+        Vec channels[TILE];
+        load_channels(x, g.C, piece[(n + m) / TILE], tile * TILE, channels);
+        for (int i = 0; i < TILE; ++i) {
+          own[i].include(channels[i]);
+          store(scratch + (m + i) * TILE, channels[i]);
+        }
+      }
+      const Range range = across(own);
+      if (!range.fits(length)) return false;
+      left.put(tile, n, range, some);
+    }
   }
   return true;
 }
@@ -188,32 +179,24 @@ static bool fixed_weight_gradient(const Geometry& g, const float* grad, const In
   unsigned char* sums = static_cast<unsigned char*>(temp);
   unsigned char* panels = sums + 2 * SUMS_BYTES;
   unsigned char* blocks = panels + Left::bytes(FixedDepth(most), C);
-  float* const totals =
-      reinterpret_cast<float*>(blocks + COLUMNS * (UNIT_BYTES + FixedDepth(most).bytes()));
-  alignas(64) float scratch[MOST_PIECES * TILE * TILE];
+  float* const totals = reinterpret_cast<float*>(blocks + COLUMNS * block_bytes(FixedDepth(most)));
   const TileConfig config;
   for (int64_t pixel = begin; pixel < end; pixel += most) {
     const int64_t count = end - pixel < most ? end - pixel : most;
     const FixedDepth depth(count);
     const Left left(depth, C, panels);
-    if (!pack_channels(g, x, pixel, count, scratch, left)) return false;
+    if (!pack_channels(g, x, pixel, count, left)) return false;
     float* group = totals;
     for (int64_t row = row_begin; row < row_end; row += COLUMNS * TILE) {
       const int64_t left_over = (row_end - row + TILE - 1) / TILE;
       const int64_t columns = left_over < COLUMNS ? left_over : COLUMNS;
-      const Right right{blocks, UNIT_BYTES + depth.bytes(), columns};
+      const Right right{blocks, block_bytes(depth), columns};
       for (int64_t c = 0; c < columns; ++c) {
-        // Rows of the gradient lie far apart: they are read once.
         const float* from = grad + pixel * K + row + c * TILE;
-        for (int64_t p = 0; p < count; p += TILE) {
-          Vec lines[TILE];
-          load_lines(from + p * K, K, count - p, K - row - c * TILE, lines);
-          for (int i = 0; i < TILE; ++i) store(scratch + (p + i) * TILE, lines[i]);
-        }
         auto pixels = [&](int64_t p, Vec(&v)[TILE]) {
-          for (int i = 0; i < TILE; ++i) v[i] = p < count ? load(scratch + (p + i) * TILE) : zero();
+          load_lines(from + p * K, K, count - p, K - row - c * TILE, v);
         };
-        if (!pack_columns(count, pixels, blocks + c * right.next)) return false;
+        if (!pack_columns(depth, pixels, blocks + c * right.next)) return false;
       }
       for (int64_t channel = 0; channel < left.tiles * TILE; ++channel)
         left.to[channel] = channel * columns * TILE;
@@ -231,7 +214,7 @@ static bool fixed_weight_gradient(const Geometry& g, const float* grad, const In
 static void weight_gradient(const Geometry& g, const float* grad, const Input& x, Product kind,
                             int64_t begin, int64_t end, int64_t row_begin, int64_t row_end,
                             float* to, void* temp) {
-  if (kind != Product::F32 ||
+  if (!may_be_fixed(g.C, kind) ||
       !fixed_weight_gradient(g, grad, x, begin, end, row_begin, row_end, to, temp))
     weight_gradient_in_parts(g, grad, x, kind, begin, end, row_begin, row_end, to, temp);
 }

@@ -11,7 +11,7 @@ namespace CASVIT_ISA {
 // A block of weights: in fixed point, or after its negative unit in parts.
 static void pack_fixed_point(const float* matrix, int64_t C, unsigned char* block) {
   auto channels = [&](int64_t c, Vec(&v)[TILE]) { columns(matrix + c, C, C - c, v); };
-  if (!pack_columns(C, channels, block))
+  if (!pack_columns(FixedDepth(C), channels, block))
     pack_parts(matrix, C, depth_of(C, Product::F32), block + UNIT_BYTES);
 }
 // The same block in parts.
@@ -45,19 +45,20 @@ CASVIT_INLINE Vec pixels_of(const T* x, int64_t channel_stride, const Piece<TILE
   for (int i = 0; i < TILE; ++i) lanes[i] = widen_one(p + piece.from[i]);
   return load(lanes);
 }
+// Channels [begin, end) of them.
 template <class T>
-CASVIT_INLINE Range range_of(const T* x, int64_t channel_stride, int64_t C,
-                             const Piece<TILE>& piece) {
+CASVIT_INLINE Range range_of(const T* x, int64_t channel_stride, const Piece<TILE>& piece,
+                             int64_t begin, int64_t end) {
   if (channel_stride == 1) {
     Range own[TILE];
     for (int i = 0; i < TILE; ++i)
-      for (int64_t c = 0; c < C; c += TILE)
+      for (int64_t c = begin; c < end; c += TILE)
         own[i].include(load_first_as_float(x + piece.from[i] + c,
-                                           C - c < TILE ? static_cast<int>(C - c) : TILE));
+                                           end - c < TILE ? static_cast<int>(end - c) : TILE));
     return across(own);
   }
   Range range;
-  for (int64_t c = 0; c < C; ++c) {
+  for (int64_t c = begin; c < end; ++c) {
     // Too many streams for the hardware prefetcher: one for each channel.
     if (piece.consecutive)
       _mm_prefetch(reinterpret_cast<const char*>(x + piece.from[0] + c * channel_stride + 4 * TILE),
@@ -73,21 +74,15 @@ static bool pack_pixels(const Chunk& chunk, const T* x, const Left& left) {
   const int64_t C = chunk.g.C, stride = chunk.x.channel_stride;
   for (int64_t t = 0; t < chunk.tiles; ++t) {
     const Piece<TILE>& piece = chunk.pieces[t];
-    const Range range = range_of(x, stride, C, piece);
-    if (!range.fits(C)) return false;
-    left.set_units(t, range);
     std::memcpy(left.to + t * TILE, piece.to, sizeof piece.to);
-    alignas(64) float scale[TILE], channels[TILE * FIXED_DEPTH];
-    store(scale, range.scale());
-    for (int64_t c = 0; c < C; c += FIXED_DEPTH) {
-      for (int64_t j = 0; j < 4; ++j)
-        gather(x, stride, C, piece, c + j * TILE, channels + j * TILE, FIXED_DEPTH);
-      for (int i = 0; i < TILE; ++i) {
-        const float* own = channels + i * FIXED_DEPTH;
-        left.put(t, i, c / FIXED_DEPTH,
-                 {load(own), load(own + TILE), load(own + 2 * TILE), load(own + 3 * TILE)},
-                 scale[i]);
-      }
+    auto channels = [&](int64_t c, Vec(&v)[TILE]) __attribute__((always_inline)) {
+      gather(x, stride, C, piece, c, reinterpret_cast<float*>(v), TILE);
+    };
+    for (int64_t c = 0; c < C; c += SLICE) {
+      const int64_t length = left.depth.length(c);
+      const Range range = range_of(x, stride, piece, c, c + length);
+      if (!range.fits(length)) return false;
+      left.put(t, c, range, channels);
     }
   }
   return true;

@@ -11,25 +11,18 @@
 namespace casvit {
 namespace CASVIT_ISA {
 
-// Up to 48 channels nine passes over parts are as quick as six and their conversion; among very
-// many some value is always far above the others.
-static bool may_be_fixed(int64_t C, Product kind) {
-  return kind == Product::F32 && C > 48 && C <= 1024;
-}
-
-// From block to block of the weights.
-static int64_t block_bytes(int64_t C, Product kind) {
-  // In fixed point they are not larger than in parts.
+// From block to block of the weights. In fixed point they are not larger than in parts.
+static int64_t weight_bytes(int64_t C, Product kind) {
   return depth_of(C, kind).bytes() + (may_be_fixed(C, kind) ? UNIT_BYTES : 0);
 }
 static int64_t product_weight_bytes(int64_t C, int64_t blocks, Product kind) {
-  return 3 * blocks * block_bytes(C, kind);
+  return 3 * blocks * weight_bytes(C, kind);
 }
 static void product_pack_weights(const float* matrix, int64_t C, int64_t blocks, Product kind,
                                  void* to) {
   const Depth depth = depth_of(C, kind);
   for (int64_t block = 0; block < 3 * blocks; ++block) {
-    unsigned char* own = static_cast<unsigned char*>(to) + block * block_bytes(C, kind);
+    unsigned char* own = static_cast<unsigned char*>(to) + block * weight_bytes(C, kind);
     const float* rows = matrix + block * TILE * C;
     if (may_be_fixed(C, kind)) pack_fixed_point(rows, C, own);
     else pack_parts(rows, C, depth, own);
@@ -52,7 +45,7 @@ static void product(const PixelRun& run, const WeightsView& w, Product kind, int
                     int64_t block_end, float* planes, int64_t image_floats, void* temp) {
   const Geometry& g = *run.g;
   const Depth depth = depth_of(g.C, kind);
-  const int64_t next = block_bytes(g.C, kind), chunk_pixels = tiles_per_chunk(depth) * TILE;
+  const int64_t next = weight_bytes(g.C, kind), chunk_pixels = tiles_per_chunk(depth) * TILE;
   const unsigned char* weights = w.product + block_begin * next;
   bool fixed = may_be_fixed(g.C, kind);
   for (int64_t block = block_begin; fixed && block < block_end; ++block)
