@@ -386,15 +386,49 @@ def test_the_product_is_as_exact_as_float32(instruction_set, C, memory_format):
     assert (found - truth).abs().max() <= 1.5 * (plain - truth).abs().max()
 
 
+@pytest.mark.parametrize(("C", "channel"), [(112, 70), (130, 128), (132, 131), (272, 5)])
 @pytest.mark.parametrize("where", ["x", "weight"])
-def test_one_huge_number_does_not_blur_the_others(instruction_set, where):
+def test_one_huge_number_does_not_blur_the_others(instruction_set, where, C, channel):
     """What it is multiplied with is zero: in float32 it leaves no trace."""
-    C = 112
     x, weight = torch.randn(2, C, 9, 7), torch.randn(3 * C, C, 1, 1) / C**0.5
-    x[:, 70] = 1e6 if where == "x" else 0.0
-    weight[:, 70] = 1e6 if where == "weight" else 0.0
+    x[:, channel] = 1e6 if where == "x" else 0.0
+    weight[:, channel] = 1e6 if where == "weight" else 0.0
     found, plain, truth = product(x, weight)
     assert (found - truth).abs().max() <= 1.5 * (plain - truth).abs().max()
+
+
+def one(C):
+    return torch.ones(C).index_fill_(0, torch.tensor(3), 1e5)
+
+
+@pytest.mark.parametrize("scale", [one, lambda C: torch.randn(C).exp()], ids=["one", "all"])
+def test_channels_may_be_of_any_scale_that_the_weights_make_up_for(instruction_set, scale):
+    C = 112
+    scale = scale(C).view(1, C, 1, 1)
+    x, weight = torch.randn(2, C, 9, 7) * scale, torch.randn(3 * C, C, 1, 1) / C**0.5 / scale
+    found, plain, truth = product(x, weight)
+    assert (found - truth).abs().max() <= 2 * (plain - truth).abs().max()
+
+
+def test_one_weight_may_be_huge(instruction_set):
+    C = 112
+    x, weight = torch.randn(2, C, 9, 7), torch.randn(3 * C, C, 1, 1) / C**0.5
+    weight[17, 5] = 1e6
+    found, plain, truth = product(x, weight)
+    others = torch.arange(3 * C) != 17
+    error = (found - truth)[:, others].abs().max()
+    assert error <= 1.5 * (plain - truth)[:, others].abs().max()
+
+
+@pytest.mark.parametrize("size", [1e-16, 1e24])
+def test_products_near_the_ends_of_the_range(instruction_set, size):
+    C = 64
+    x, weight = torch.randn(1, C, 8, 8) * size, torch.randn(3 * C, C, 1, 1) * size
+    if size > 1:
+        x[:, 32:] = 0.0
+        weight[:, :32] = 0.0  # the products would be infinite
+    found, _, truth = product(x, weight)
+    torch.testing.assert_close(found, truth, rtol=0, atol=float(1e-5 * truth.abs().max()))
 
 
 @pytest.mark.parametrize("where", ["x", "weight"])

@@ -28,16 +28,21 @@ constexpr float OUTSHINES = 2.0f;
 constexpr int64_t DIGITS_BYTES = 3 * TILE_BYTES;
 constexpr int64_t HIGH_DIGIT = 0, MIDDLE_DIGIT = TILE_BYTES, LOW_DIGIT = 2 * TILE_BYTES;
 
-constexpr int64_t SLICE = 2 * FIXED_DEPTH;  // numbers; in larger ones the largest would be larger
+// Numbers of a slice: in a larger one the largest would be larger. The last takes what is too short
+// to tell what outshines what.
+constexpr int64_t SLICE = 2 * FIXED_DEPTH, LONGEST = SLICE + TILE - 1;
+static_assert(3 * LONGEST * 128 * 128 < 1 << 24, "sums must be exact as float32");
 struct FixedDepth {
   int64_t numbers, tiles, slices;
   explicit FixedDepth(int64_t numbers)
       : numbers(numbers),
         tiles((numbers + FIXED_DEPTH - 1) / FIXED_DEPTH),
-        slices((numbers + SLICE - 1) / SLICE) {}
+        slices(numbers < SLICE ? 1 : (numbers - TILE + SLICE) / SLICE) {}
   int64_t bytes() const { return tiles * DIGITS_BYTES; }
   // Numbers of the slice that begins with this one.
-  int64_t length(int64_t begin) const { return begin + SLICE < numbers ? SLICE : numbers - begin; }
+  int64_t length(int64_t begin) const {
+    return begin / SLICE + 1 < slices ? SLICE : numbers - begin;
+  }
 };
 
 // Up to 48 channels nine passes over parts are as quick as six and their conversion; among very
@@ -55,7 +60,7 @@ struct Range {
   }
   bool fits(int64_t numbers) const {
     const Vec near = mul(sum, splat(OUTSHINES / std::sqrt(static_cast<float>(numbers))));
-    const Vec most = min_keep_nan(splat(1e30f), near);  // NaN is in every sum
+    const Vec most = min_keep_nan(splat(1e25f), near);  // NaN is in every sum
     const __mmask16 good = _mm512_cmp_ps_mask(top, most, _CMP_LE_OQ);
     const __mmask16 tiny = _mm512_cmp_ps_mask(top, splat(1e-25f), _CMP_LT_OQ);
     return (good & ~(tiny & _mm512_cmp_ps_mask(top, zero(), _CMP_NEQ_OQ))) == 0xffff;
@@ -158,18 +163,24 @@ CASVIT_INLINE Vec units(const unsigned char* slice) {
 static bool in_fixed_point(const unsigned char* block) {
   return *reinterpret_cast<const float*>(block) >= 0.0f;
 }
-// some(n, v): v[i] are the numbers n + i of all 16 columns, zeros past the end.
+// some(n, v): v[i] are the numbers n + i of all 16 columns, zeros past the end; balance, which may
+// be null: what they are divided by.
 template <class F>
-static bool pack_columns(const FixedDepth& depth, const F& some, unsigned char* block) {
+static bool pack_columns(const FixedDepth& depth, const F& some, const float* balance,
+                         unsigned char* block) {
   unsigned char* slice = block;
-  for (int64_t begin = 0; begin < depth.numbers; begin += SLICE, slice += SLICE_BYTES) {
+  for (int64_t s = 0; s < depth.slices; ++s, slice += SLICE_BYTES) {
+    const int64_t begin = s * SLICE;
     const int64_t end = begin + depth.length(begin);
-    Vec v[SLICE / TILE][TILE];
+    Vec v[SLICE / TILE + 1][TILE];
     Range range;
     for (int64_t n = begin; n < end; n += TILE) {
       Vec(&own)[TILE] = v[(n - begin) / TILE];
       some(n, own);
-      for (int i = 0; i < TILE; ++i) range.include(own[i]);
+      for (int i = 0; i < TILE; ++i) {
+        if (balance) own[i] = mul(own[i], splat(1.0f / balance[n + i]));
+        range.include(own[i]);
+      }
     }
     if (!range.fits(end - begin)) {
       store(reinterpret_cast<float*>(block), splat(-1.0f));
@@ -187,23 +198,6 @@ static bool pack_columns(const FixedDepth& depth, const F& some, unsigned char* 
     }
   }
   return true;
-}
-// The numbers n to n + 15 of them back again, n a multiple of 16.
-CASVIT_INLINE void unpack_columns(const unsigned char* block, int64_t n, Vec (&to)[TILE]) {
-  const unsigned char* slice = block + n / SLICE * SLICE_BYTES;
-  const unsigned char* lines = slice + UNIT_BYTES + n % SLICE / FIXED_DEPTH * DIGITS_BYTES;
-  const int order[4] = {0, 2, 1, 3};  // see digits()
-  const int digit = order[n % FIXED_DEPTH / TILE];
-  const __m128i up = _mm_cvtsi32_si128(24 - 8 * digit), down = _mm_cvtsi32_si128(24);
-  for (int i = 0; i < TILE; ++i) {
-    auto at = [&](int64_t place) __attribute__((always_inline)) {
-      const __m512i line = _mm512_loadu_si512(lines + place + i * 64);
-      return _mm512_sra_epi32(_mm512_sll_epi32(line, up), down);
-    };
-    const __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(at(HIGH_DIGIT), 8), at(MIDDLE_DIGIT));
-    const __m512i all = _mm512_add_epi32(_mm512_slli_epi32(upper, 8), at(LOW_DIGIT));
-    to[i] = mul(units(slice), _mm512_cvtepi32_ps(all));
-  }
 }
 struct Right {
   const unsigned char* blocks;
@@ -232,7 +226,8 @@ struct Conversion {
     const Vec sum =
         fma(fma(order(0, row), splat(256.0f), order(1, row)), splat(256.0f), order(2, row));
     float* p = base + to[row];
-    store(p, fma(sum, mul(splat(row_units[row]), units), add_up ? load(p) : bias));
+    // One unit at a time: their product may be out of range.
+    store(p, fma(mul(sum, splat(row_units[row])), units, add_up ? load(p) : bias));
   }
 
  private:
@@ -255,7 +250,7 @@ static void multiply_slice(const Left& given_left, const Right& given_right, int
   const Results results = given_results;
   const int64_t pairs = (left.tiles + 1) / 2;
   const int64_t depth_tile = slice * SLICE / FIXED_DEPTH;
-  const int64_t depth_tiles = EACH == 2 ? 2 : 1;
+  const int64_t depth_tiles = (left.depth.length(slice * SLICE) + FIXED_DEPTH - 1) / FIXED_DEPTH;
   Conversion before;
   int64_t buffer = 0, pair = 0, block = 0;
   while (pair < pairs) {

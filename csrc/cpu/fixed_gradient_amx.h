@@ -9,47 +9,34 @@
 namespace casvit {
 namespace CASVIT_ISA {
 
-// Of the weights: from column tile to column tile. In fixed point they are not larger than in
-// parts.
+// Of the weights: from column tile to column tile.
 static int64_t column_bytes(int64_t C, Product kind) {
-  return column_bytes_in_parts(C, kind) + (may_be_fixed(C, kind) ? UNIT_BYTES : 0);
+  return may_be_fixed(C, kind) ? block_bytes(FixedDepth(3 * C)) : column_bytes_in_parts(C, kind);
 }
 static int64_t input_gradient_weight_bytes(int64_t C, Product kind) {
   return (C + TILE - 1) / TILE * column_bytes(C, kind);
 }
 // One column tile of them.
 static void input_gradient_pack_weights(const float* weight, int64_t C, Product kind,
-                                        int64_t column, void* to) {
+                                        int64_t column, const float* balance, void* to) {
   unsigned char* own = static_cast<unsigned char*>(to) + column * column_bytes(C, kind);
   if (may_be_fixed(C, kind)) {
     const int64_t K = 3 * C, c = column * TILE;
     auto lines = [&](int64_t k, Vec(&v)[TILE]) {
       load_lines(weight + k * C + c, C, K - k, C - c, v);
     };
-    if (pack_columns(FixedDepth(K), lines, own)) return;
-    own += UNIT_BYTES;
+    pack_columns(FixedDepth(K), lines, balance, own);
+  } else {
+    pack_column_in_parts(weight, C, kind, column, own);
   }
-  pack_column_in_parts(weight, C, kind, column, own);
 }
 // All of them in parts.
-static const void* rebuild_weights(const unsigned char* weights, int64_t C) {
+static const void* pack_in_parts(const float* weight, int64_t C) {
   static thread_local Buffer buffer;
   const int64_t each = column_bytes_in_parts(C, Product::F32), columns = (C + TILE - 1) / TILE;
   unsigned char* tiles = static_cast<unsigned char*>(buffer.get(columns * each));
-  for (int64_t column = 0; column < columns; ++column) {
-    const unsigned char* own = weights + column * column_bytes(C, Product::F32);
-    unsigned char* to = tiles + column * each;
-    if (!in_fixed_point(own)) {
-      std::memcpy(to, own + UNIT_BYTES, static_cast<size_t>(each));
-      continue;
-    }
-    for (int64_t k = 0; k < 3 * C; k += DEPTH, to += parts_bytes(Product::F32)) {
-      Vec first[TILE], second[TILE];
-      unpack_columns(own, k, first);
-      unpack_columns(own, k + TILE, second);
-      put_rounded(first, second, Product::F32, to);
-    }
-  }
+  for (int64_t column = 0; column < columns; ++column)
+    pack_column_in_parts(weight, C, Product::F32, column, tiles + column * each);
   return tiles;
 }
 
@@ -68,14 +55,18 @@ static int64_t input_gradient_temp_bytes(int64_t C, Product kind) {
 }
 
 // Rows [.][numbers], dense; false: some do not fit.
-static bool pack_rows(const float* from, int64_t numbers, int64_t row_floats, const Left& left) {
+static bool pack_rows(const float* from, int64_t numbers, int64_t row_floats, const float* balance,
+                      const Left& left) {
   for (int64_t tile = 0; tile < left.tiles; ++tile) {
     const int64_t first = tile * TILE;
     for (int64_t row = first; row < first + TILE; ++row) left.to[row] = row * row_floats;
     auto some = [&](int64_t n, Vec(&v)[TILE]) __attribute__((always_inline)) {
       load_lines(from + first * numbers + n, numbers, left.rows - first, numbers - n, v);
+      const Vec own = load(balance + n);
+      for (int i = 0; i < TILE; ++i) v[i] = mul(v[i], own);
     };
-    for (int64_t n = 0; n < numbers; n += SLICE) {
+    for (int64_t slice = 0; slice < left.depth.slices; ++slice) {
+      const int64_t n = slice * SLICE;
       const int64_t length = left.depth.length(n);
       Range own[TILE];
       for (int64_t m = n; m < n + length; m += TILE) {
@@ -92,8 +83,9 @@ static bool pack_rows(const float* from, int64_t numbers, int64_t row_floats, co
 }
 
 // Pixels [begin, end) of all images of the gradient at x.
-static void input_gradient(const Geometry& g, const float* grad, const void* weights, Product kind,
-                           int64_t begin, int64_t end, const Output& out, void* temp) {
+static void input_gradient(const Geometry& g, const float* grad, const void* weights,
+                           const float* balance, const float* weight, Product kind, int64_t begin,
+                           int64_t end, const Output& out, void* temp) {
   if (!may_be_fixed(g.C, kind))
     return input_gradient_in_parts(g, grad, weights, kind, begin, end, out, temp);
   const int64_t K = 3 * g.C, columns = (g.C + TILE - 1) / TILE, row_floats = columns * TILE;
@@ -101,7 +93,7 @@ static void input_gradient(const Geometry& g, const float* grad, const void* wei
   bool fixed = true;
   for (int64_t c = 0; fixed && c < columns; ++c)
     fixed = in_fixed_point(right.blocks + c * right.next);
-  const void* rebuilt = nullptr;
+  const void* parts = nullptr;
   const FixedDepth depth(K);
   const int64_t most = fixed_gradient_rows(depth);
   unsigned char* sums = static_cast<unsigned char*>(temp);
@@ -110,15 +102,15 @@ static void input_gradient(const Geometry& g, const float* grad, const void* wei
   for (int64_t pixel = begin; pixel < end; pixel += most) {
     const int64_t count = end - pixel < most ? end - pixel : most;
     const Left left(depth, count, panels);
-    if (fixed && pack_rows(grad + pixel * K, K, row_floats, left)) {
+    if (fixed && pack_rows(grad + pixel * K, K, row_floats, balance, left)) {
       const TileConfig config;
       _tile_loadconfig(&config);
       multiply(left, right, {rows, TILE, nullptr, false}, sums);
       _tile_release();
       write_pixels(g, pixel, count, rows, row_floats, out);
     } else {
-      if (!rebuilt) rebuilt = rebuild_weights(right.blocks, g.C);
-      input_gradient_in_parts(g, grad, rebuilt, kind, pixel, pixel + count, out, temp);
+      if (!parts) parts = pack_in_parts(weight, g.C);
+      input_gradient_in_parts(g, grad, parts, kind, pixel, pixel + count, out, temp);
     }
   }
 }
@@ -129,11 +121,11 @@ static int64_t fixed_gradient_pixels(int64_t C) {
   const int64_t n = (5 << 18) / ((C + TILE - 1) / TILE * DIGITS_BYTES);
   return FIXED_DEPTH * (n < 1 ? 1 : n > 8 ? 8 : n);
 }
-constexpr int MOST_PIECES = 8 * FIXED_DEPTH / TILE;
+constexpr int MOST_PIECES = 8 * FIXED_DEPTH / TILE + 1;
 
 static int64_t weight_gradient_temp_bytes(int64_t C, int64_t columns, Product kind) {
   const int64_t parts = weight_gradient_temp_bytes_in_parts(C, columns, kind);
-  const FixedDepth depth(fixed_gradient_pixels(C));
+  const FixedDepth depth(fixed_gradient_pixels(C) + TILE);
   const int64_t rows = (C + TILE - 1) / TILE, whole = (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
   const int64_t fixed = 2 * SUMS_BYTES + Left::bytes(depth, C) + COLUMNS * block_bytes(depth) +
                         rows * whole * TILE_BYTES;
@@ -146,19 +138,21 @@ static bool pack_channels(const Geometry& g, const Input& x, int64_t pixel, int6
   const PixelRun run{&x, &g, 0, pixel, pixel + count};
   const int64_t pieces = (count + TILE - 1) / TILE;
   Piece<TILE> piece[MOST_PIECES];
-  alignas(64) float scratch[SLICE * TILE];
+  alignas(64) float scratch[(SLICE + TILE) * TILE];
   for (int64_t p = 0; p < pieces; ++p) piece[p].locate(run, pixel + p * TILE, 0);
+  int64_t begin = 0;  // of a slice
   for (int64_t tile = 0; tile < left.tiles; ++tile) {
     auto some = [&](int64_t n, Vec(&v)[TILE]) __attribute__((always_inline)) {
       for (int i = 0; i < TILE; ++i)
-        v[i] = n < count ? load(scratch + (n % SLICE + i) * TILE) : zero();
+        v[i] = n < count ? load(scratch + (n - begin + i) * TILE) : zero();
     };
-    for (int64_t n = 0; n < count; n += SLICE) {
-      const int64_t length = left.depth.length(n);
+    for (int64_t slice = 0; slice < left.depth.slices; ++slice) {
+      begin = slice * SLICE;
+      const int64_t length = left.depth.length(begin);
       Range own[TILE];
       for (int64_t m = 0; m < length; m += TILE) {
         Vec channels[TILE];
-        load_channels(x, g.C, piece[(n + m) / TILE], tile * TILE, channels);
+        load_channels(x, g.C, piece[(begin + m) / TILE], tile * TILE, channels);
         for (int i = 0; i < TILE; ++i) {
           own[i].include(channels[i]);
           store(scratch + (m + i) * TILE, channels[i]);
@@ -166,7 +160,7 @@ static bool pack_channels(const Geometry& g, const Input& x, int64_t pixel, int6
       }
       const Range range = across(own);
       if (!range.fits(length)) return false;
-      left.put(tile, n, range, some);
+      left.put(tile, begin, range, some);
     }
   }
   return true;
@@ -176,13 +170,15 @@ static bool fixed_weight_gradient(const Geometry& g, const float* grad, const In
                                   int64_t begin, int64_t end, int64_t row_begin, int64_t row_end,
                                   float* to, void* temp) {
   const int64_t C = g.C, K = 3 * C, most = fixed_gradient_pixels(C);
+  const FixedDepth longest(most + TILE);
+  if (end - begin < TILE) return false;  // too few to tell what outshines what
   unsigned char* sums = static_cast<unsigned char*>(temp);
   unsigned char* panels = sums + 2 * SUMS_BYTES;
-  unsigned char* blocks = panels + Left::bytes(FixedDepth(most), C);
-  float* const totals = reinterpret_cast<float*>(blocks + COLUMNS * block_bytes(FixedDepth(most)));
+  unsigned char* blocks = panels + Left::bytes(longest, C);
+  float* const totals = reinterpret_cast<float*>(blocks + COLUMNS * block_bytes(longest));
   const TileConfig config;
-  for (int64_t pixel = begin; pixel < end; pixel += most) {
-    const int64_t count = end - pixel < most ? end - pixel : most;
+  for (int64_t pixel = begin, count; pixel < end; pixel += count) {
+    count = end - pixel < most + TILE ? end - pixel : most;
     const FixedDepth depth(count);
     const Left left(depth, C, panels);
     if (!pack_channels(g, x, pixel, count, left)) return false;
@@ -196,7 +192,7 @@ static bool fixed_weight_gradient(const Geometry& g, const float* grad, const In
         auto pixels = [&](int64_t p, Vec(&v)[TILE]) {
           load_lines(from + p * K, K, count - p, K - row - c * TILE, v);
         };
-        if (!pack_columns(depth, pixels, blocks + c * right.next)) return false;
+        if (!pack_columns(depth, pixels, nullptr, blocks + c * right.next)) return false;
       }
       for (int64_t channel = 0; channel < left.tiles * TILE; ++channel)
         left.to[channel] = channel * columns * TILE;

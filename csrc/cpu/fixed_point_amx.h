@@ -8,25 +8,11 @@
 namespace casvit {
 namespace CASVIT_ISA {
 
-// A block of weights: in fixed point, or after its negative unit in parts.
-static void pack_fixed_point(const float* matrix, int64_t C, unsigned char* block) {
+// A block of weights.
+static void pack_fixed_point(const float* matrix, int64_t C, const float* balance,
+                             unsigned char* block) {
   auto channels = [&](int64_t c, Vec(&v)[TILE]) { columns(matrix + c, C, C - c, v); };
-  if (!pack_columns(FixedDepth(C), channels, block))
-    pack_parts(matrix, C, depth_of(C, Product::F32), block + UNIT_BYTES);
-}
-// The same block in parts.
-static void rebuild_parts(const unsigned char* block, int64_t C, unsigned char* to) {
-  const Depth depth = depth_of(C, Product::F32);
-  if (!in_fixed_point(block)) {
-    std::memcpy(to, block + UNIT_BYTES, static_cast<size_t>(depth.bytes()));
-    return;
-  }
-  for (int64_t t = 0; t < depth.tiles; ++t) {
-    Vec low[TILE], high[TILE];
-    unpack_columns(block, t * DEPTH, low);
-    unpack_columns(block, t * DEPTH + TILE, high);
-    put_weights(low, high, t, depth, to);
-  }
+  pack_columns(FixedDepth(C), channels, balance, block);
 }
 
 // Channel c of the 16 pixels of a piece.
@@ -45,16 +31,17 @@ CASVIT_INLINE Vec pixels_of(const T* x, int64_t channel_stride, const Piece<TILE
   for (int i = 0; i < TILE; ++i) lanes[i] = widen_one(p + piece.from[i]);
   return load(lanes);
 }
-// Channels [begin, end) of them.
+// Channels [begin, end) of them, balanced.
 template <class T>
 CASVIT_INLINE Range range_of(const T* x, int64_t channel_stride, const Piece<TILE>& piece,
-                             int64_t begin, int64_t end) {
+                             const float* balance, int64_t begin, int64_t end) {
   if (channel_stride == 1) {
     Range own[TILE];
     for (int i = 0; i < TILE; ++i)
       for (int64_t c = begin; c < end; c += TILE)
-        own[i].include(load_first_as_float(x + piece.from[i] + c,
-                                           end - c < TILE ? static_cast<int>(end - c) : TILE));
+        own[i].include(mul(load(balance + c),
+                           load_first_as_float(x + piece.from[i] + c,
+                                               end - c < TILE ? static_cast<int>(end - c) : TILE)));
     return across(own);
   }
   Range range;
@@ -63,35 +50,41 @@ CASVIT_INLINE Range range_of(const T* x, int64_t channel_stride, const Piece<TIL
     if (piece.consecutive)
       _mm_prefetch(reinterpret_cast<const char*>(x + piece.from[0] + c * channel_stride + 4 * TILE),
                    _MM_HINT_T0);
-    range.include(pixels_of(x, channel_stride, piece, c));
+    range.include(mul(splat(balance[c]), pixels_of(x, channel_stride, piece, c)));
   }
   return range;
 }
 
 // The pixels of a chunk as rows; false: some do not fit.
 template <class T>
-static bool pack_pixels(const Chunk& chunk, const T* x, const Left& left) {
+static bool pack_pixels(const Chunk& chunk, const T* x, const float* balance, const Left& left) {
   const int64_t C = chunk.g.C, stride = chunk.x.channel_stride;
   for (int64_t t = 0; t < chunk.tiles; ++t) {
     const Piece<TILE>& piece = chunk.pieces[t];
     std::memcpy(left.to + t * TILE, piece.to, sizeof piece.to);
     auto channels = [&](int64_t c, Vec(&v)[TILE]) __attribute__((always_inline)) {
       gather(x, stride, C, piece, c, reinterpret_cast<float*>(v), TILE);
+      const Vec own = load(balance + c);
+      for (int i = 0; i < TILE; ++i) v[i] = mul(v[i], own);
     };
-    for (int64_t c = 0; c < C; c += SLICE) {
+    for (int64_t slice = 0; slice < left.depth.slices; ++slice) {
+      const int64_t c = slice * SLICE;
       const int64_t length = left.depth.length(c);
-      const Range range = range_of(x, stride, piece, c, c + length);
+      const Range range = range_of(x, stride, piece, balance, c, c + length);
       if (!range.fits(length)) return false;
       left.put(t, c, range, channels);
     }
   }
   return true;
 }
-static bool pack_pixels(const Chunk& chunk, const Left& left) {
+static bool pack_pixels(const Chunk& chunk, const float* balance, const Left& left) {
   switch (chunk.x.dtype) {
-    case DType::F32: return pack_pixels(chunk, static_cast<const float*>(chunk.x.data), left);
-    case DType::BF16: return pack_pixels(chunk, static_cast<const Bf16*>(chunk.x.data), left);
-    case DType::F16: return pack_pixels(chunk, static_cast<const F16*>(chunk.x.data), left);
+    case DType::F32:
+      return pack_pixels(chunk, static_cast<const float*>(chunk.x.data), balance, left);
+    case DType::BF16:
+      return pack_pixels(chunk, static_cast<const Bf16*>(chunk.x.data), balance, left);
+    case DType::F16:
+      return pack_pixels(chunk, static_cast<const F16*>(chunk.x.data), balance, left);
   }
   return false;
 }

@@ -57,6 +57,8 @@ struct GateView {
 };
 struct WeightsView {
   const unsigned char* product;  // layout private to the instruction set
+  const float* balance;          // [C, padded]: see Kernels::balanced
+  const float* matrix;           // [3][padded][C], what `product` was made from, likewise
   const float* qkv_bias;         // [3][padded]
   GateView gate[2];              // q, k
   const float *dwc, *dwc_bias, *proj, *proj_bias;
@@ -113,9 +115,11 @@ struct Kernels {
   const char* name;
   int64_t lanes;
 
-  // The qkv product. Weights come as a dense float matrix [3][padded][C] (rows: outputs).
+  // The qkv product. Weights come as a dense float matrix [3][padded][C] (rows: outputs), and with
+  // `balance` if the kernels are `balanced`.
   int64_t (*product_weight_bytes)(int64_t C, int64_t blocks, Product);
-  void (*product_pack_weights)(const float* matrix, int64_t C, int64_t blocks, Product, void* to);
+  void (*product_pack_weights)(const float* matrix, int64_t C, int64_t blocks, Product,
+                               const float* balance, void* to);
   int64_t (*product_temp_bytes)(int64_t C, Product, int64_t pixels);
   // Writes channel blocks [block_begin, block_end) of the 3 * blocks of q, k, v for the run.
   // planes: q, k, v of the group's first image; image_floats: from one image to the next.
@@ -163,16 +167,30 @@ struct Kernels {
   int64_t (*input_gradient_weight_bytes)(int64_t C, Product) = nullptr;
   // Sixteen columns: tile `column`.
   void (*input_gradient_pack_weights)(const float* weight, int64_t C, Product, int64_t column,
-                                      void* to) = nullptr;
+                                      const float* balance, void* to) = nullptr;
   int64_t (*input_gradient_temp_bytes)(int64_t C, Product) = nullptr;
-  void (*input_gradient)(const Geometry&, const float* grad, const void* weights, Product,
-                         int64_t begin, int64_t end, const Output& grad_x, void* temp) = nullptr;
+  void (*input_gradient)(const Geometry&, const float* grad, const void* weights,
+                         const float* balance, const float* weight, Product, int64_t begin,
+                         int64_t end, const Output& grad_x, void* temp) = nullptr;
   // Rows of [3C][C], summed over the pixels; row_begin is a multiple of 16.
   int64_t (*weight_gradient_temp_bytes)(int64_t C, int64_t tiles, Product) = nullptr;
   void (*weight_gradient)(const Geometry&, const float* grad, const Input& x, Product,
                           int64_t begin, int64_t end, int64_t row_begin, int64_t row_end, float* to,
                           void* temp) = nullptr;
+
+  // Whether the product and the gradient of x compare the terms of a sum with one another. Then x
+  // and grad are multiplied, and weights divided, by powers of two (`balance`, one for each term)
+  // that make the largest weights of all terms alike, so that x and grad say how large terms are.
+  // Where these differ too much the kernels go back to the weights as they are.
+  bool balanced = false;
 };
+
+// Of the columns [begin, end), or the rows, of a dense matrix.
+void balance_columns(const float* matrix, int64_t rows, int64_t columns, int64_t begin, int64_t end,
+                     float* to);
+void balance_rows(const float* matrix, int64_t columns, int64_t begin, int64_t end, float* to);
+// Floats of a balance; those past the end are 1.
+inline int64_t padded_balance(int64_t terms) { return (terms + 63) / 64 * 64; }
 
 // Strips: the unit of work of the spatial gates, fixed by the shape alone so that results do not
 // depend on the number of threads.

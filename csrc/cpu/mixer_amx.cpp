@@ -11,20 +11,20 @@
 namespace casvit {
 namespace CASVIT_ISA {
 
-// From block to block of the weights. In fixed point they are not larger than in parts.
+// From block to block of the weights.
 static int64_t weight_bytes(int64_t C, Product kind) {
-  return depth_of(C, kind).bytes() + (may_be_fixed(C, kind) ? UNIT_BYTES : 0);
+  return may_be_fixed(C, kind) ? block_bytes(FixedDepth(C)) : depth_of(C, kind).bytes();
 }
 static int64_t product_weight_bytes(int64_t C, int64_t blocks, Product kind) {
   return 3 * blocks * weight_bytes(C, kind);
 }
 static void product_pack_weights(const float* matrix, int64_t C, int64_t blocks, Product kind,
-                                 void* to) {
+                                 const float* balance, void* to) {
   const Depth depth = depth_of(C, kind);
   for (int64_t block = 0; block < 3 * blocks; ++block) {
     unsigned char* own = static_cast<unsigned char*>(to) + block * weight_bytes(C, kind);
     const float* rows = matrix + block * TILE * C;
-    if (may_be_fixed(C, kind)) pack_fixed_point(rows, C, own);
+    if (may_be_fixed(C, kind)) pack_fixed_point(rows, C, balance, own);
     else pack_parts(rows, C, depth, own);
   }
 }
@@ -38,7 +38,7 @@ static int64_t product_temp_bytes(int64_t C, Product kind, int64_t) {
   const int64_t tiles = tiles_per_chunk(d), parts = PartsProduct::temp_bytes(d, tiles);
   if (!may_be_fixed(C, kind)) return parts;
   const int64_t fixed = 2 * SUMS_BYTES + Left::bytes(FixedDepth(C), tiles * TILE);
-  return 2 * d.bytes() + (fixed > parts ? fixed : parts);  // two blocks rebuilt in parts
+  return 2 * d.bytes() + (fixed > parts ? fixed : parts);  // two blocks in parts
 }
 
 static void product(const PixelRun& run, const WeightsView& w, Product kind, int64_t block_begin,
@@ -62,7 +62,7 @@ static void product(const PixelRun& run, const WeightsView& w, Product kind, int
     if (fixed) {
       unsigned char* sums = static_cast<unsigned char*>(temp);
       const Left left(FixedDepth(g.C), end - first, sums + 2 * SUMS_BYTES);
-      if (pack_pixels(chunk, left)) {
+      if (pack_pixels(chunk, w.balance, left)) {
         multiply(left, {weights, next, block_end - block_begin},
                  {planes + block_begin * g.plane, g.plane, w.qkv_bias + block_begin * VL, false},
                  sums);
@@ -79,7 +79,7 @@ static void product(const PixelRun& run, const WeightsView& w, Product kind, int
     for (int64_t block = block_begin; block < block_end; block += 2) {
       const int64_t stop = block + 2 < block_end ? block + 2 : block_end;
       for (int64_t i = block; i < stop; ++i)
-        rebuild_parts(w.product + i * next, g.C, parts + (i - block) * depth.bytes());
+        pack_parts(w.matrix + i * TILE * g.C, g.C, depth, parts + (i - block) * depth.bytes());
       product.multiply(parts, depth.bytes(), block, stop);
     }
   }
@@ -96,6 +96,7 @@ const Kernels& amx_kernels() {
   static const Kernels kernels = [] {
     Kernels k = avx512_kernels();
     k.name = "amx";
+    k.balanced = true;
     k.product_weight_bytes = product_weight_bytes;
     k.product_pack_weights = product_pack_weights;
     k.product_temp_bytes = product_temp_bytes;

@@ -67,11 +67,14 @@ class Offsets {
   int64_t next_;
 };
 struct ProductLayout {
-  int64_t product, qkv_bias, end;
-  ProductLayout(const Kernels& k, int64_t C, Product kind, int64_t begin) {
+  int64_t product, balance, matrix, qkv_bias, end;
+  // kept: with the matrix, for longer than the weights stay where they are.
+  ProductLayout(const Kernels& k, int64_t C, Product kind, int64_t begin, bool kept) {
     const int64_t blocks = (C + k.lanes - 1) / k.lanes;
     Offsets next(begin);
     product = next.take(k.product_weight_bytes(C, blocks, kind));
+    balance = next.take(k.balanced ? padded_balance(C) * 4 : 0);
+    matrix = next.take(k.balanced && kept ? 3 * blocks * k.lanes * C * 4 : 0);
     qkv_bias = next.take(3 * blocks * k.lanes * 4);
     end = next.end();
   }
@@ -98,7 +101,7 @@ struct Layout {
   ProductLayout product;
   MixingLayout mixing;
   Layout(const Kernels& k, int64_t C, Product kind)
-      : product(k, C, kind, HEADER_BYTES), mixing(k, C, product.end) {}
+      : product(k, C, kind, HEADER_BYTES, kind == Product::F32), mixing(k, C, product.end) {}
 };
 
 thread_local Buffer matrix_buffer, training_buffer;
@@ -210,9 +213,9 @@ float* floats(void* base, int64_t offset) {
 }
 
 // `base`: zeros where the bias goes. Packed weights are block after block, so threads may pack
-// three blocks each.
-void fill_product(const Kernels& k, int64_t C, const Source& weight, const Source& bias,
-                  Product kind, const ProductLayout& layout, void* base, const Pool& pool) {
+// three blocks each. Returns the matrix.
+const float* fill_product(const Kernels& k, int64_t C, const Source& weight, const Source& bias,
+                          Product kind, const ProductLayout& layout, void* base, const Pool& pool) {
   const int64_t blocks = (C + k.lanes - 1) / k.lanes, padded = blocks * k.lanes;
   const bool as_it_is = C == padded && is_dense(weight, C);
   float* matrix = as_it_is ? nullptr : static_cast<float*>(matrix_buffer.get(3 * padded * C * 4));
@@ -226,10 +229,17 @@ void fill_product(const Kernels& k, int64_t C, const Source& weight, const Sourc
       }
       if (o < C && bias.data) floats(base, layout.qkv_bias)[row] = at(bias, t * C + o);
     }
+  });
+  float* balance = k.balanced ? floats(base, layout.balance) : nullptr;
+  if (balance)
+    run(pool, padded_balance(C) / 64,
+        [&](int64_t i) { balance_columns(from, 3 * padded, C, 64 * i, 64 * (i + 1), balance); });
+  run(pool, blocks, [&](int64_t i) {
     k.product_pack_weights(
-        from + 3 * i * k.lanes * C, C, 1, kind,
+        from + 3 * i * k.lanes * C, C, 1, kind, balance,
         static_cast<char*>(base) + layout.product + i * k.product_weight_bytes(C, 1, kind));
   });
+  return from;
 }
 
 // BN(d) = d * scale + (beta - mean * scale), with scale = gamma / sqrt(var + eps)
@@ -286,6 +296,8 @@ WeightsView view_mixing(const MixingLayout& layout, const void* packed) {
 }
 void view_product(const ProductLayout& layout, const void* packed, WeightsView& v) {
   v.product = static_cast<const unsigned char*>(packed) + layout.product;
+  v.balance = floats(const_cast<void*>(packed), layout.balance);
+  v.matrix = floats(const_cast<void*>(packed), layout.matrix);
   v.qkv_bias = floats(const_cast<void*>(packed), layout.qkv_bias);
 }
 
@@ -306,7 +318,14 @@ void pack(const Kernels& k, const Sources& s, Product kind, void* packed) {
   std::memset(packed, 0, static_cast<size_t>(layout.mixing.end));
   const PackedHeader h = header_of(k, s, kind);
   std::memcpy(packed, &h, sizeof h);
-  fill_product(k, s.C, s.qkv_weight, s.qkv_bias, kind, layout.product, packed, {1, nullptr});
+  const float* matrix =
+      fill_product(k, s.C, s.qkv_weight, s.qkv_bias, kind, layout.product, packed, {1, nullptr});
+  const ProductLayout& p = layout.product;
+  if (p.matrix < p.qkv_bias) {
+    const int64_t padded = (s.C + k.lanes - 1) / k.lanes * k.lanes;
+    std::memcpy(floats(packed, p.matrix), matrix,
+                sizeof(float) * static_cast<size_t>(3 * padded * s.C));
+  }
   fill_mixing(k, s, layout.mixing, packed, {1, nullptr});
 }
 
@@ -343,6 +362,48 @@ WeightsView view(const Kernels& k, int64_t C, Product kind, const void* packed) 
   return v;
 }
 
+namespace {
+// The bits of a magnitude: they count like it, and in baseline code integers are quicker.
+int32_t magnitude(float a) {
+  int32_t bits;
+  std::memcpy(&bits, &a, sizeof bits);
+  return bits & 0x7fffffff;
+}
+// The power of two below it, not far from 1 whatever it is.
+float power_below(int32_t bits) {
+  int32_t exponent = bits >> 23;
+  if (bits == 0 || exponent == 255) exponent = 127;  // nothing, or no number
+  if (exponent < 127 - 60) exponent = 127 - 60;
+  if (exponent > 127 + 60) exponent = 127 + 60;
+  bits = exponent << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return power;
+}
+}  // namespace
+
+void balance_columns(const float* matrix, int64_t rows, int64_t columns, int64_t begin, int64_t end,
+                     float* to) {
+  const int64_t stop = end < columns ? end : columns;
+  int32_t top[64] = {};
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t c = begin; c < stop; ++c) {
+      const int32_t a = magnitude(matrix[row * columns + c]);
+      top[c - begin] = a > top[c - begin] ? a : top[c - begin];
+    }
+  for (int64_t c = begin; c < end; ++c) to[c] = power_below(top[c - begin]);
+}
+void balance_rows(const float* matrix, int64_t columns, int64_t begin, int64_t end, float* to) {
+  for (int64_t row = begin; row < end; ++row) {
+    int32_t top = 0;
+    for (int64_t c = 0; c < columns; ++c) {
+      const int32_t a = magnitude(matrix[row * columns + c]);
+      top = a > top ? a : top;
+    }
+    to[row] = power_below(top);
+  }
+}
+
 double normalizer(const GateSources& g, int64_t c) {
   return gamma(g, c) * reciprocal_deviation(g, c);
 }
@@ -358,12 +419,13 @@ const float* dense_matrix(const Source& s, int64_t rows, int64_t columns, float*
 
 WeightsView pack_product(const Kernels& k, int64_t C, const Source& weight, const Source& bias,
                          Product kind, const Pool& pool) {
-  const ProductLayout layout(k, C, kind, 0);
+  const ProductLayout layout(k, C, kind, 0, false);
   void* to = training_buffer.get(layout.end);
   std::memset(floats(to, layout.qkv_bias), 0, static_cast<size_t>(layout.end - layout.qkv_bias));
-  fill_product(k, C, weight, bias, kind, layout, to, pool);
+  const float* matrix = fill_product(k, C, weight, bias, kind, layout, to, pool);
   WeightsView v{};
   view_product(layout, to, v);
+  v.matrix = matrix;
   return v;
 }
 

@@ -17,7 +17,7 @@ static int64_t product_weight_bytes(int64_t C, int64_t blocks, Product) {
 }
 
 static void product_pack_weights(const float* matrix, int64_t C, int64_t blocks, Product,
-                                 void* to) {
+                                 const float*, void* to) {
   float* out = static_cast<float*>(to);
   for (int64_t block = 0; block < 3 * blocks; ++block)
     for (int64_t c = 0; c < C; ++c)

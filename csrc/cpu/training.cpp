@@ -193,16 +193,24 @@ class ProductBackward {
     const int64_t square = 3 * g.C * g.C, summed = parts_ > 1 && to.grad_weight ? parts_ : 0;
     const int64_t packed_bytes =
         to.grad_x ? p.kernels.input_gradient_weight_bytes(g.C, to.kind) : 0;
+    const int64_t terms = padded_balance(rows());
     Arrays arrays(Arrays::bytes<float>(to.grad_x ? square : 0) + Arrays::bytes<char>(packed_bytes) +
-                      Arrays::bytes<float>(summed * square),
+                      Arrays::bytes<float>(terms) + Arrays::bytes<float>(summed * square),
                   product_buffer);
+    balance_ = arrays.take<float>(terms);
     packed_ = arrays.take<char>(packed_bytes);
     float* scratch = arrays.take<float>(to.grad_x ? square : 0);
     sums_ = parts_ > 1 ? arrays.take<float>(summed * square) : to.grad_weight;
     if (!to.grad_x) return;
-    const float* matrix = dense_matrix(*to.weight, 3 * g.C, g.C, scratch);
+    const float* matrix = matrix_ = dense_matrix(*to.weight, 3 * g.C, g.C, scratch);
+    for (int64_t term = rows(); term < terms; ++term) balance_[term] = 1.0f;
+    const int64_t share = divide_up(rows(), p.pool.threads);
+    run(p.pool, p.pool.threads, [&](int64_t i) {
+      const int64_t end = (i + 1) * share < rows() ? (i + 1) * share : rows();
+      balance_rows(matrix, g.C, i * share, end, balance_);
+    });
     run(p.pool, divide_up(g.C, 16), [&](int64_t column) {
-      p.kernels.input_gradient_pack_weights(matrix, g.C, to.kind, column, packed_);
+      p.kernels.input_gradient_pack_weights(matrix, g.C, to.kind, column, balance_, packed_);
     });
   }
 
@@ -250,7 +258,8 @@ class ProductBackward {
   void input(int64_t begin, int64_t end) const {
     if (!to_.grad_x) return;
     const int64_t C = p_.geometry.C;
-    p_.kernels.input_gradient(p_.geometry, grad_, packed_, to_.kind, begin, end, *to_.grad_x,
+    p_.kernels.input_gradient(p_.geometry, grad_, packed_, balance_, matrix_, to_.kind, begin, end,
+                              *to_.grad_x,
                               task_buffer.get(p_.kernels.input_gradient_temp_bytes(C, to_.kind)));
   }
   void weight(int64_t part, int64_t row, int64_t row_end) const {
@@ -267,9 +276,11 @@ class ProductBackward {
   const float* grad_;
   const ProductGradients& to_;
   const bool by_images_;
-  int64_t part_, parts_;  // pixels of one, number
+  int64_t part_, parts_;           // pixels of one, number
+  const float* matrix_ = nullptr;  // the weights
   char* packed_;
-  float* sums_;  // [parts][3C][C]
+  float* balance_;  // [3C, padded]
+  float* sums_;     // [parts][3C][C]
 };
 
 }  // namespace
