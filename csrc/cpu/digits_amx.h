@@ -83,16 +83,16 @@ CASVIT_INLINE Range across(const Range (&rows)[TILE]) {
   return range;
 }
 
-// The digits of 64 numbers v[j][i] * scale, rounded: a line for each place, with the digits of
+// The digits of 64 numbers v[j][i], rounded: a line for each place, with the digits of
 // v[0][i], v[2][i], v[1][i], v[3][i] side by side. Left and right share this order.
 struct Digits {
   __m512i high, middle, low;
 };
-CASVIT_INLINE Digits digits(const Vec (&v)[4], Vec scale) {
+CASVIT_INLINE Digits digits(const Vec (&v)[4]) {
   __m512i n[4], lower[2], upper[2];
   // Adding half of 256 to a place carries what is too large for a signed digit to the next.
   for (int j = 0; j < 4; ++j)
-    n[j] = _mm512_add_epi32(_mm512_cvtps_epi32(mul(v[j], scale)), _mm512_set1_epi32(0x8080));
+    n[j] = _mm512_add_epi32(_mm512_cvtps_epi32(v[j]), _mm512_set1_epi32(0x8080));
   for (int j = 0; j < 2; ++j) {
     lower[j] = _mm512_mask_blend_epi16(0xaaaaaaaau, n[2 * j], _mm512_slli_epi32(n[2 * j + 1], 16));
     upper[j] = _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(n[2 * j], 16), n[2 * j + 1]);
@@ -132,9 +132,9 @@ struct Left {
     panels = reinterpret_cast<unsigned char*>(units + depth.slices * tiles * TILE);
   }
   // One slice of one tile, from number n on. some(n, v): v[i] are the numbers n to n + 15 of row i,
-  // zeros past the end.
+  // zeros past the end. range, and balance, which may be null: of all numbers.
   template <class F>
-  void put(int64_t tile, int64_t n, const Range& range, const F& some) const {
+  void put(int64_t tile, int64_t n, const Range& range, const float* balance, const F& some) const {
     // The lowest order of digits counts in 65536ths of a product of units.
     store(units + (n / SLICE * tiles + tile) * TILE, mul(range.unit(), splat(65536.0f)));
     alignas(64) float scale[TILE];
@@ -142,10 +142,17 @@ struct Left {
     unsigned char* lines = panels + tile * depth.bytes() + n / FIXED_DEPTH * DIGITS_BYTES;
     for (const int64_t end = n + depth.length(n); n < end;
          n += FIXED_DEPTH, lines += DIGITS_BYTES) {
-      Vec v[4][TILE];
-      for (int j = 0; j < 4; ++j) some(n + j * TILE, v[j]);
-      for (int i = 0; i < TILE; ++i)
-        put_digits(digits({v[0][i], v[1][i], v[2][i], v[3][i]}, splat(scale[i])), lines + i * 64);
+      Vec v[4][TILE], power[4];
+      for (int j = 0; j < 4; ++j) {
+        some(n + j * TILE, v[j]);
+        power[j] = balance ? load(balance + n + j * TILE) : splat(1.0f);
+      }
+      for (int i = 0; i < TILE; ++i) {
+        const Vec own = splat(scale[i]);
+        put_digits(digits({mul(v[0][i], mul(own, power[0])), mul(v[1][i], mul(own, power[1])),
+                           mul(v[2][i], mul(own, power[2])), mul(v[3][i], mul(own, power[3]))}),
+                   lines + i * 64);
+      }
     }
   }
 };
@@ -191,10 +198,10 @@ static bool pack_columns(const FixedDepth& depth, const F& some, const float* ba
     for (int64_t n = begin; n < end; n += FIXED_DEPTH, lines += DIGITS_BYTES) {
       const Vec(*four)[TILE] = v + (n - begin) / TILE;
       auto at = [&](int j, int i) __attribute__((always_inline)) {
-        return n + j * TILE < end ? four[j][i] : zero();
+        return n + j * TILE < end ? mul(four[j][i], range.scale()) : zero();
       };
       for (int i = 0; i < TILE; ++i)
-        put_digits(digits({at(0, i), at(1, i), at(2, i), at(3, i)}, range.scale()), lines + i * 64);
+        put_digits(digits({at(0, i), at(1, i), at(2, i), at(3, i)}), lines + i * 64);
     }
   }
   return true;

@@ -62,8 +62,6 @@ static bool pack_rows(const float* from, int64_t numbers, int64_t row_floats, co
     for (int64_t row = first; row < first + TILE; ++row) left.to[row] = row * row_floats;
     auto some = [&](int64_t n, Vec(&v)[TILE]) __attribute__((always_inline)) {
       load_lines(from + first * numbers + n, numbers, left.rows - first, numbers - n, v);
-      const Vec own = load(balance + n);
-      for (int i = 0; i < TILE; ++i) v[i] = mul(v[i], own);
     };
     for (int64_t slice = 0; slice < left.depth.slices; ++slice) {
       const int64_t n = slice * SLICE;
@@ -72,11 +70,12 @@ static bool pack_rows(const float* from, int64_t numbers, int64_t row_floats, co
       for (int64_t m = n; m < n + length; m += TILE) {
         Vec v[TILE];
         some(m, v);
-        for (int i = 0; i < TILE; ++i) own[i].include(v[i]);
+        const Vec power = load(balance + m);
+        for (int i = 0; i < TILE; ++i) own[i].include(mul(v[i], power));
       }
       const Range range = across(own);
       if (!range.fits(length)) return false;
-      left.put(tile, n, range, some);
+      left.put(tile, n, range, balance, some);
     }
   }
   return true;
@@ -160,7 +159,7 @@ static bool pack_channels(const Geometry& g, const Input& x, int64_t pixel, int6
       }
       const Range range = across(own);
       if (!range.fits(length)) return false;
-      left.put(tile, begin, range, some);
+      left.put(tile, begin, range, nullptr, some);
     }
   }
   return true;

@@ -64,15 +64,13 @@ static bool pack_pixels(const Chunk& chunk, const T* x, const float* balance, co
     std::memcpy(left.to + t * TILE, piece.to, sizeof piece.to);
     auto channels = [&](int64_t c, Vec(&v)[TILE]) __attribute__((always_inline)) {
       gather(x, stride, C, piece, c, reinterpret_cast<float*>(v), TILE);
-      const Vec own = load(balance + c);
-      for (int i = 0; i < TILE; ++i) v[i] = mul(v[i], own);
     };
     for (int64_t slice = 0; slice < left.depth.slices; ++slice) {
       const int64_t c = slice * SLICE;
       const int64_t length = left.depth.length(c);
       const Range range = range_of(x, stride, piece, balance, c, c + length);
       if (!range.fits(length)) return false;
-      left.put(t, c, range, channels);
+      left.put(t, c, range, balance, channels);
     }
   }
   return true;
