@@ -45,11 +45,8 @@ struct FixedDepth {
   }
 };
 
-// Up to 48 channels nine passes over parts are as quick as six and their conversion; among very
-// many some number is always far above the others.
-static bool may_be_fixed(int64_t C, Product kind) {
-  return kind == Product::F32 && C > 48 && C <= 1024;
-}
+// Up to 48 channels nine passes over parts are as quick as six and their conversion.
+static bool may_be_fixed(int64_t C, Product kind) { return kind == Product::F32 && C > 48; }
 
 // The magnitudes in 16 rows or columns, one for each lane.
 struct Range {

@@ -152,7 +152,8 @@ void by_phases(const Group& group, const Pool& pool) {
     const int64_t end = begin + gate_part < g.blocks ? begin + gate_part : g.blocks;
     group.channel_gate(i / gate_parts, begin, end);
   });
-  // Bands of rows of one large image, although all blocks compute the rows around a cut twice.
+  // Bands of rows of one large image, although all blocks compute three rows around a cut twice:
+  // not below 14 rows each.
   const int64_t band = divide_up(g.H, threads);
   if (group.images == 1 && band >= 14) {
     run(pool, divide_up(g.H, band), [&](int64_t i) {

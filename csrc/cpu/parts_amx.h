@@ -165,7 +165,10 @@ class Copy {
     blocks_ = blocks;
   }
   // For that many steps.
-  void share_out(int64_t steps) { each_ = share_of(end_ - next_, steps); }
+  void share_out(int64_t steps) {
+    const auto n = static_cast<uint32_t>(steps);
+    each_ = static_cast<int>((static_cast<uint32_t>(end_ - next_) + n - 1) / n);
+  }
   void step() { copy(next_ + each_ < end_ ? next_ + each_ : end_); }
   void finish() { copy(end_); }
 

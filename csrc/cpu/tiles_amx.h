@@ -19,12 +19,6 @@ struct Chunk {
   Piece<TILE> pieces[MOST_TILES];
 };
 
-// What each of `steps` does of `all`.
-CASVIT_INLINE int share_of(int all, int64_t steps) {
-  const auto n = static_cast<uint32_t>(steps);
-  return static_cast<int>((static_cast<uint32_t>(all) + n - 1) / n);
-}
-
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};

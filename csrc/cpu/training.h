@@ -1,6 +1,7 @@
 // The phases of training over a batch: threads, scratch memory, and merging of partial sums. The
 // formulas are those of tests/phases.py. Results do not depend on the number of threads, but for
-// the rounding of the gradient of the product's weights.
+// rounding: that of the gradient of the product's weights, and with AMX that of the product and of
+// the gradient of x where some numbers do not suit fixed point (digits_amx.h).
 //
 // Between phases, in arrays of the caller: qkv, [images][q, k, v][blocks] planes; gradients at q, k
 // and v, [images][pixels][3 C]; the gradient at q2 + k2, [images][blocks][pixels][lanes]; maps of
