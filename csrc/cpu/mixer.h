@@ -179,8 +179,8 @@ struct Kernels {
                           void* temp) = nullptr;
 
   // Whether the product and the gradient of x compare the terms of a sum with one another. Then x
-  // and grad are multiplied, and weights divided, by powers of two (`balance`, one for each term)
-  // that make the largest weights of all terms alike, so that x and grad say how large terms are.
+  // and grad are multiplied, and weights divided, by `balance`, the largest weight of each term: x
+  // and grad then say how large terms are.
   // Where these differ too much the kernels go back to the weights as they are.
   bool balanced = false;
 };

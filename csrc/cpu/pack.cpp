@@ -369,16 +369,14 @@ int32_t magnitude(float a) {
   std::memcpy(&bits, &a, sizeof bits);
   return bits & 0x7fffffff;
 }
-// The power of two below it, not far from 1 whatever it is.
-float power_below(int32_t bits) {
-  int32_t exponent = bits >> 23;
-  if (bits == 0 || exponent == 255) exponent = 127;  // nothing, or no number
-  if (exponent < 127 - 60) exponent = 127 - 60;
-  if (exponent > 127 + 60) exponent = 127 + 60;
-  bits = exponent << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return power;
+// It as a float, but not far from 1 whatever it is.
+float near_one(int32_t bits) {
+  constexpr int32_t one = 127 << 23, far = 60 << 23;
+  if (bits >= 255 << 23) bits = one;  // no number
+  bits = bits < one - far ? one - far : bits > one + far ? one + far : bits;
+  float a;
+  std::memcpy(&a, &bits, sizeof a);
+  return a;
 }
 }  // namespace
 
@@ -391,7 +389,7 @@ void balance_columns(const float* matrix, int64_t rows, int64_t columns, int64_t
       const int32_t a = magnitude(matrix[row * columns + c]);
       top[c - begin] = a > top[c - begin] ? a : top[c - begin];
     }
-  for (int64_t c = begin; c < end; ++c) to[c] = power_below(top[c - begin]);
+  for (int64_t c = begin; c < end; ++c) to[c] = near_one(top[c - begin]);
 }
 void balance_rows(const float* matrix, int64_t columns, int64_t begin, int64_t end, float* to) {
   for (int64_t row = begin; row < end; ++row) {
@@ -400,7 +398,7 @@ void balance_rows(const float* matrix, int64_t columns, int64_t begin, int64_t e
       const int32_t a = magnitude(matrix[row * columns + c]);
       top = a > top ? a : top;
     }
-    to[row] = power_below(top);
+    to[row] = near_one(top);
   }
 }
 
