@@ -420,11 +420,11 @@ def test_one_weight_may_be_huge(instruction_set):
     assert error <= 1.5 * (plain - truth)[:, others].abs().max()
 
 
-@pytest.mark.parametrize("size", [1e-16, 1e24])
-def test_products_near_the_ends_of_the_range(instruction_set, size):
+@pytest.mark.parametrize("sizes", [(1e-16, 1e-16), (1e24, 1e24), (1e-33, 1e20), (1e20, 1e-33)])
+def test_products_near_the_ends_of_the_range(instruction_set, sizes):
     C = 64
-    x, weight = torch.randn(1, C, 8, 8) * size, torch.randn(3 * C, C, 1, 1) * size
-    if size > 1:
+    x, weight = torch.randn(1, C, 8, 8) * sizes[0], torch.randn(3 * C, C, 1, 1) * sizes[1]
+    if sizes[0] * sizes[1] > 1:
         x[:, 32:] = 0.0
         weight[:, :32] = 0.0  # the products would be infinite
     found, _, truth = product(x, weight)

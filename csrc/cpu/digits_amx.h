@@ -139,15 +139,15 @@ struct Left {
     unsigned char* lines = panels + tile * depth.bytes() + n / FIXED_DEPTH * DIGITS_BYTES;
     for (const int64_t end = n + depth.length(n); n < end;
          n += FIXED_DEPTH, lines += DIGITS_BYTES) {
-      Vec v[4][TILE], power[4];
+      Vec v[4][TILE], factor[4];
       for (int j = 0; j < 4; ++j) {
         some(n + j * TILE, v[j]);
-        power[j] = balance ? load(balance + n + j * TILE) : splat(1.0f);
+        factor[j] = balance ? load(balance + n + j * TILE) : splat(1.0f);
       }
       for (int i = 0; i < TILE; ++i) {
-        const Vec own = splat(scale[i]);
-        put_digits(digits({mul(v[0][i], mul(own, power[0])), mul(v[1][i], mul(own, power[1])),
-                           mul(v[2][i], mul(own, power[2])), mul(v[3][i], mul(own, power[3]))}),
+        const Vec own = splat(scale[i]);  // its product with a factor may be out of range
+        put_digits(digits({mul(mul(v[0][i], factor[0]), own), mul(mul(v[1][i], factor[1]), own),
+                           mul(mul(v[2][i], factor[2]), own), mul(mul(v[3][i], factor[3]), own)}),
                    lines + i * 64);
       }
     }
@@ -203,6 +203,7 @@ static bool pack_columns(const FixedDepth& depth, const F& some, const float* ba
   }
   return true;
 }
+
 struct Right {
   const unsigned char* blocks;
   int64_t next;   // from block to block, in bytes

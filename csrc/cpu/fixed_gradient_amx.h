@@ -1,5 +1,5 @@
-// The gradients of the float32 qkv product in fixed point (digits_amx.h), and which go over to bf16
-// parts (gradient_amx.h).
+// The gradients of the float32 qkv product in fixed point (digits_amx.h), and in bf16 parts
+// (gradient_amx.h) where the numbers do not suit it.
 #pragma once
 
 #include "digits_amx.h"
@@ -70,8 +70,8 @@ static bool pack_rows(const float* from, int64_t numbers, int64_t row_floats, co
       for (int64_t m = n; m < n + length; m += TILE) {
         Vec v[TILE];
         some(m, v);
-        const Vec power = load(balance + m);
-        for (int i = 0; i < TILE; ++i) own[i].include(mul(v[i], power));
+        const Vec factor = load(balance + m);
+        for (int i = 0; i < TILE; ++i) own[i].include(mul(v[i], factor));
       }
       const Range range = across(own);
       if (!range.fits(length)) return false;

@@ -1,5 +1,4 @@
-// The float32 qkv product in fixed point (digits_amx.h), and what goes over to bf16 parts
-// (parts_amx.h): rows of the weights and pixels of x in which some number outshines the others.
+// The operands of the float32 qkv product in fixed point (digits_amx.h).
 #pragma once
 
 #include "digits_amx.h"
