@@ -364,6 +364,33 @@ def test_killed_ten_times_ends_as_if_uninterrupted(few, tmp_path):
     assert_same_run(tmp_path / "whole", output)
 
 
+# Kills the run between its fork of a worker and the worker's first look at its parent.
+KILLED_AT_FORK = """
+import os, signal
+from recipe import data
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGKILL))
+next(iter(data.loader([(0, 0)], workers=1, pin=False)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="there is no fork")
+def test_worker_ends_with_a_killed_run():
+    path = os.pathsep.join([str(EXAMPLES), environment()["PYTHONPATH"]])
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED_AT_FORK],
+        env={**environment(), "PYTHONPATH": path},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _, err = process.communicate(timeout=120)  # for ever if the worker stays
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, err
+
+
 def test_stopped_after_every_step_ends_as_if_uninterrupted(few, done, tmp_path):
     arguments = [few, "--output", tmp_path, *SHORT, "--save-every", 1, "--resume", "auto"]
     starts = 0

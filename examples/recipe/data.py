@@ -6,8 +6,11 @@ run was interrupted.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -217,6 +220,16 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+    # DataLoader looks who its parent is only after this, so it would wait forever, holding the
+    # run's stderr open, for a run that was killed before.
+    run = multiprocessing.parent_process()
+    if run is not None:
+        run.join()
+        os._exit(1)
 
 
 def _mixed(*numbers: int) -> int:
