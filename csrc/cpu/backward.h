@@ -16,7 +16,7 @@ CASVIT_INLINE void correlate(const float* const (&rows)[3], const Vec (&own)[N],
   for (int dy = 0; dy < 3; ++dy) {
 #pragma GCC unroll 16
     for (int j = 0; j < N + 2; ++j) {
-      const Vec z = load(rows[dy] + j * VL);
+      const Vec z = in_register(load(rows[dy] + j * VL));
       if (j < N) sums[3 * dy] = fma(z, own[j], sums[3 * dy]);
       if (j >= 1 && j <= N) sums[3 * dy + 1] = fma(z, own[j - 1], sums[3 * dy + 1]);
       if (j >= 2) sums[3 * dy + 2] = fma(z, own[j - 2], sums[3 * dy + 2]);

@@ -18,7 +18,7 @@ CASVIT_INLINE void convolve(const float* const (&rows)[3], const float* taps, Ve
               right = load(taps + (3 * dy + 2) * VL);
 #pragma GCC unroll 16
     for (int j = 0; j < N + 2; ++j) {
-      const Vec z = load(rows[dy] + j * VL);
+      const Vec z = in_register(load(rows[dy] + j * VL));
       if (j < N) acc[j] = fma(z, left, acc[j]);
       if (j >= 1 && j <= N) acc[j - 1] = fma(z, middle, acc[j - 1]);
       if (j >= 2) acc[j - 2] = fma(z, right, acc[j - 2]);

@@ -23,6 +23,11 @@ using Vec = __m512;
 CASVIT_INLINE Vec zero() { return _mm512_setzero_ps(); }
 CASVIT_INLINE Vec splat(float a) { return _mm512_set1_ps(a); }
 CASVIT_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+// Keeps a loaded vector that is used more than once from being loaded again for every use.
+CASVIT_INLINE Vec in_register(Vec a) {
+  asm("" : "+v"(a));
+  return a;
+}
 CASVIT_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
 CASVIT_INLINE void store_first(float* p, Vec a, int n) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), a);
@@ -168,6 +173,10 @@ using Vec = __m256;
 CASVIT_INLINE Vec zero() { return _mm256_setzero_ps(); }
 CASVIT_INLINE Vec splat(float a) { return _mm256_set1_ps(a); }
 CASVIT_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
+CASVIT_INLINE Vec in_register(Vec a) {
+  asm("" : "+x"(a));
+  return a;
+}
 CASVIT_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
 CASVIT_INLINE __m256i first_lanes(int n) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -275,6 +284,7 @@ struct Vec {
 CASVIT_INLINE Vec splat(float a) { CASVIT_LANES(a); }
 CASVIT_INLINE Vec zero() { return splat(0.0f); }
 CASVIT_INLINE Vec load(const float* p) { CASVIT_LANES(p[i]); }
+CASVIT_INLINE Vec in_register(Vec a) { return a; }
 CASVIT_INLINE void store(float* p, Vec a) {
   for (int i = 0; i < VL; ++i) p[i] = a.v[i];
 }
