@@ -12,21 +12,16 @@ namespace CASVIT_ISA {
 // rows[dy] points at the left neighbour of pixel 0.
 template <int N>
 CASVIT_INLINE void correlate(const float* const (&rows)[3], const Vec (&own)[N], Vec (&sums)[9]) {
-#pragma GCC unroll 3
-  for (int dy = 0; dy < 3; ++dy) {
 #pragma GCC unroll 16
-    for (int j = 0; j < N + 2; ++j) {
+  for (int j = 0; j < N + 2; ++j) {
+#pragma GCC unroll 3
+    for (int dy = 0; dy < 3; ++dy) {  // the rows' sums do not wait for one another
       const Vec z = in_register(load(rows[dy] + j * VL));
       if (j < N) sums[3 * dy] = fma(z, own[j], sums[3 * dy]);
       if (j >= 1 && j <= N) sums[3 * dy + 1] = fma(z, own[j - 1], sums[3 * dy + 1]);
       if (j >= 2) sums[3 * dy + 2] = fma(z, own[j - 2], sums[3 * dy + 2]);
     }
   }
-}
-
-// The taps that convolve back: those of `convolve`, in reverse.
-CASVIT_INLINE void reverse_taps(const float* taps, float* reversed) {
-  for (int t = 0; t < 9; ++t) store(reversed + t * VL, load(taps + (8 - t) * VL));
 }
 
 CASVIT_INLINE void clear_row(const Geometry& g, float* row) {
@@ -133,9 +128,7 @@ static void backward_combine(const Geometry& g, const WeightsView& w, const Back
                        load(io.channel + (io.images + image) * padded + block * VL)};
   const float* dwc = w.dwc + block * 9 * VL;
   const Vec dwc_bias = load(w.dwc_bias + block * VL);
-  float dwc_back[9 * VL], proj_back[9 * VL];
-  reverse_taps(dwc, dwc_back);
-  reverse_taps(w.proj + block * 9 * VL, proj_back);
+  const float* proj = w.proj + block * 9 * VL;
 
   const int64_t stride = 3 * g.C;
   const int channels = static_cast<int>(g.C - block * VL < VL ? g.C - block * VL : VL);
@@ -171,6 +164,7 @@ static void backward_combine(const Geometry& g, const WeightsView& w, const Back
     float* to = ring(hidden, y);
     if (y < 0 || y >= g.H) return clear_row(g, to);
     const float* from_v = v + (y + 1) * g.row + VL;
+    const Taps proj_back(proj, true);
     auto pixels = [&](auto count, int64_t x) __attribute__((always_inline)) {
       constexpr int N = decltype(count)::value;
       Vec grad_mixed[N];
@@ -192,6 +186,7 @@ static void backward_combine(const Geometry& g, const WeightsView& w, const Back
     float* to = ring(hidden, y) + at + VL;
     const float* from_v = v + (y + 1) * g.row + at + VL;
     float* to_v = grad_v + (y * g.W + first) * stride;
+    const Taps dwc_taps(dwc), proj_back(proj, true);
     Vec taps[9], bias = zero();
     for (int t = 0; t < 9; ++t) taps[t] = zero();
     auto pixels = [&](auto count, int64_t x) __attribute__((always_inline)) {
@@ -202,7 +197,7 @@ static void backward_combine(const Geometry& g, const WeightsView& w, const Back
                                         grads_from[2] + x * VL};
       Vec mixed[N], grad_mixed[N];
       for (int i = 0; i < N; ++i) mixed[i] = dwc_bias;
-      convolve<N>(sums_at, dwc, mixed);
+      convolve<N>(sums_at, dwc_taps, mixed);
       for (int i = 0; i < N; ++i) grad_mixed[i] = zero();
       convolve<N>(grads_at, proj_back, grad_mixed);
       Vec part = zero();
@@ -246,6 +241,7 @@ static void backward_combine(const Geometry& g, const WeightsView& w, const Back
                                   ring(hidden, y + 1) + first * VL};
     float* to = grad_sum + (y * g.W + first) * VL;
     float *to_q = products[0] + waiting * VL, *to_k = products[1] + waiting * VL;
+    const Taps dwc_back(dwc, true);
     Vec sum_q = zero(), sum_k = zero();
     auto pixels = [&](auto count, int64_t x) __attribute__((always_inline)) {
       constexpr int N = decltype(count)::value;
@@ -344,7 +340,7 @@ static void backward_gate(const Geometry& g, const TrainingGate& w, const float*
 
   for (int64_t block = 0; block < g.blocks; ++block) {
     const int64_t at = block * VL;
-    const float* taps = w.normalized + block * 9 * VL;
+    const Taps taps(w.normalized + block * 9 * VL);
     const Vec bias = load(w.normalized_bias + at);
     const Vec gamma = load(w.gamma + at), beta = load(w.beta + at);
     double totals[GATE_SUMS * VL];
@@ -437,11 +433,10 @@ static void backward_depthwise(const Geometry& g, const TrainingGate& w,
   const float* factors = io.coefficients + which * 3 * padded + at;
   const Vec by_grad = mul(load(factors), load(w.spatial + at)), constant = load(factors + padded),
             by_hat = load(factors + 2 * padded);
-  const float* taps = w.normalized + block * 9 * VL;
+  const float *normalized = w.normalized + block * 9 * VL,
+              *depthwise = w.depthwise + block * 9 * VL;
   const Vec bias = load(w.normalized_bias + at);
   const Vec gamma = load(w.gamma + at), beta = load(w.beta + at);
-  float taps_back[9 * VL];
-  reverse_taps(w.depthwise + block * 9 * VL, taps_back);
   const int64_t stride = 3 * g.C;
   const int channels = static_cast<int>(g.C - at < VL ? g.C - at : VL);
   float* grad_z = io.grad_qkv + image * g.pixels() * stride + which * g.C + at;
@@ -455,6 +450,7 @@ static void backward_depthwise(const Geometry& g, const TrainingGate& w,
     if (y < 0 || y >= g.H) return clear_row(g, ring(y));
     const bool own = y >= y_begin && y < y_end;
     const float *above = z + y * g.row, *es = logit + y * g.W;
+    const Taps taps(normalized);
     auto pixels = [&](auto count, int64_t x) __attribute__((always_inline)) {
       constexpr int N = decltype(count)::value;
       Vec hat[N];
@@ -493,12 +489,13 @@ static void backward_depthwise(const Geometry& g, const TrainingGate& w,
   auto make_grad_z = [&](int64_t y) {
     const float *from = grad_sum + y * g.W * VL, *gates = s + y * g.W;
     float* to = grad_z + y * g.W * stride;
+    const Taps back(depthwise, true);
     auto pixels = [&](auto count, int64_t x) __attribute__((always_inline)) {
       constexpr int N = decltype(count)::value;
       Vec acc[N];
       for (int i = 0; i < N; ++i)
         acc[i] = mul(fma(load(from + (x + i) * VL), gate, shift), splat(gates[x + i]));
-      convolve<N>({ring(y - 1) + x * VL, ring(y) + x * VL, ring(y + 1) + x * VL}, taps_back, acc);
+      convolve<N>({ring(y - 1) + x * VL, ring(y) + x * VL, ring(y + 1) + x * VL}, back, acc);
       for (int i = 0; i < N; ++i) store_first(to + (x + i) * stride, acc[i], channels);
     };
     CASVIT_FOR_PIXEL_RUNS(g.W, pixels);

@@ -8,14 +8,21 @@
 namespace casvit {
 namespace CASVIT_ISA {
 
+// The weights of a depthwise 3x3 of one channel block; `back`: in reverse, for its gradient.
+struct Taps {
+  Vec tap[9];
+  explicit Taps(const float* from, bool back = false) {
+    for (int t = 0; t < 9; ++t) tap[t] = in_register(load(from + (back ? 8 - t : t) * VL));
+  }
+};
+
 // N neighbouring pixels of a depthwise 3x3: acc[i] += taps at pixel i. Every loaded vector serves
 // the three pixels it touches. rows[dy] points at the left neighbour of pixel 0.
 template <int N>
-CASVIT_INLINE void convolve(const float* const (&rows)[3], const float* taps, Vec (&acc)[N]) {
+CASVIT_INLINE void convolve(const float* const (&rows)[3], const Taps& taps, Vec (&acc)[N]) {
 #pragma GCC unroll 3
   for (int dy = 0; dy < 3; ++dy) {
-    const Vec left = load(taps + (3 * dy) * VL), middle = load(taps + (3 * dy + 1) * VL),
-              right = load(taps + (3 * dy + 2) * VL);
+    const Vec left = taps.tap[3 * dy], middle = taps.tap[3 * dy + 1], right = taps.tap[3 * dy + 2];
 #pragma GCC unroll 16
     for (int j = 0; j < N + 2; ++j) {
       const Vec z = in_register(load(rows[dy] + j * VL));
@@ -51,7 +58,7 @@ static void spatial_gate(const Geometry& g, const GateView& w, const float* z, i
   const int64_t columns = x0 + strips.columns < g.W ? strips.columns : g.W - x0;
 
   for (int64_t block = 0; block < g.blocks; ++block) {
-    const float* taps = w.depthwise + block * 9 * VL;
+    const Taps taps(w.depthwise + block * 9 * VL);
     const Vec bias = load(w.depthwise_bias + block * VL), spatial = load(w.spatial + block * VL);
     for (int64_t y = 0; y < rows; ++y) {
       const float* above = z + block * g.plane + (y0 + y) * g.row + x0 * VL;
@@ -82,17 +89,20 @@ static void spatial_gate(const Geometry& g, const GateView& w, const float* z, i
                 sizeof(float) * static_cast<size_t>(columns));
 
   for (int64_t block = 0; block < g.blocks; ++block) {
-    Vec sum[4] = {zero(), zero(), zero(), zero()};
+    Vec sum[8];
+    for (int i = 0; i < 8; ++i) sum[i] = zero();
     for (int64_t y = 0; y < rows; ++y) {
       const float* p = z + block * g.plane + (y0 + y + 1) * g.row + (x0 + 1) * VL;
       const float* gates = temp + y * columns;
       int64_t x = 0;
-      for (; x + 4 <= columns; x += 4)
-        for (int i = 0; i < 4; ++i)
+      for (; x + 8 <= columns; x += 8)
+        for (int i = 0; i < 8; ++i)
           sum[i] = fma(load(p + (x + i) * VL), splat(gates[x + i]), sum[i]);
       for (; x < columns; ++x) sum[0] = fma(load(p + x * VL), splat(gates[x]), sum[0]);
     }
-    store(sums + block * VL, add(add(sum[0], sum[1]), add(sum[2], sum[3])));
+    for (int n = 4; n > 0; n /= 2)
+      for (int i = 0; i < n; ++i) sum[i] = add(sum[i], sum[i + n]);
+    store(sums + block * VL, sum[0]);
   }
 }
 
@@ -154,7 +164,6 @@ static void combine(const Geometry& g, const WeightsView& w, const float* planes
   const float* k = q + tensor;
   const float* v = k + tensor;
   const Vec gate_q = load(gate[0] + block * VL), gate_k = load(gate[1] + block * VL);
-  const float *dwc = w.dwc + block * 9 * VL, *proj = w.proj + block * 9 * VL;
   const Vec dwc_bias = load(w.dwc_bias + block * VL), proj_bias = load(w.proj_bias + block * VL);
   // Rings of three rows each; rows outside the image are zero, and so are the borders.
   float* sum = temp;                // q2 + k2
@@ -183,13 +192,14 @@ static void combine(const Geometry& g, const WeightsView& w, const float* planes
       return;
     }
     const float* from_v = v + (y + 1) * g.row + VL;
+    const Taps taps(w.dwc + block * 9 * VL);
     auto pixels = [&](auto count, int64_t x) __attribute__((always_inline)) {
       constexpr int N = decltype(count)::value;
       Vec acc[N];
       for (int i = 0; i < N; ++i) acc[i] = dwc_bias;
       const float* const from[3] = {ring(sum, y - 1) + x * VL, ring(sum, y) + x * VL,
                                     ring(sum, y + 1) + x * VL};
-      convolve<N>(from, dwc, acc);
+      convolve<N>(from, taps, acc);
       for (int i = 0; i < N; ++i)
         store(to + (x + i) * VL, mul(acc[i], load(from_v + (x + i) * VL)));
     };
@@ -205,13 +215,14 @@ static void combine(const Geometry& g, const WeightsView& w, const float* planes
   for (int64_t y = y_begin; y < y_end; ++y) {
     make_sum(y + 2);
     make_mixed(y + 1);
+    const Taps taps(w.proj + block * 9 * VL);
     auto pixels = [&](auto count, int64_t x) __attribute__((always_inline)) {
       constexpr int N = decltype(count)::value;
       Vec acc[N];
       for (int i = 0; i < N; ++i) acc[i] = proj_bias;
       const float* const from[3] = {ring(mixed, y - 1) + x * VL, ring(mixed, y) + x * VL,
                                     ring(mixed, y + 1) + x * VL};
-      convolve<N>(from, proj, acc);
+      convolve<N>(from, taps, acc);
       for (int i = 0; i < N; ++i) store(result + (gathered * g.W + x + i) * VL, acc[i]);
     };
     CASVIT_FOR_PIXEL_RUNS(g.W, pixels);

@@ -8,8 +8,9 @@
 namespace casvit {
 namespace CASVIT_ISA {
 
-static void moments(const Geometry& g, const float* taps, const float* plane, int64_t y_begin,
+static void moments(const Geometry& g, const float* weights, const float* plane, int64_t y_begin,
                     int64_t y_end, double* moments) {
+  const Taps taps(weights);
   auto row_above = [&](int64_t y) { return plane + y * g.row; };
   // Deviations from the mean of a few values out of the middle: squares of the values themselves
   // would drown a variance that is small beside the mean.
