@@ -61,9 +61,8 @@ static bool pack_pixels(const Chunk& chunk, const T* x, const float* balance, co
   for (int64_t t = 0; t < chunk.tiles; ++t) {
     const Piece<TILE>& piece = chunk.pieces[t];
     std::memcpy(left.to + t * TILE, piece.to, sizeof piece.to);
-    auto channels = [&](int64_t c, Vec(&v)[TILE]) __attribute__((always_inline)) {
-      gather(x, stride, C, piece, c, reinterpret_cast<float*>(v), TILE);
-    };
+    auto channels = [&](int64_t c, Vec(&v)[TILE])
+                        __attribute__((always_inline)) { gather(x, stride, C, piece, c, v); };
     for (int64_t slice = 0; slice < left.depth.slices; ++slice) {
       const int64_t c = slice * SLICE;
       const int64_t length = left.depth.length(c);

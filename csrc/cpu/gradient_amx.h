@@ -15,32 +15,6 @@ namespace CASVIT_ISA {
 // A depth tile: high, middle, low; or bf16.
 static int64_t parts_bytes(Product kind) { return (kind == Product::F32 ? 3 : 1) * TILE_BYTES; }
 
-// One depth tile of 16 lines. Of the left operand line i is a row, first[i] and second[i] its
-// channels (or pixels) 0 to 15 and 16 to 31; of the right one they are rows i and i + 16 of the
-// depth. One operand of the two is cut, the other rounded: see split_rounded. bf16 is rounded.
-template <class SplitBy>
-CASVIT_INLINE void put_parts(const Vec (&first)[TILE], const Vec (&second)[TILE], Product kind,
-                             const SplitBy& split, unsigned char* to) {
-  if (kind == Product::BF16) {
-    for (int i = 0; i < TILE; ++i)
-      _mm512_store_si512(to + i * 64,
-                         pairs(split_rounded(first[i]).part[0], split_rounded(second[i]).part[0]));
-    return;
-  }
-  for (int i = 0; i < TILE; ++i) {
-    const Split a = split(first[i]), b = split(second[i]);
-    for (int part = 0; part < 3; ++part)
-      _mm512_store_si512(to + part * TILE_BYTES + i * 64, pairs(a.part[part], b.part[part]));
-  }
-}
-CASVIT_INLINE void put_cut(const Vec (&first)[TILE], const Vec (&second)[TILE], Product kind,
-                           unsigned char* to) {
-  put_parts(first, second, kind, [](Vec a) { return split_cut(a); }, to);
-}
-CASVIT_INLINE void put_rounded(const Vec (&first)[TILE], const Vec (&second)[TILE], Product kind,
-                               unsigned char* to) {
-  put_parts(first, second, kind, [](Vec a) { return split_rounded(a); }, to);
-}
 // 16 numbers of 16 lines; zeros where a line or a number is past the end.
 CASVIT_INLINE void load_lines(const float* from, int64_t stride, int64_t lines, int64_t numbers,
                               Vec (&to)[TILE]) {
@@ -62,9 +36,8 @@ CASVIT_INLINE void load_channels(const T* x, int64_t channel_stride, int64_t C,
       to[i] = c + i < C ? load_as_float(p + i * channel_stride) : zero();
     return;
   }
-  alignas(64) float pixels[TILE * TILE];
-  gather(x, channel_stride, C, piece, c, pixels, TILE);
-  for (int i = 0; i < TILE; ++i) to[i] = i < piece.count ? load(pixels + i * TILE) : zero();
+  gather(x, channel_stride, C, piece, c, to);
+  for (int i = piece.count; i < TILE; ++i) to[i] = zero();
   transpose(to);
 }
 static void load_channels(const Input& x, int64_t C, const Piece<TILE>& piece, int64_t c,

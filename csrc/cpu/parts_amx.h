@@ -22,6 +22,7 @@ struct Depth {
   int64_t tiles;  // depth tiles
   bool half;      // the last has 16 channels
   int64_t slice;  // depth tiles worked on at a time: what fits the first-level cache
+  Product kind() const { return parts == 3 ? Product::F32 : Product::BF16; }
   int64_t bytes() const { return parts * tiles * TILE_BYTES; }
   int64_t length(int64_t begin) const { return begin + slice < tiles ? slice : tiles - begin; }
 };
@@ -75,63 +76,72 @@ CASVIT_INLINE Split split_cut(Vec a) {
   return s;
 }
 
-// Weights of one block: [depth tile][16 channel pairs][16 outputs][2]. Of 16 outputs each: channels
-// i and i + 16 of depth tile t.
-CASVIT_INLINE void put_weights(const Vec (&low)[TILE], const Vec (&high)[TILE], int64_t t,
-                               const Depth& d, unsigned char* block) {
-  unsigned char* tiles = block + t * d.parts * TILE_BYTES;
-  auto put = [&](int64_t tile, int pair, Vec low, Vec high) {
-    _mm512_storeu_si512(tiles + tile * TILE_BYTES + pair * 64, pairs(low, high));
-  };
-  const bool half = d.half && t == d.tiles - 1;
+CASVIT_INLINE void put_line(__m512i line, unsigned char* tile, int i) {
+  _mm512_storeu_si512(tile + i * 64, line);
+}
+// One depth tile of 16 lines. Of the left operand line i is a row, first[i] and second[i] its
+// channels (or pixels) 0 to 15 and 16 to 31; of the right one they are rows i and i + 16 of the
+// depth. One operand of the two is cut, the other rounded: see split_rounded. bf16 is rounded.
+template <class SplitBy>
+CASVIT_INLINE void put_parts(const Vec (&first)[TILE], const Vec (&second)[TILE], Product kind,
+                             const SplitBy& split, unsigned char* to) {
+  if (kind == Product::BF16) {
+    for (int i = 0; i < TILE; ++i)
+      put_line(pairs(split_rounded(first[i]).part[0], split_rounded(second[i]).part[0]), to, i);
+    return;
+  }
   for (int i = 0; i < TILE; ++i) {
-    const Split a = split_rounded(low[i]), b = split_rounded(high[i]);
-    if (half) {
-      put(0, i, a.part[0], a.part[1]);
-      put(1, i, a.part[0], a.part[2]);
-      put(2, i, zero(), zero());
-    } else {
-      for (int part = 0; part < static_cast<int>(d.parts); ++part)
-        put(part, i, a.part[part], b.part[part]);
-    }
+    const Split a = split(first[i]), b = split(second[i]);
+    for (int part = 0; part < 3; ++part)
+      put_line(pairs(a.part[part], b.part[part]), to + part * TILE_BYTES, i);
   }
 }
+CASVIT_INLINE void put_cut(const Vec (&first)[TILE], const Vec (&second)[TILE], Product kind,
+                           unsigned char* to) {
+  put_parts(first, second, kind, [](Vec a) { return split_cut(a); }, to);
+}
+CASVIT_INLINE void put_rounded(const Vec (&first)[TILE], const Vec (&second)[TILE], Product kind,
+                               unsigned char* to) {
+  put_parts(first, second, kind, [](Vec a) { return split_rounded(a); }, to);
+}
+// Weights of one block: [depth tile][16 channel pairs][16 outputs][2].
 static void pack_parts(const float* matrix, int64_t C, const Depth& d, unsigned char* block) {
-  for (int64_t t = 0; t < d.tiles; ++t) {
+  for (int64_t t = 0; t < d.tiles; ++t, block += d.parts * TILE_BYTES) {
     const float* row = matrix + t * DEPTH;
     Vec low[TILE], high[TILE];
     columns(row, C, C - t * DEPTH, low);
+    if (d.half && t == d.tiles - 1) {
+      for (int i = 0; i < TILE; ++i) {
+        const Split a = split_rounded(low[i]);
+        put_line(pairs(a.part[0], a.part[1]), block, i);
+        put_line(pairs(a.part[0], a.part[2]), block + TILE_BYTES, i);
+        put_line(_mm512_setzero_si512(), block + 2 * TILE_BYTES, i);
+      }
+      return;
+    }
     columns(row + TILE, C, C - t * DEPTH - TILE, high);
-    put_weights(low, high, t, d, block);
+    put_rounded(low, high, d.kind(), block);
   }
 }
 
-// One pixel tile: every row of a depth tile is written as one line of 32 channels.
+// One pixel tile.
 template <class T>
 CASVIT_INLINE void pack_tile(const T* x, int64_t channel_stride, int64_t C,
                              const Piece<TILE>& piece, const Depth& d, unsigned char* to) {
-  alignas(64) float channels[TILE * DEPTH];
-  auto put = [&](int row, int64_t tile, __m512i line) __attribute__((always_inline)) {
-    _mm512_store_si512(to + tile * TILE_BYTES + row * 64, line);
-  };
   for (int64_t t = 0; t < d.tiles; ++t, to += d.parts * TILE_BYTES) {
-    const bool half = d.half && t == d.tiles - 1;
-    gather(x, channel_stride, C, piece, t * DEPTH, channels, DEPTH);
-    if (!half) gather(x, channel_stride, C, piece, t * DEPTH + TILE, channels + TILE, DEPTH);
-    for (int i = 0; i < TILE; ++i) {
-      const Vec first = load(channels + i * DEPTH), second = load(channels + i * DEPTH + TILE);
-      if (d.parts == 1) {
-        put(i, 0, pairs(split_rounded(first).part[0], split_rounded(second).part[0]));
-      } else if (half) {
-        const Split a = split_cut(first);
-        put(i, 0, pairs(a.part[0], a.part[0]));
-        put(i, 1, pairs(a.part[1], a.part[1]));
-        put(i, 2, pairs(a.part[2], a.part[0]));
-      } else {
-        const Split a = split_cut(first), b = split_cut(second);
-        for (int part = 0; part < 3; ++part) put(i, part, pairs(a.part[part], b.part[part]));
+    Vec first[TILE], second[TILE];
+    gather(x, channel_stride, C, piece, t * DEPTH, first);
+    if (d.half && t == d.tiles - 1) {
+      for (int i = 0; i < TILE; ++i) {
+        const Split a = split_cut(first[i]);
+        put_line(pairs(a.part[0], a.part[0]), to, i);
+        put_line(pairs(a.part[1], a.part[1]), to + TILE_BYTES, i);
+        put_line(pairs(a.part[2], a.part[0]), to + 2 * TILE_BYTES, i);
       }
+      return;
     }
+    gather(x, channel_stride, C, piece, t * DEPTH + TILE, second);
+    put_cut(first, second, d.kind(), to);
   }
 }
 static void pack_tile(const Input& x, int64_t C, const Piece<TILE>& piece, const Depth& d,

@@ -33,42 +33,37 @@ CASVIT_INLINE void columns(const float* from, int64_t stride, int64_t count, Vec
   transpose(to);
 }
 
-// 16 channels from c on of 16 pixels, as floats: to[i * stride] are those of pixel i.
+// 16 channels from c on of 16 pixels, as floats: to[i] are those of pixel i.
 template <class T>
 CASVIT_INLINE void gather(const T* x, int64_t channel_stride, int64_t C, const Piece<TILE>& piece,
-                          int64_t c, float* to, int64_t stride) {
-  const int64_t count = C - c < TILE ? C - c : TILE;
-  if (count <= 0) {
-    for (int i = 0; i < TILE; ++i) store(to + i * stride, zero());
-  } else if (channel_stride == 1) {
-    for (int i = 0; i < TILE; ++i)
-      store(to + i * stride, load_first_as_float(x + piece.from[i] + c, static_cast<int>(count)));
+                          int64_t c, Vec (&to)[TILE]) {
+  const int count = C - c >= TILE ? TILE : C > c ? static_cast<int>(C - c) : 0;
+  if (channel_stride == 1) {
+    for (int i = 0; i < TILE; ++i) to[i] = load_first_as_float(x + piece.from[i] + c, count);
   } else if (piece.consecutive) {
     const T* p = x + piece.from[0] + c * channel_stride;
-    Vec r[TILE];
     // Too many streams for the hardware prefetcher: one for each channel.
     for (int i = 0; i < count; ++i)
       _mm_prefetch(reinterpret_cast<const char*>(p + i * channel_stride + 4 * TILE), _MM_HINT_T0);
-    load_transposed(p, channel_stride, static_cast<int>(count), r);
-    for (int i = 0; i < TILE; ++i) store(to + i * stride, r[i]);
+    load_transposed(p, channel_stride, count, to);
   } else if (piece.two_runs) {
     const __mmask16 all = first_lanes(piece.count), first = first_lanes(piece.run);
     const T* p = x + piece.from[0] + c * channel_stride;
     const T* q = x + piece.from[piece.count - 1] + c * channel_stride - (piece.count - 1);
-    Vec r[TILE];
     for (int i = 0; i < TILE; ++i) {
-      r[i] = zero();
+      to[i] = zero();
       if (i < count)
-        r[i] = _mm512_or_ps(load_lanes_as_float(p + i * channel_stride, first),
-                            load_lanes_as_float(q + i * channel_stride, all & ~first));
+        to[i] = _mm512_or_ps(load_lanes_as_float(p + i * channel_stride, first),
+                             load_lanes_as_float(q + i * channel_stride, all & ~first));
     }
-    transpose(r);
-    for (int i = 0; i < TILE; ++i) store(to + i * stride, r[i]);
+    transpose(to);
   } else {
-    for (int i = 0; i < TILE; ++i)
+    alignas(64) float pixel[TILE];
+    for (int i = 0; i < TILE; ++i) {
       for (int j = 0; j < TILE; ++j)
-        to[i * stride + j] =
-            c + j < C ? widen_one(x + piece.from[i] + (c + j) * channel_stride) : 0.0f;
+        pixel[j] = j < count ? widen_one(x + piece.from[i] + (c + j) * channel_stride) : 0.0f;
+      to[i] = load(pixel);
+    }
   }
 }
 
