@@ -358,10 +358,11 @@ static void multiply(const Left& left, const Right& right, const Results& result
     for (int64_t slice = 0; slice < left.depth.slices; ++slice) {
       const bool two = left.depth.length(slice * SLICE) > FIXED_DEPTH;
       const bool add_up = slice > 0 || results.add_up;
-      // All rows are converted when the products of one or two depth tiles are done.
+      // Spread over the products of one or two depth tiles: while the matrix unit works the core
+      // has one port left for vectors, and what does not fit there delays the unit.
       auto* f = two      ? add_up ? multiply_slice<2, true> : multiply_slice<2, false>
-                : add_up ? multiply_slice<4, true>
-                         : multiply_slice<4, false>;
+                : add_up ? multiply_slice<3, true>
+                         : multiply_slice<3, false>;
       const int64_t count = right.count - first < group ? right.count - first : group;
       f(left, {right.blocks + first * right.next, right.next, count}, slice,
         {results.base + first * results.next, results.next,
