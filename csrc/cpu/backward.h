@@ -151,13 +151,8 @@ static void backward_combine(const Geometry& g, const WeightsView& w, const Back
   auto make_sum = [&](int64_t y) {
     float* to = ring(sum, y);
     if (y < 0 || y >= g.H) return clear_row(g, to);
-    const float *q = z[0] + (y + 1) * g.row, *k = z[1] + (y + 1) * g.row;
-    const float *s_q = s[0] + y * g.W, *s_k = s[1] + y * g.W;
-    for (int64_t x = 0; x < g.W; ++x) {
-      const int64_t at = (x + 1) * VL;
-      const Vec a = mul(load(q + at), mul(splat(s_q[x]), gate[0]));
-      store(to + at, fma(load(k + at), mul(splat(s_k[x]), gate[1]), a));
-    }
+    add_gated(z[0] + (y + 1) * g.row + VL, z[1] + (y + 1) * g.row + VL, s[0] + y * g.W,
+              s[1] + y * g.W, gate[0], gate[1], g.W, to + VL);
   };
   // gl of a row of the next band or the one before.
   auto make_hidden_around = [&](int64_t y) {

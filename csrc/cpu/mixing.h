@@ -98,7 +98,8 @@ static void spatial_gate(const Geometry& g, const GateView& w, const float* z, i
       for (; x + 8 <= columns; x += 8)
         for (int i = 0; i < 8; ++i)
           sum[i] = fma(load(p + (x + i) * VL), splat(gates[x + i]), sum[i]);
-      for (; x < columns; ++x) sum[0] = fma(load(p + x * VL), splat(gates[x]), sum[0]);
+      for (int i = 0; i < 7; ++i)
+        if (x + i < columns) sum[i] = fma(load(p + (x + i) * VL), splat(gates[x + i]), sum[i]);
     }
     for (int n = 4; n > 0; n /= 2)
       for (int i = 0; i < n; ++i) sum[i] = add(sum[i], sum[i + n]);
@@ -156,6 +157,15 @@ static void pack_channel_gate(const float* matrix, int64_t C, int64_t block, flo
   }
 }
 
+// q2 + k2 of n pixels.
+CASVIT_INLINE void add_gated(const float* q, const float* k, const float* s_q, const float* s_k,
+                             Vec gate_q, Vec gate_k, int64_t n, float* to) {
+  for (int64_t x = 0; x < n; ++x) {
+    const Vec a = mul(load(q + x * VL), mul(splat(s_q[x]), gate_q));
+    store(to + x * VL, fma(load(k + x * VL), mul(splat(s_k[x]), gate_k), a));
+  }
+}
+
 static void combine(const Geometry& g, const WeightsView& w, const float* planes, const float* s,
                     const float* const gate[2], int64_t block, int64_t y_begin, int64_t y_end,
                     const Output& out, int64_t image, float* temp) {
@@ -178,12 +188,8 @@ static void combine(const Geometry& g, const WeightsView& w, const float* planes
       std::memset(to, 0, sizeof(float) * static_cast<size_t>(g.W * VL));
       return;
     }
-    const float *from_q = q + (y + 1) * g.row + VL, *from_k = k + (y + 1) * g.row + VL;
-    const float *s_q = s + y * g.W, *s_k = s + g.pixels() + y * g.W;
-    for (int64_t x = 0; x < g.W; ++x) {
-      const Vec a = mul(load(from_q + x * VL), mul(splat(s_q[x]), gate_q));
-      store(to + x * VL, fma(load(from_k + x * VL), mul(splat(s_k[x]), gate_k), a));
-    }
+    add_gated(q + (y + 1) * g.row + VL, k + (y + 1) * g.row + VL, s + y * g.W,
+              s + g.pixels() + y * g.W, gate_q, gate_k, g.W, to);
   };
   auto make_mixed = [&](int64_t y) {
     float* to = ring(mixed, y) + VL;
