@@ -199,7 +199,7 @@ struct Strips {
   int64_t across, count;
 };
 inline Strips make_strips(const Geometry& g) {
-  const int64_t most = 256;  // partial sums of a strip stay in the first-level cache
+  const int64_t most = 448;  // partial sums of a strip stay in the first-level cache
   Strips s{};
   s.across = (g.W + 111) / 112;
   s.columns = (g.W + s.across - 1) / s.across;
