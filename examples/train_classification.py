@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -66,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("train_classification: stopped at once, without saving", file=sys.stderr)
         return 130
+    except Exception as error:
+        # Its frames hold the loaders: their workers, deaf to signals, would keep Python from ending.
+        traceback.clear_frames(error.__traceback__)
+        raise
     return 0
 
 

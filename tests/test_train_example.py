@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import multiprocessing
 import os
 import random
 import re
@@ -371,24 +372,53 @@ from recipe import data
 os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGKILL))
 next(iter(data.loader([(0, 0)], workers=1, pin=False)))
 """
+# Fails in its second step.
+FAILING = """
+import sys
+import train_classification
+update, steps = train_classification.Run.update, []
+def fail(self, parts):
+    steps.append(parts)
+    if len(steps) == 2:
+        raise RuntimeError("a step failed")
+    return update(self, parts)
+train_classification.Run.update = fail
+sys.exit(train_classification.main(sys.argv[1:]))
+"""
 
 
-@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="there is no fork")
-def test_worker_ends_with_a_killed_run():
+def ended(code, *arguments):
+    """Exit status and stderr of a Python program, once nothing writes to its stderr any more."""
     path = os.pathsep.join([str(EXAMPLES), environment()["PYTHONPATH"]])
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED_AT_FORK],
+        [sys.executable, "-c", code, *map(str, arguments)],
         env={**environment(), "PYTHONPATH": path},
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     try:
-        _, err = process.communicate(timeout=120)  # for ever if the worker stays
+        _, err = process.communicate(timeout=120)  # for ever if a worker stays
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, err
+    return process.returncode, err
+
+
+@pytest.mark.skipif(
+    multiprocessing.get_all_start_methods()[0] != "fork", reason="workers are not forked here"
+)
+def test_workers_end_with_a_killed_run():
+    status, err = ended(KILLED_AT_FORK)
+    assert status == -signal.SIGKILL, err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no process groups")
+def test_workers_end_with_a_run_that_fails(few, tmp_path):
+    status, err = ended(FAILING, few, *SHORT, "--output", tmp_path, "--workers", 1)
+    assert status == 1
+    assert err.rstrip().endswith("RuntimeError: a step failed"), err
 
 
 def test_stopped_after_every_step_ends_as_if_uninterrupted(few, done, tmp_path):

@@ -216,8 +216,8 @@ inline int64_t spatial_gate_temp_floats(const Geometry& g) {
   Strips s = make_strips(g);
   return (s.rows * s.columns + g.lanes) * g.lanes;
 }
-// Rows of output gathered before they are transposed into channels-first memory: whole cache lines
-// of it where few rows make up such.
+// Rows of output gathered before they are transposed into channels-first memory: at least 64
+// pixels, and whole cache lines of them where up to 128 pixels make such.
 inline int64_t combine_rows(const Geometry& g) {
   int64_t rows = 1;
   while (rows * g.W < 64 || (rows * g.W % 16 != 0 && (rows + 1) * g.W <= 128)) ++rows;
