@@ -503,12 +503,17 @@ def _caption(documents: list[Document]) -> list[str]:
 
 
 def _environments(documents: list[Document]) -> list[str]:
-    """The machines and versions of what README shows, each once."""
-    shown = [d for d in documents if any(c["model"] in MODELS for c in d["cases"])]
-    return list(dict.fromkeys(_facts(d) for d in shown))
+    """The machines and versions of what README shows, each once, with the days it was measured."""
+    days: dict[str, set[str]] = {}
+    for document in documents:
+        if any(c["model"] in MODELS for c in document["cases"]):
+            facts, _, day = _facts(document).rpartition(", ")
+            days.setdefault(facts, set()).add(day)
+    return [f"{facts}, {' and '.join(sorted(on))}" for facts, on in days.items()]
 
 
 def _facts(document: Document) -> str:
+    """The machine, the versions and, last, the day."""
     e = document["environment"]
     runtime = e["onnxruntime"] or "not installed"
     gpu = f"{e['gpu']}, " if "gpu" in e else ""

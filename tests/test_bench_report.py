@@ -182,6 +182,22 @@ def test_the_training_column_shows_the_ratio_of_steps(checkout):
     assert _row(checkout, "mixer, xs stage 1")[6] == "3.00x"
 
 
+def test_a_machine_is_named_once_with_the_days_it_was_measured(checkout):
+    forward, step = (_measured(eager=8.0, fused=2.0) for _ in range(2))
+    step.case = TRAINING
+    results = checkout / "bench" / "results"
+    measure.write(results, [forward, step], SETTINGS)
+    for path, day in zip(sorted(results.glob("*.json")), ("2026-03-02", "2026-03-01"), strict=True):
+        document = json.loads(path.read_text())
+        document["environment"]["date"] = f"{day}T12:00:00+00:00"
+        path.write_text(json.dumps(document))
+    assert _run(checkout) == 0
+    for name in ("README.md", "docs/bench.svg"):
+        text = (checkout / name).read_text()
+        assert "2026-03-01 and 2026-03-02" in text
+        assert text.count(f"torch {torch.__version__}") == 1
+
+
 def test_table_shows_the_medians_the_best_baseline_and_both_ratios(checkout, capsys):
     _publish(checkout, _measured(eager=8.0, compile=5.0, onnxruntime=4.0, fused=2.0))
     assert _run(checkout) == 0

@@ -108,9 +108,13 @@ def environment():
 
 
 def start(*arguments, processes=1, **options):
+    return launch(command(*arguments, processes=processes), environment(), **options)
+
+
+def launch(command, env, **options):
     return subprocess.Popen(
-        command(*arguments, processes=processes),
-        env=environment(),
+        command,
+        env=env,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -390,12 +394,9 @@ sys.exit(train_classification.main(sys.argv[1:]))
 def ended(code, *arguments):
     """Exit status and stderr of a Python program, once nothing writes to its stderr any more."""
     path = os.pathsep.join([str(EXAMPLES), environment()["PYTHONPATH"]])
-    process = subprocess.Popen(
+    process = launch(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env={**environment(), "PYTHONPATH": path},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        {**environment(), "PYTHONPATH": path},
         start_new_session=True,
     )
     try:
