@@ -38,6 +38,7 @@ CHOICE = "csrc/cpu/isa.cpp"  # compiled last: it is told which instruction sets 
 X86_SETS = {
     "avx2": AVX2,
     "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
 

@@ -18,7 +18,7 @@ from .weights import autocasts, check_alike
 _Key = tuple[str, tuple[float, float], torch.dtype, int]  # backend, eps, dtype, CUDA stream
 
 _MOST = 3  # kept at a time: float32, and what autocast makes of it, bfloat16 and float16
-_STALE_OFFSET = 40  # bytes; the kernel sets this int64 of the packed header, see csrc/cpu/pack.h
+_STALE_OFFSET = 48  # bytes; the kernel sets this int64 of the packed header, see csrc/cpu/pack.h
 
 
 class PackedWeights:

@@ -208,7 +208,7 @@ std::tuple<Tensor, Tensor> project_backward(const Tensor& grad_qkv, const Tensor
   const casvit::Source weight = source(qkv_weight, "qkv_weight", 3 * C * C, 4);
   const casvit::TrainingProblem problem = shape.problem();
   STD_TORCH_CHECK(problem.kernels.input_gradient && !shape.empty(),
-                  "cpu_project_backward: expected the amx kernels and pixels");
+                  "cpu_project_backward: expected kernels that have it, and pixels");
   const float* grad = read(grad_qkv, "grad_qkv", shape.B * shape.H * shape.W * 3 * C);
   Tensor grad_x = need_x ? empty_output(x, x.scalar_type()) : empty({0});
   Tensor grad_weight = empty({need_weight ? 3 * C : 0, C});

@@ -16,7 +16,7 @@ from casvit_kernels import _native, ops
 from casvit_kernels.backends import cpu
 
 OPS = torch.ops.casvit_kernels
-LANES = {"portable": 4, "avx2": 8, "avx512": 16, "amx": 16}
+LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16, "amx": 16}
 SHAPES = [
     (1, 1, 1, 1),
     (2, 3, 1, 7),
@@ -35,7 +35,7 @@ def _native_kernels():
     require_native()
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def instruction_set(request):
     """Each one in turn that this CPU has."""
     reason = cpu.instruction_sets().get(request.param, "not in this build")

@@ -182,7 +182,8 @@ def old_compiler(folder: Path, unknown: str) -> Path:
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other CPUs have one instruction set")
 @pytest.mark.parametrize(
-    ("unknown", "missing"), [("-mamx-tile", {"amx"}), ("-mavx512f", {"amx", "avx512"})]
+    ("unknown", "missing"),
+    [("-mamx-tile", {"amx"}), ("-mavx512f", {"amx", "avx512_bf16", "avx512"})],
 )
 def test_an_old_compiler_builds_the_instruction_sets_it_knows(
     tmp_path: Path, unknown: str, missing: set[str]
@@ -198,7 +199,7 @@ def test_an_old_compiler_builds_the_instruction_sets_it_knows(
     site = {"PYTHONPATH": str(tmp_path / "site"), "CASVIT_KERNELS_CPU_ISA": ""}
     said = run(sys.executable, "-m", "casvit_kernels", "info", "--json", env=site, cwd=tmp_path)
     sets = json.loads(said)["instruction_sets"]
-    assert set(sets) == {"amx", "avx512", "avx2", "portable"}
+    assert set(sets) == {"amx", "avx512_bf16", "avx512", "avx2", "portable"}
     assert {n for n, reason in sets.items() if "not in this build" in (reason or "")} == missing
     # The reason is of the build, and refuses what is asked for; the best of the others computes.
     compute = (

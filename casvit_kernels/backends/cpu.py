@@ -38,6 +38,12 @@ def active_instruction_set() -> str | None:
     return None if library is None else library.casvit_cpu_isa_active().decode()
 
 
+def has_product_gradients() -> bool:
+    """Whether the instruction set in use has the gradients of the qkv product: those of AVX-512 do."""
+    library, _ = _native.load()
+    return bool(library is not None and library.casvit_cpu_has_product_gradients())
+
+
 class Workspace(threading.local):
     """Memory of a thread for what only the phases of one call read, kept between calls.
 
@@ -157,7 +163,7 @@ class CpuPhases(WholeStep):
         images, channels, height, width = x.shape
         need_x, need_weight, need_bias = needed
         grad_bias = grad_qkv.sum(0) if need_bias else None
-        if active_instruction_set() == "amx":  # beats library products
+        if has_product_gradients():  # beat library products
             of_x, of_weight = _cpu.cpu_project_backward(
                 grad_qkv, x, w.qkv_weight, x.dtype, need_x, need_weight
             )
@@ -210,7 +216,7 @@ class CpuPhases(WholeStep):
             grad, x, *_arguments(w, eps), *batch, dtype, *small, bits, qkv, grad_qkv, grad_sum
         )
         need_x, need_weight, need_bias = needed[0], needed[1], needed[2]
-        if active_instruction_set() == "amx":  # these products come with it
+        if has_product_gradients():  # they come with it
             before = rest[: need_x + need_weight]
             of_bias = [grad_qkv.sum(0)] if need_bias else []
             return before + of_bias + rest[len(before) :]

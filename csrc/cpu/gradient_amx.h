@@ -137,24 +137,6 @@ static int64_t input_gradient_temp_bytes_in_parts(int64_t C, Product kind) {
   return rows * depth * parts_bytes(kind) + (rows + 1) * columns * TILE_BYTES;
 }
 
-// `count` pixels of all images, from `pixel` on, to memory. from: [count][row_floats].
-static void write_pixels(const Geometry& g, int64_t pixel, int64_t count, const float* from,
-                         int64_t row_floats, const Output& out) {
-  for (int64_t done = 0; done < count;) {  // a piece of one image at a time
-    const int64_t image = (pixel + done) / g.pixels(), at = (pixel + done) % g.pixels();
-    const int64_t n = g.pixels() - at < count - done ? g.pixels() - at : count - done;
-    for (int64_t c = 0; c < g.blocks; ++c) {
-      const float* own = from + done * row_floats + c * TILE;
-      switch (out.dtype) {
-        case DType::F32: write_out<float>(g, out, image, c, at, n, own, row_floats); break;
-        case DType::BF16: write_out<Bf16>(g, out, image, c, at, n, own, row_floats); break;
-        case DType::F16: write_out<F16>(g, out, image, c, at, n, own, row_floats); break;
-      }
-    }
-    done += n;
-  }
-}
-
 // Pixels [begin, end) of all images of the gradient at x.
 static void input_gradient_in_parts(const Geometry& g, const float* grad, const void* weights,
                                     Product kind, int64_t begin, int64_t end, const Output& out,

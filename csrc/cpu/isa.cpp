@@ -44,11 +44,17 @@ std::string why_not_avx512() {
   if (!__builtin_cpu_supports("avx512dq")) return without("AVX512DQ");
   return "";
 }
-std::string why_not_amx() {
+std::string why_not_avx512_bf16() {
   std::string reason = why_not_avx512();
   if (!reason.empty()) return reason;
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & (1u << 5))) return without("AVX512_BF16");
+  return "";
+}
+std::string why_not_amx() {
+  std::string reason = why_not_avx512_bf16();
+  if (!reason.empty()) return reason;
+  unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & (1u << 22)) || !(d & (1u << 24)))
     return without("AMX-BF16");
   if (!(d & (1u << 25))) return without("AMX-INT8");
@@ -70,6 +76,11 @@ const Isa ISAS[] = {
     {"amx", amx_kernels, why_not_amx},
 #else
     {"amx", nullptr, why_not_amx},
+#endif
+#if defined(CASVIT_HAVE_AVX512_BF16)
+    {"avx512_bf16", avx512_bf16_kernels, why_not_avx512_bf16},
+#else
+    {"avx512_bf16", nullptr, why_not_avx512_bf16},
 #endif
 #if defined(CASVIT_HAVE_AVX512)
     {"avx512", avx512_kernels, why_not_avx512},
@@ -128,6 +139,11 @@ const Kernels& active_kernels() {
 extern "C" {
 
 CASVIT_EXPORT const char* casvit_cpu_isa_active() { return casvit::active_kernels().name; }
+
+// Whether they compute the gradients of the qkv product.
+CASVIT_EXPORT int casvit_cpu_has_product_gradients() {
+  return casvit::active_kernels().input_gradient != nullptr;
+}
 
 // Comma-separated, best first; also those that could not be built.
 CASVIT_EXPORT const char* casvit_cpu_isa_known() {

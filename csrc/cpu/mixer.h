@@ -256,6 +256,7 @@ inline int64_t backward_depthwise_temp_floats(const Geometry& g) { return 3 * g.
 const Kernels& portable_kernels();
 const Kernels& avx2_kernels();  // the following: in builds that have them, see isa.cpp
 const Kernels& avx512_kernels();
+const Kernels& avx512_bf16_kernels();
 const Kernels& amx_kernels();
 
 }  // namespace casvit

@@ -194,7 +194,7 @@ uint64_t fingerprint(const Sources& s) {
 PackedHeader header_of(const Kernels& k, const Sources& s, Product kind) {
   PackedHeader h{};
   h.magic = MAGIC;
-  std::memcpy(h.isa, k.name, std::strlen(k.name));  // at most 8 characters
+  std::strncpy(h.isa, k.name, sizeof h.isa);
   h.product = static_cast<int64_t>(kind);
   h.channels = s.C;
   h.fingerprint = fingerprint(s);
@@ -204,7 +204,7 @@ PackedHeader header_of(const Kernels& k, const Sources& s, Product kind) {
 }
 
 bool made_for(const PackedHeader& h, const Kernels& k, int64_t C, Product kind) {
-  return h.magic == MAGIC && !std::strncmp(h.isa, k.name, 8) &&
+  return h.magic == MAGIC && !std::strncmp(h.isa, k.name, sizeof h.isa) &&
          h.product == static_cast<int64_t>(kind) && h.channels == C;
 }
 

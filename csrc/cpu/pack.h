@@ -33,14 +33,14 @@ struct Sources {
 
 struct PackedHeader {
   int64_t magic;
-  char isa[8];
+  char isa[16];
   int64_t product;
   int64_t channels;
   uint64_t fingerprint;  // of sampled values of all sources
-  int64_t stale;         // byte 40, read by casvit_kernels/packing.py
+  int64_t stale;         // byte 48, read by casvit_kernels/packing.py
   double eps[2];
 };
-static_assert(offsetof(PackedHeader, stale) == 40, "packing.py reads this offset");
+static_assert(offsetof(PackedHeader, stale) == 48, "packing.py reads this offset");
 
 int64_t packed_bytes(const Kernels&, int64_t C, Product);
 void pack(const Kernels&, const Sources&, Product, void* to);

@@ -29,7 +29,7 @@ def test_backend_agrees_with_float64(case):
     assert row.passed, "\n".join(row.failures)
 
 
-@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set_of_this_cpu(name):
     require_native()
     reason = cpu.instruction_sets().get(name, "not in this build")
