@@ -16,7 +16,7 @@ import torch
 from saved_bytes import kept_by
 from torch import Tensor, nn
 
-from casvit_kernels import timing
+from casvit_kernels import parity, timing
 from casvit_kernels.parity import FACTOR, GRADIENT_FACTOR
 from casvit_kernels.timing import Timing
 
@@ -118,13 +118,21 @@ class Measured:
         return {**described, "rows": rows}
 
 
+class Trial(NamedTuple):
+    """What is compared instead of what is timed: its candidates are eager and fused ones."""
+
+    module: nn.Module
+    x: Tensor
+    candidates: Mapping[str, Callable[[], object]]
+
+
 def measure(
     case: Case,
     module: nn.Module,
     x: Tensor,
     candidates: Mapping[str, Callable[[], object]],
     settings: Settings,
-    trial: tuple[Tensor, Mapping[str, Callable[[], object]]] | None = None,
+    trial: Trial | None = None,
 ) -> Measured:
     """Compare with float64, then time. Where a fused candidate fails parity nothing is timed.
 
@@ -132,12 +140,13 @@ def measure(
         module: the plain module that the candidates compute.
         x: its input, float32.
         candidates: as `casvit_kernels.timing` makes them; ``eager`` is among them.
-        trial: a smaller input and its candidates, eager and fused: these are compared instead.
+        trial: another problem to compare, where this one is too large or its results a lottery.
     """
     measured = Measured(case)
     eager = "eager bf16" if case.dtype == "bfloat16" else "eager"
-    compared, among = trial or (x, candidates)
-    truth = _truth(case, module, compared)
+    compared = trial or Trial(module, x, candidates)
+    among = compared.candidates
+    truth = _truth(case, compared.module, compared.x)
     with torch.inference_mode():
 
         def call(name: str, among: Mapping[str, Callable[[], object]]) -> object:
@@ -276,6 +285,22 @@ def replayed(test: Callable[..., None]) -> Callable[..., None]:
         return test
     marked: Callable[..., None] = pytest.mark.benchmark(timer=REPLAY)(test)
     return marked
+
+
+def away_from_kinks(mixer: nn.Module) -> nn.Module:
+    """A copy none of whose ReLUs has an input near 0.
+
+    In float32 such an input may fall on either side of it, and gradients with it: among millions of
+    pixels some do, in PyTorch's arithmetic or in ours.
+    """
+    mixer = copy.deepcopy(mixer)
+    generator = torch.Generator().manual_seed(0)
+    state = mixer.state_dict()
+    for name, t in state.items():
+        if name.endswith("0.block.1.bias"):
+            t.copy_(0.4 * torch.randn(t.shape, generator=generator))
+    parity.one_sided(state)
+    return mixer
 
 
 def randomise_statistics(module: nn.Module, seed: int = 0) -> nn.Module:

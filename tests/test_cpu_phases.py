@@ -320,16 +320,78 @@ def test_sums_over_many_channels_lose_no_digit(instruction_set):
     assert (found.double() - truth).abs().max().item() <= plain
 
 
-def test_the_product_in_bfloat16():
-    p = Problem((2, 48, 9, 7), dtype=torch.bfloat16)
+@pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST, "strided"], ids=str)
+@pytest.mark.parametrize("shape", [(2, 48, 9, 7), (3, 33, 13, 9), (2, 1, 1, 1)], ids=str)
+def test_the_product_in_bfloat16(shape, layout, instruction_set):
+    p = Problem(shape, dtype=torch.bfloat16)
     half = ops.unflatten(tuple(t.bfloat16() for t in ops.flatten(p.w)))
-    planes = cpu_project(p.x, half.qkv_weight, half.qkv_bias, torch.bfloat16)
+    planes = cpu_project(as_laid_out(p.x, layout), half.qkv_weight, half.qkv_bias, torch.bfloat16)
     torch.testing.assert_close(
         from_planes(planes, p.shape).double(),
         phases.project(p.x.double(), caster(torch.float64)(half)),
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+def as_laid_out(t, layout):
+    """The same values: of a memory format, or with holes between all of them."""
+    if layout != "strided":
+        return t.contiguous(memory_format=layout)
+    B, C, H, W = t.shape
+    holes = torch.full((B, C, 2 * H, 2 * W), torch.nan, dtype=t.dtype)
+    return holes[:, :, ::2, ::2].copy_(t)
+
+
+def product_gradients(grad, x, weight):
+    """Of x and of the weight, as matrices of the dtype of the operands."""
+    rows = x.permute(0, 2, 3, 1).flatten(0, 2)
+    return grad @ weight.flatten(1), grad.t() @ rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST, "strided"], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 1), (2, 3, 1, 7), (3, 33, 13, 9), (2, 48, 29, 28), (5, 220, 7, 7), (1, 512, 7, 7)],
+    ids=str,
+)
+def test_gradients_of_the_product(shape, layout, dtype, instruction_set):
+    """As exact as PyTorch's; in bf16, where the CPU multiplies that, of rounded operands."""
+    if not cpu.has_product_gradients():
+        pytest.skip(f"{instruction_set}: library products")
+    B, C, H, W = shape
+    x = as_laid_out(torch.randn(shape).to(dtype), layout)
+    grad, weight = torch.randn(B * H * W, 3 * C), torch.randn(3 * C, C, 1, 1) / C**0.5
+    found = OPS.cpu_project_backward(grad, x, weight, dtype, True, True)
+    assert found[0].dtype == dtype
+    assert found[1].dtype == torch.float32
+    of_x = found[0].permute(0, 2, 3, 1).reshape(-1, C)
+    rounds = dtype == torch.bfloat16 and instruction_set in ("avx512_bf16", "amx")
+    used = torch.bfloat16 if rounds else torch.float32  # operands, but no sums
+    operands = [t.to(used).float() for t in (grad, x, weight)]
+    truth = product_gradients(*(t.double() for t in operands))
+    plain = product_gradients(*operands)
+    singles = (plain[0].to(dtype), plain[1])
+    for name, f, t, s in zip(("x", "weight"), (of_x, found[1]), truth, singles, strict=True):
+        error = (f.double() - t).abs().max().item()
+        ulp = torch.finfo(torch.float32).eps * t.abs().max().item()
+        allowed = FACTOR * max((s.double() - t).abs().max().item(), ulp)
+        assert error <= allowed, f"{name}: error {error:.3g}, {allowed:.3g}"
+
+
+def test_a_part_of_the_products_gradients(instruction_set):
+    """What is not asked for is not computed, and what is has the same bits."""
+    if not cpu.has_product_gradients():
+        pytest.skip(f"{instruction_set}: library products")
+    x, grad, weight = torch.randn(2, 20, 5, 7), torch.randn(70, 60), torch.randn(60, 20, 1, 1)
+    both = OPS.cpu_project_backward(grad, x, weight, torch.float32, True, True)
+    of_x, none = OPS.cpu_project_backward(grad, x, weight, torch.float32, True, False)
+    assert none.numel() == 0
+    assert torch.equal(of_x, both[0])
+    none, of_weight = OPS.cpu_project_backward(grad, x, weight, torch.float32, False, True)
+    assert none.numel() == 0
+    assert torch.equal(of_weight, both[1])
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4, 3), (2, 5, 0, 3)], ids=str)

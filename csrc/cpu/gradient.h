@@ -77,9 +77,9 @@ static void input_gradient(const Geometry& g, const float* grad, const void* wei
   });
 }
 
-// For the gradient of the weights: terms at a time. Three blocks of them stay in the first-level
-// cache, and the panels of all channels in the second-level cache.
-constexpr int64_t GRADIENT_TERMS = 96;
+// For the gradient of the weights: terms at a time. The panels of all channels stay in the
+// second-level cache.
+constexpr int64_t GRADIENT_TERMS = 192;
 
 static int64_t weight_gradient_temp_bytes(int64_t C, int64_t tiles, Product) {
   const int64_t lines = (C + PANEL - 1) / PANEL * PANEL, row_floats = tiles * 16;
@@ -131,9 +131,12 @@ static void weight_gradient_of(const Geometry& g, const float* grad, const Input
   float* const sums = weights + 3 * VL * GRADIENT_TERMS;  // [C, padded][row_floats]
   int64_t places[PANEL];
   for (int64_t i = 0; i < PANEL; ++i) places[i] = i * row_floats;
-  for (int64_t pixel = begin; pixel < end; pixel += GRADIENT_TERMS * Terms::NUMBERS) {
-    const int64_t left = end - pixel, most = GRADIENT_TERMS * Terms::NUMBERS;
-    const int64_t count = left < most ? left : most, terms = terms_of<Terms>(count);
+  // Equal shares of the pixels, but for whole pieces.
+  const int64_t most = GRADIENT_TERMS * Terms::NUMBERS, chunks = (end - begin + most - 1) / most;
+  const int64_t share = ((end - begin + chunks - 1) / chunks + P - 1) / P * P;
+  for (int64_t pixel = begin; pixel < end; pixel += share) {
+    const int64_t count = end - pixel < share ? end - pixel : share;
+    const int64_t terms = terms_of<Terms>(count);
     const PixelRun run{&x, &g, 0, pixel, pixel + count};
     for (int64_t p = 0; p < count; p += P) {
       Piece<P> piece;
