@@ -39,7 +39,11 @@ def active_instruction_set() -> str | None:
 
 
 def has_product_gradients() -> bool:
-    """Whether the instruction set in use has the gradients of the qkv product: those of AVX-512 do."""
+    """Whether the instruction set in use computes the gradients of the qkv product itself.
+
+    All but the portable one do: their kernels read the gradients as they lie, without the copies
+    that library products need.
+    """
     library, _ = _native.load()
     return bool(library is not None and library.casvit_cpu_has_product_gradients())
 

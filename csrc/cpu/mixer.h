@@ -162,10 +162,10 @@ struct Kernels {
                                 const float* weight, float scale, int64_t images, int64_t block,
                                 float* shift, float* to);
 
-  // The product's own gradients; null where library products are as good. grad: the
-  // gradient at q, k and v, [pixels][3C]; weight: [3C][C]. Pixels count through all images.
+  // The product's own gradients; null where library products are as good. grad: the gradient at q,
+  // k and v, [pixels][3C]; weight: [3C][C]. Pixels count through all images. balance: as above.
   int64_t (*input_gradient_weight_bytes)(int64_t C, Product) = nullptr;
-  // Sixteen columns: tile `column`.
+  // `lanes` columns: block `column` of the channels.
   void (*input_gradient_pack_weights)(const float* weight, int64_t C, Product, int64_t column,
                                       const float* balance, void* to) = nullptr;
   int64_t (*input_gradient_temp_bytes)(int64_t C, Product) = nullptr;

@@ -1,6 +1,7 @@
 // The kernels compiled for one instruction set; the flags are set in setup.py.
 #define CASVIT_ISA avx2
 #include "backward.h"
+#include "gradient.h"
 #include "mixing.h"
 #include "product.h"
 #include "statistics.h"
@@ -23,7 +24,13 @@ const Kernels& avx2_kernels() {
                                   backward_combine,
                                   backward_gate,
                                   backward_depthwise,
-                                  channel_gate_backward};
+                                  channel_gate_backward,
+                                  input_gradient_weight_bytes,
+                                  input_gradient_pack_weights,
+                                  input_gradient_temp_bytes,
+                                  input_gradient,
+                                  weight_gradient_temp_bytes,
+                                  weight_gradient};
   return kernels;
 }
 

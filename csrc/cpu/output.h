@@ -32,7 +32,7 @@ CASVIT_INLINE void write_out(const Geometry& g, const Output& out, int64_t image
 // `count` pixels of all images, from `pixel` on, to memory. from: [count][row_floats], with VL - 1
 // more pixels behind that may be read.
 static inline void write_pixels(const Geometry& g, int64_t pixel, int64_t count, const float* from,
-                         int64_t row_floats, const Output& out) {
+                                int64_t row_floats, const Output& out) {
   for (int64_t done = 0; done < count;) {  // a piece of one image at a time
     const int64_t image = (pixel + done) / g.pixels(), at = (pixel + done) % g.pixels();
     const int64_t n = g.pixels() - at < count - done ? g.pixels() - at : count - done;

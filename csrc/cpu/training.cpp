@@ -209,7 +209,7 @@ class ProductBackward {
       const int64_t end = (i + 1) * share < rows() ? (i + 1) * share : rows();
       balance_rows(matrix, g.C, i * share, end, balance_);
     });
-    run(p.pool, divide_up(g.C, 16), [&](int64_t column) {
+    run(p.pool, g.blocks, [&](int64_t column) {
       p.kernels.input_gradient_pack_weights(matrix, g.C, to.kind, column, balance_, packed_);
     });
   }
