@@ -334,12 +334,18 @@ def copy_bandwidth(device: str, quick: bool = False) -> float:
 
 
 def write(folder: Path, measured: list[Measured], settings: Settings) -> list[Path]:
-    """One file for each level and model, `mixer-xs-cpu.json`; each whole or not at all."""
+    """One file for each level, model and device, `mixer-xs-cpu-amx.json`; each whole or not at all.
+
+    A CPU is named by the instruction set of the kernels, so that results of several lie side by side.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     environment = timing.environment(settings.device)
+    device, isa = environment["device"], environment["isa"]
+    if device == "cpu" and isa is not None:
+        device = f"cpu-{isa}"
     files: dict[str, list[Measured]] = {}
     for m in measured:
-        name = f"{m.case.level}-{m.case.model}-{environment['device']}.json"
+        name = f"{m.case.level}-{m.case.model}-{device}.json"
         files.setdefault(name, []).append(m)
     for name, cases in files.items():
         document = {

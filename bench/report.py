@@ -24,6 +24,8 @@ ACCURACY = "int8_accuracy.json"  # written by int8_accuracy.py
 COREML = "coreml_accuracy.json"  # written by coreml_accuracy.py
 COREML_MARKS = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
 MODELS = ("xs", "t")
+# The instruction sets of the CPU kernels: README's table is of the first that was measured.
+SETS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 SPEED = ("mixer", "training", "model", "model-training")  # files of gpu.py; the others are verdicts
 GPU_MODELS, GPU_BATCH = ("xs", "s", "m", "t"), 256
 
@@ -162,10 +164,19 @@ def judge(case: Case | None, layout: str = "") -> Verdict | str:
     return Verdict(ms[fused], fused, ms[best], best, ms[eager])
 
 
+def by_set(documents: list[Document]) -> list[list[Document]]:
+    """The documents of each instruction set of the CPU kernels, the best set first."""
+    found: dict[str, list[Document]] = {}
+    for document in documents:
+        found.setdefault(document["environment"]["isa"] or "none", []).append(document)
+    return [found[name] for name in sorted(found, key=(*SETS, "none").index)]
+
+
 def readme_table(
     documents: list[Document], gpus: dict[str, dict[str, Document]] | None = None
 ) -> str:
     """The text between the markers of README.md."""
+    documents, *others = by_set(documents) or [[]]
     lines = [
         "| 224x224 input, fp32, batch 8 | fused, ms | best baseline, ms | speed-up | over eager | "
         "speed-up at batch 1 | training step |",
@@ -185,7 +196,10 @@ def readme_table(
         lines.append(_readme_row(f"whole rcvit_{model}", *pair, None))
     if not gpus:
         lines.append("| any GPU | " + " | ".join([NOT_MEASURED] * 6) + " |")
-    lines += ["", *_caption(documents), "", "![Speed-up by stage](docs/bench.svg)"]
+    lines += ["", *_caption(documents)]
+    for other in others:
+        lines += ["", *_ratios(other)]
+    lines += ["", "![Speed-up by stage](docs/bench.svg)"]
     for parts in (gpus or {}).values():
         title = f"Mixers of stages 1 and 2 on {_gpu_facts(next(iter(parts.values())))}"
         lines += ["", f"{title}; bfloat16, batch 256, 224x224 input:", ""]
@@ -335,6 +349,7 @@ def complete_tables(
 
 def picture(documents: list[Document]) -> str:
     """docs/bench.svg: a bar for each stage, how many times faster than its best baseline."""
+    documents = next(iter(by_set(documents)), [])
     bars = [
         (f"{model}, stage {stage}", judge(_find(documents, "mixer", model, stage, 8)))
         for model in MODELS
@@ -459,14 +474,47 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _find(
-    documents: list[Document], level: str, model: str, stage: int | None, batch: int
+    documents: list[Document],
+    level: str,
+    model: str,
+    stage: int | None,
+    batch: int,
+    dtype: str = "float32",
 ) -> Case | None:
+    wanted = {"level": level, "model": model, "stage": stage, "batch": batch, "dtype": dtype}
     for document in documents:
         for case in document["cases"]:
-            wanted = {"level": level, "model": model, "stage": stage, "batch": batch}
-            if case["dtype"] == "float32" and wanted.items() <= case.items():
+            if wanted.items() <= case.items():
                 return dict(case)
     return None
+
+
+def _ratios(documents: list[Document]) -> list[str]:
+    """The speed-ups alone, of another CPU than README's table is of."""
+    stages: list[tuple[str, int | None]] = [(m, s) for m in MODELS for s in (1, 2, 3, 4)]
+    columns = stages + [(model, None) for model in MODELS]
+    kinds = (
+        ("fp32, batch 8", "", 8, "float32"),
+        ("fp32, batch 1", "", 1, "float32"),
+        ("bf16, batch 8", "", 8, "bfloat16"),
+        ("training step, fp32", "training", 8, "float32"),
+        ("training step, bf16", "training", 8, "bfloat16"),
+    )
+    heads = [f"{m} stage {s}" if s else f"whole {m}" for m, s in columns]
+    lines = [
+        f"Speed-up over the best baseline on another CPU, {'; '.join(_environments(documents))}:",
+        "",
+        f"| | {' | '.join(heads)} |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for title, level, batch, dtype in kinds:
+        cells = []
+        for model, stage in columns:
+            own = level or ("mixer" if stage else "model")
+            verdict = judge(_find(documents, own, model, stage, batch, dtype))
+            cells.append(f"{verdict.ratio:.2f}x" if isinstance(verdict, Verdict) else verdict)
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
 
 
 def _readme_row(title: str, eight: Case | None, one: Case | None, step: Case | None) -> str:

@@ -86,7 +86,8 @@ def test_what_passes_parity_is_timed_and_written(candidates, tmp_path):
     measured = measure.measure(CASE, *candidates, SETTINGS)
     (path,) = measure.write(tmp_path, [measured], SETTINGS)
     document = json.loads(path.read_text())
-    assert path.name == "mixer-xs-cpu.json"
+    isa = timing.environment()["isa"]  # None without the native library
+    assert path.name == (f"mixer-xs-cpu-{isa}.json" if isa else "mixer-xs-cpu.json")
     assert document["environment"]["torch"] == torch.__version__
     (case,) = document["cases"]
     assert dataclasses.asdict(CASE).items() <= case.items()
@@ -254,6 +255,30 @@ def test_table_shows_the_medians_the_best_baseline_and_both_ratios(checkout, cap
     complete = (checkout / "bench" / "results" / "README.md").read_text()
     assert "| 2 (1.8 to 2.2) | 2.00x |" in complete
     assert _run(checkout, "--check") == 0
+
+
+def test_each_instruction_set_has_its_own_figures(checkout, monkeypatch):
+    """README's table and picture are of the best one, beside the ratios of the others."""
+    environment = timing.environment()
+    for isa, fused in (("avx512", 2.0), ("amx", 1.0)):
+        found = {**environment, "isa": isa, "cpu": f"CPU with {isa}"}
+        monkeypatch.setattr(measure.timing, "environment", lambda device, found=found: found)
+        forward, step = (_measured(eager=8.0, fused=fused) for _ in range(2))
+        step.case = TRAINING
+        measure.write(checkout / "bench" / "results", [forward, step], SETTINGS)
+    names = {path.name for path in (checkout / "bench" / "results").iterdir()}
+    assert {"mixer-xs-cpu-amx.json", "mixer-xs-cpu-avx512.json"} <= names
+    assert _run(checkout) == 0
+    assert _row(checkout, "mixer, xs stage 1")[1] == "1"
+    assert _row(checkout, "fp32, batch 8")[1:3] == ["4.00x", "not measured"]
+    assert _row(checkout, "training step, fp32")[1] == "4.00x"
+    assert _row(checkout, "training step, bf16")[1] == "not measured"
+    before, _, after = (checkout / "README.md").read_text().partition("| xs stage 1 |")
+    assert "CPU with avx512" in before.splitlines()[-3]
+    assert after
+    picture = (checkout / "docs" / "bench.svg").read_text()
+    assert "8.00x" in picture
+    assert "avx512" not in picture
 
 
 KEPT = {
@@ -432,7 +457,8 @@ def test_the_bench_command_fails_where_parity_fails_and_writes_no_number(tmp_pat
     done = _bench(tmp_path, "--backend", "reference", "-p", "wrong_kernel")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "parity failed, nothing was timed" in done.stdout
-    (case,) = json.loads((tmp_path / "json" / "mixer-xs-cpu.json").read_text())["cases"]
+    (path,) = (tmp_path / "json").glob("mixer-xs-cpu*.json")
+    (case,) = json.loads(path.read_text())["cases"]
     assert "rows" not in case
     assert "parity failed" in case["refused"]
 
