@@ -57,12 +57,16 @@ static void input_gradient_of(const Geometry& g, const float* grad, const float*
       pack_along<Terms, PANEL>([=](int64_t i) { return from + (i < last ? i : last) * K; }, K,
                                panels + p * terms);
     }
+    const int64_t next = pixel + most, rest = end - next < most ? end - next : most;
+    Ahead ahead(grad + next * K, rest * K * 4, rest > 0, 0, (g.blocks + 2) / 3 * ((count + PANEL - 1) / PANEL));
     for (int64_t block = 0; block < g.blocks; block += 3)
-      for (int64_t p = 0; p < count; p += PANEL)
+      for (int64_t p = 0; p < count; p += PANEL) {
+        ahead.some();
         multiply_panel<Terms>(panels + p * terms, terms, weights + block * VL * terms,
                               g.blocks - block < 3 ? g.blocks - block : 3, nullptr, false, to,
                               count - p < PANEL ? count - p : PANEL,
                               rows + p * row_floats + block * VL, VL);
+      }
     write_pixels(g, pixel, count, rows, row_floats, out);
   }
 }
@@ -143,14 +147,19 @@ static void weight_gradient_of(const Geometry& g, const float* grad, const Input
       piece.locate(run, pixel + p, 0);
       pack_channels<Terms>(x, C, piece, temp + p / Terms::NUMBERS * PANEL, terms * PANEL);
     }
+    const int64_t next = pixel + share, rest = end - next < share ? end - next : share;
+    Ahead ahead(grad + next * K + row_begin, (row_end - row_begin) * 4, rest > 0 ? rest : 0, K * 4,
+                (row_end - row_begin + 3 * VL - 1) / (3 * VL) * (lines / PANEL));
     for (int64_t row = row_begin; row < row_end; row += 3 * VL) {
       const int64_t blocks = row_end - row > 2 * VL ? 3 : row_end - row > VL ? 2 : 1;
       for (int64_t b = 0; b < blocks; ++b)
         pack_across<Terms, VL>([=](int64_t k) { return grad + (pixel + k) * K + row + b * VL; },
                                count, row_end - row - b * VL, weights + b * VL * terms);
-      for (int64_t c = 0; c < C; c += PANEL)
+      for (int64_t c = 0; c < C; c += PANEL) {
+        ahead.some();
         multiply_panel<Terms>(temp + c * terms, terms, weights, blocks, nullptr, pixel > begin,
                               places, PANEL, sums + c * row_floats + (row - row_begin), VL);
+      }
     }
   }
   for (int64_t c = 0; c < C; c += VL)

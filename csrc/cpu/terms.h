@@ -105,6 +105,28 @@ CASVIT_INLINE void pack_scattered(const At& at, int64_t n, int64_t count, float*
   }
 }
 
+// Fetches into the second-level cache, a little at a time while something is multiplied, what is to
+// be packed next: `rows` pieces of `bytes` each.
+class Ahead {
+ public:
+  // `calls`: of some(), until all is fetched.
+  Ahead(const void* from, int64_t bytes, int64_t rows, int64_t stride, int64_t calls)
+      : from_(static_cast<const char*>(from)), bytes_(bytes), rows_(rows), stride_(stride) {
+    const int64_t lines = rows * ((bytes + 63) / 64);
+    each_ = calls > 0 ? (lines + calls - 1) / calls : 0;
+  }
+  inline __attribute__((always_inline)) void some() {
+    for (int64_t i = 0; i < each_ && rows_ > 0; ++i) {
+      __builtin_prefetch(from_ + at_, 0, 2);
+      if ((at_ += 64) >= bytes_) at_ = 0, from_ += stride_, --rows_;
+    }
+  }
+
+ private:
+  const char* from_;
+  int64_t bytes_, rows_, stride_, each_, at_ = 0;
+};
+
 // LINES_AT_ONCE lines of a panel with BLOCKS blocks of weights. Sums of line i: block b's are at
 // sums[b] + to[i], and start there, if `add_up`, or at `bias`, or at 0.
 template <class Terms, int BLOCKS>
