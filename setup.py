@@ -118,6 +118,7 @@ class BuildNative(build_ext):
                     name: pool.submit(compile_one, f"csrc/cpu/mixer_{name}.cpp", extra)
                     for name, extra in (X86_SETS.items() if x86 else ())
                 }
+                # First: of what every source has, the linker takes the one that any CPU can run.
                 objects = list(pool.map(compile_one, SOURCES))
             built: list[str] = []
             for name, result in sets.items():

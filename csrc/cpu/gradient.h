@@ -38,7 +38,7 @@ static int64_t gradient_pixels(int64_t terms) {
 
 static int64_t input_gradient_temp_bytes(int64_t C, Product kind) {
   const int64_t terms = gradient_terms(C, kind), pixels = gradient_pixels(terms);
-  return (pixels * terms + (pixels + VL) * (C + VL - 1) / VL * VL) * 4;
+  return (pixels * terms + (pixels + VL) * ((C + VL - 1) / VL * VL)) * 4;
 }
 
 template <class Terms>
@@ -57,8 +57,9 @@ static void input_gradient_of(const Geometry& g, const float* grad, const float*
       pack_along<Terms, PANEL>([=](int64_t i) { return from + (i < last ? i : last) * K; }, K,
                                panels + p * terms);
     }
-    const int64_t next = pixel + most, rest = end - next < most ? end - next : most;
-    Ahead ahead(grad + next * K, rest * K * 4, rest > 0, 0, (g.blocks + 2) / 3 * ((count + PANEL - 1) / PANEL));
+    const int64_t next = pixel + count, rest = end - next < most ? end - next : most;
+    Ahead ahead(grad + next * K, rest * K * 4, 1, 0,
+                (g.blocks + 2) / 3 * ((count + PANEL - 1) / PANEL));
     for (int64_t block = 0; block < g.blocks; block += 3)
       for (int64_t p = 0; p < count; p += PANEL) {
         ahead.some();
@@ -147,8 +148,8 @@ static void weight_gradient_of(const Geometry& g, const float* grad, const Input
       piece.locate(run, pixel + p, 0);
       pack_channels<Terms>(x, C, piece, temp + p / Terms::NUMBERS * PANEL, terms * PANEL);
     }
-    const int64_t next = pixel + share, rest = end - next < share ? end - next : share;
-    Ahead ahead(grad + next * K + row_begin, (row_end - row_begin) * 4, rest > 0 ? rest : 0, K * 4,
+    const int64_t next = pixel + count, rest = end - next < share ? end - next : share;
+    Ahead ahead(grad + next * K + row_begin, (row_end - row_begin) * 4, rest, K * 4,
                 (row_end - row_begin + 3 * VL - 1) / (3 * VL) * (lines / PANEL));
     for (int64_t row = row_begin; row < row_end; row += 3 * VL) {
       const int64_t blocks = row_end - row > 2 * VL ? 3 : row_end - row > VL ? 2 : 1;

@@ -162,8 +162,8 @@ struct Kernels {
                                 const float* weight, float scale, int64_t images, int64_t block,
                                 float* shift, float* to);
 
-  // The product's own gradients; null where library products are as good. grad: the gradient at q,
-  // k and v, [pixels][3C]; weight: [3C][C]. Pixels count through all images. balance: as above.
+  // The product's own gradients; null: library products are used. grad: the gradient at q, k and v,
+  // [pixels][3C]; weight: [3C][C]. Pixels count through all images; no range is empty.
   int64_t (*input_gradient_weight_bytes)(int64_t C, Product) = nullptr;
   // `lanes` columns: block `column` of the channels.
   void (*input_gradient_pack_weights)(const float* weight, int64_t C, Product, int64_t column,

@@ -105,11 +105,10 @@ CASVIT_INLINE void pack_scattered(const At& at, int64_t n, int64_t count, float*
   }
 }
 
-// Fetches into the second-level cache, a little at a time while something is multiplied, what is to
-// be packed next: `rows` pieces of `bytes` each.
+// Fetches into the second-level cache what is to be packed next, a little at a time while something
+// else is multiplied: `rows` pieces of `bytes` each, all of them in so many calls of some().
 class Ahead {
  public:
-  // `calls`: of some(), until all is fetched.
   Ahead(const void* from, int64_t bytes, int64_t rows, int64_t stride, int64_t calls)
       : from_(static_cast<const char*>(from)), bytes_(bytes), rows_(rows), stride_(stride) {
     const int64_t lines = rows * ((bytes + 63) / 64);

@@ -203,12 +203,14 @@ class ProductBackward {
     sums_ = parts_ > 1 ? arrays.take<float>(summed * square) : to.grad_weight;
     if (!to.grad_x) return;
     const float* matrix = matrix_ = dense_matrix(*to.weight, 3 * g.C, g.C, scratch);
-    for (int64_t term = rows(); term < terms; ++term) balance_[term] = 1.0f;
-    const int64_t share = divide_up(rows(), p.pool.threads);
-    run(p.pool, p.pool.threads, [&](int64_t i) {
-      const int64_t end = (i + 1) * share < rows() ? (i + 1) * share : rows();
-      balance_rows(matrix, g.C, i * share, end, balance_);
-    });
+    if (p.kernels.balanced) {
+      for (int64_t term = rows(); term < terms; ++term) balance_[term] = 1.0f;
+      const int64_t share = divide_up(rows(), p.pool.threads);
+      run(p.pool, p.pool.threads, [&](int64_t i) {
+        const int64_t end = (i + 1) * share < rows() ? (i + 1) * share : rows();
+        balance_rows(matrix, g.C, i * share, end, balance_);
+      });
+    }
     run(p.pool, g.blocks, [&](int64_t column) {
       p.kernels.input_gradient_pack_weights(matrix, g.C, to.kind, column, balance_, packed_);
     });
@@ -279,7 +281,7 @@ class ProductBackward {
   int64_t part_, parts_;           // pixels of one, number
   const float* matrix_ = nullptr;  // the weights
   char* packed_;
-  float* balance_;  // [3C, padded]
+  float* balance_;  // [3C, padded], where kernels are balanced
   float* sums_;     // [parts][3C][C]
 };
 
