@@ -165,11 +165,14 @@ def judge(case: Case | None, layout: str = "") -> Verdict | str:
 
 
 def by_set(documents: list[Document]) -> list[list[Document]]:
-    """The documents of each instruction set of the CPU kernels, the best set first."""
+    """What README shows, for each instruction set of the CPU kernels; the best set first."""
     found: dict[str, list[Document]] = {}
     for document in documents:
-        found.setdefault(document["environment"]["isa"] or "none", []).append(document)
-    return [found[name] for name in sorted(found, key=(*SETS, "none").index)]
+        if any(c["level"] in SPEED and c["model"] in MODELS for c in document["cases"]):
+            found.setdefault(document["environment"]["isa"] or "none", []).append(document)
+    return [
+        found[n] for n in sorted(found, key=lambda n: SETS.index(n) if n in SETS else len(SETS))
+    ]
 
 
 def readme_table(
@@ -502,7 +505,7 @@ def _ratios(documents: list[Document]) -> list[str]:
     )
     heads = [f"{m} stage {s}" if s else f"whole {m}" for m, s in columns]
     lines = [
-        f"Speed-up over the best baseline on another CPU, {'; '.join(_environments(documents))}:",
+        f"Speed-up over the best baseline with other kernels, {'; '.join(_environments(documents))}:",
         "",
         f"| | {' | '.join(heads)} |",
         "|---|" + "---:|" * len(columns),
@@ -514,7 +517,8 @@ def _ratios(documents: list[Document]) -> list[str]:
             verdict = judge(_find(documents, own, model, stage, batch, dtype))
             cells.append(f"{verdict.ratio:.2f}x" if isinstance(verdict, Verdict) else verdict)
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    return lines
+    gaps = _gaps([c for d in documents for c in d["cases"] if c["model"] in MODELS])
+    return [*lines, "", *gaps] if gaps else lines
 
 
 def _readme_row(title: str, eight: Case | None, one: Case | None, step: Case | None) -> str:

@@ -5,16 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from measure import (
-    Case,
-    Choice,
-    Measured,
-    Settings,
-    Trial,
-    measure,
-    randomise_statistics,
-    replayed,
-)
+from measure import Case, Choice, Measured, Settings, measure, randomise_statistics, replayed
 from test_mixer import dtypes
 
 from casvit_kernels import models as family
@@ -56,7 +47,7 @@ def run(case: Case, names: list[str], settings: Settings) -> Measured:
     few = x[:COMPARED]
     compared = [n for n in names if n.startswith(("eager", "fused")) and "compile" not in n]
     trial = model_training_candidates(model, few, include=compared, backend=settings.backend)
-    return measure(case, model, x, candidates, settings, Trial(model, few, trial))
+    return measure(case, model, x, candidates, settings, (few, trial))
 
 
 @replayed

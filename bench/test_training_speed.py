@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from measure import Case, Choice, Measured, Settings, Trial, away_from_kinks, measure, replayed
+from measure import Case, Choice, Measured, Settings, measure, replayed
 from test_mixer import mixers, problem
 
 from casvit_kernels.timing import GPU_TRAINING_NAMES, TRAINING_NAMES, training_candidates
@@ -29,12 +29,7 @@ def run(case: Case, names: list[str], settings: Settings) -> Measured:
     candidates = training_candidates(
         mixer, x, backward=case.level == "training", include=names, backend=settings.backend
     )
-    if case.level != "training":
-        return measure(case, mixer, x, candidates, settings)
-    compared = [n for n in names if n.startswith(("eager", "fused")) and "compile" not in n]
-    apart = away_from_kinks(mixer)
-    trial = training_candidates(apart, x, include=compared, backend=settings.backend)
-    return measure(case, mixer, x, candidates, settings, Trial(apart, x, trial))
+    return measure(case, mixer, x, candidates, settings)
 
 
 @replayed

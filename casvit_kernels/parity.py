@@ -529,7 +529,7 @@ def _sample(
         for _ in range(20):
             state = {k: _values(k, v).to(dtype).double() for k, v in truth.state_dict().items()}
             if exact and large:
-                one_sided(state)
+                _one_sided(state)
             # An offset for each image and channel, so that the pooled means are not all near 0.
             x = torch.randn(shape, device=device)
             x += torch.randn(*shape[:2], 1, 1, device=device) + 0.3
@@ -558,7 +558,7 @@ def _sample(
     return _Sample(state, x, grad_out, results, errors)
 
 
-def one_sided(state: dict[str, Tensor]) -> None:
+def _one_sided(state: dict[str, Tensor]) -> None:
     """BatchNorm weights that are small beside biases: each channel's ReLU is open or shut."""
     for name, t in state.items():
         if name.endswith("0.block.1.weight"):

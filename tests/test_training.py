@@ -784,6 +784,19 @@ def test_nan_in_the_input_reaches_every_gradient_that_plain_pytorch_fills_with_i
         assert torch.equal(p.grad.isnan(), q.grad.isnan()), name
 
 
+@pytest.mark.parametrize("images", [2, 4])
+def test_with_frozen_statistics_nan_stays_in_its_image(images):
+    require_backend(BACKEND)
+    mixer = FusedCATM(5, backend=BACKEND).eval()
+    x = torch.randn(images, 5, 6, 6, requires_grad=True)
+    grad = torch.ones(images, 5, 6, 6)
+    grad[1, 0, 2, 2] = torch.nan
+    mixer(x).backward(grad)
+    others = [i for i in range(images) if i != 1]
+    assert x.grad[1].isnan().any()
+    assert x.grad[others].isfinite().all()
+
+
 @pytest.mark.parametrize("batch", BOTH)
 @pytest.mark.parametrize("images", [2, 5])
 def test_the_whole_step_computes_what_its_phases_do(batch, images, monkeypatch):

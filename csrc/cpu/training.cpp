@@ -456,10 +456,11 @@ void coefficients(const TrainingProblem& p, const Sources& s, const float* sums,
   const double number = static_cast<double>(p.images * p.geometry.pixels());
   for (int i = 0; i < 2; ++i, to += 3 * C, sums += 2 * C)
     for (int64_t c = 0; c < C; ++c) {
-      const double scale = normalizer(s.gate[i], c), each = batch[i] ? -scale / number : 0.0;
+      const double scale = normalizer(s.gate[i], c), each = -scale / number;
       to[c] = static_cast<float>(scale);
-      to[C + c] = static_cast<float>(static_cast<double>(sums[c]) * each);
-      to[2 * C + c] = static_cast<float>(static_cast<double>(sums[C + c]) * each);
+      // Not 0 times the sums of a frozen one: a NaN of one image would reach the others.
+      to[C + c] = batch[i] ? static_cast<float>(static_cast<double>(sums[c]) * each) : 0.0f;
+      to[2 * C + c] = batch[i] ? static_cast<float>(static_cast<double>(sums[C + c]) * each) : 0.0f;
     }
 }
 
