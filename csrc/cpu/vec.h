@@ -295,9 +295,15 @@ CASVIT_INLINE Vec add(Vec a, Vec b) { CASVIT_LANES(a.v[i] + b.v[i]); }
 CASVIT_INLINE Vec sub(Vec a, Vec b) { CASVIT_LANES(a.v[i] - b.v[i]); }
 CASVIT_INLINE Vec mul(Vec a, Vec b) { CASVIT_LANES(a.v[i] * b.v[i]); }
 CASVIT_INLINE Vec div(Vec a, Vec b) { CASVIT_LANES(a.v[i] / b.v[i]); }
-// Not std::fma: without the instruction that is a library call. The compiler contracts where it
-// can.
-CASVIT_INLINE Vec fma(Vec a, Vec b, Vec c) { CASVIT_LANES(a.v[i] * b.v[i] + c.v[i]); }
+// Not std::fma: without the instruction that is a library call.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+CASVIT_INLINE Vec fma(Vec a, Vec b, Vec c) { CASVIT_LANES(a.v[i] * b.v[i] + c.v[i]); }  // contracts
+#else
+// Slower than rounding the product, too, but half the error.
+CASVIT_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  CASVIT_LANES(static_cast<float>(static_cast<double>(a.v[i]) * b.v[i] + c.v[i]));
+}
+#endif
 CASVIT_INLINE Vec max_keep_nan(Vec a, Vec b) { CASVIT_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 CASVIT_INLINE Vec min_keep_nan(Vec a, Vec b) { CASVIT_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 CASVIT_INLINE Vec where_positive(Vec condition, Vec a) {
