@@ -6,6 +6,7 @@
 #include "fixed_point_amx.h"
 #include "mixer.h"
 #include "output.h"
+#include "own_gradients.h"
 #include "parts_amx.h"
 
 namespace casvit {
@@ -101,13 +102,7 @@ const Kernels& amx_kernels() {
     k.product_pack_weights = product_pack_weights;
     k.product_temp_bytes = product_temp_bytes;
     k.product = product;
-    k.input_gradient_weight_bytes = input_gradient_weight_bytes;
-    k.input_gradient_pack_weights = input_gradient_pack_weights;
-    k.input_gradient_temp_bytes = input_gradient_temp_bytes;
-    k.input_gradient = input_gradient;
-    k.weight_gradient_temp_bytes = weight_gradient_temp_bytes;
-    k.weight_gradient = weight_gradient;
-    return k;
+    return with_own_gradients(k);
   }();
   return kernels;
 }

@@ -1,6 +1,7 @@
 // The products in bf16 on AVX-512's own instruction for it; everything else is AVX-512's.
 #define CASVIT_ISA avx512_bf16
 #include "gradient.h"
+#include "own_gradients.h"
 #include "product.h"
 
 namespace casvit {
@@ -14,13 +15,7 @@ const Kernels& avx512_bf16_kernels() {
     k.product_pack_weights = product_pack_weights;
     k.product_temp_bytes = product_temp_bytes;
     k.product = product;
-    k.input_gradient_weight_bytes = input_gradient_weight_bytes;
-    k.input_gradient_pack_weights = input_gradient_pack_weights;
-    k.input_gradient_temp_bytes = input_gradient_temp_bytes;
-    k.input_gradient = input_gradient;
-    k.weight_gradient_temp_bytes = weight_gradient_temp_bytes;
-    k.weight_gradient = weight_gradient;
-    return k;
+    return with_own_gradients(k);
   }();
   return kernels;
 }
