@@ -44,9 +44,8 @@ import test_training_speed
 import torch
 from measure import GPU_CHOICE, Choice
 
-from casvit_kernels import backends, parity, timing
-from casvit_kernels.backends import get
-from casvit_kernels.backends.base import Problem
+from casvit_kernels import backends, benchmark, testing
+from casvit_kernels.backends import Problem, get
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -133,7 +132,7 @@ def version() -> str:
 
 
 def stamp(options: argparse.Namespace) -> dict[str, Any]:
-    environment = timing.environment(options.device)
+    environment = benchmark.environment(options.device)
     return {
         "version": version(),
         "device": environment.get("gpu", environment["cpu"]),
@@ -194,19 +193,19 @@ def rank(case: measure.Case) -> int:
 def parity_items(options: argparse.Namespace) -> list[Item]:
     """The backend under test on the device, real shapes last; then every other usable backend."""
     device, batch = options.device, max(GPU_CHOICE.batches)
-    found = [(1, case) for case in parity.cases(options.backend, device=device)]
+    found = [(1, case) for case in testing.cases(options.backend, device=device)]
     if options.quick:
         found = [(r, c) for r, c in found if c.shape == (5, 3, 7, 7)]
     else:
-        found += [(1, c) for c in parity.real_cases(options.backend, 2, device=device)]
-        for case in parity.real_cases(options.backend, batch, device=device):
+        found += [(1, c) for c in testing.real_cases(options.backend, 2, device=device)]
+        for case in testing.real_cases(options.backend, batch, device=device):
             goal = case.dtype is torch.bfloat16 and case.mode != "frozen" and case.shape[2] % 7 == 0
             found.append((1 if goal else 2, case))
         for status in backends():
             name = status.name
-            if status.usable and name in parity.BACKENDS and name != options.backend:
+            if status.usable and name in testing.BACKENDS and name != options.backend:
                 where = device if serves(name, device) else None
-                found += [(2, case) for case in parity.cases(name, device=where)]
+                found += [(2, case) for case in testing.cases(name, device=where)]
     keys = (f"{c}-{c.seed}{'-bias' if c.attn_bias else ''}-{c.device}" for _, c in found)
     once = {
         key: Item(key, r, case) for key, (r, case) in reversed([*zip(keys, found, strict=True)])
@@ -219,8 +218,8 @@ def serves(backend: str, device: str) -> bool:
     return get(backend).why_not(problem) is None
 
 
-def run_parity(case: parity.Case) -> dict[str, Any]:
-    row = parity.verdict(case)
+def run_parity(case: testing.Case) -> dict[str, Any]:
+    row = testing.verdict(case)
     if any("OutOfMemoryError" in failure for failure in row.failures):
         return {"absent": "it needs more memory than this GPU has", "passed": None}
     return {**row._asdict(), "device": case.device, "passed": row.passed}
@@ -262,8 +261,8 @@ def run_short(options: argparse.Namespace) -> int:
     for shape in ((2, 56, 14, 14), (1, 33, 13, 9)):
         for dtype, layout in zip(dtypes, ("channels_last", "contiguous"), strict=True):
             for mode in ("eval", "train"):
-                row = parity.verdict(
-                    parity.Case(options.backend, dtype, layout, mode, shape, device=options.device)
+                row = testing.verdict(
+                    testing.Case(options.backend, dtype, layout, mode, shape, device=options.device)
                 )
                 failures += row.failures
     print("\n".join(failures) or "passed")
@@ -297,7 +296,7 @@ def work(part: str, options: argparse.Namespace) -> int:
     settings = measure.settings_for(options.device, options.backend, options.quick)
     file.document |= {
         "part": part,
-        "environment": timing.environment(options.device),
+        "environment": benchmark.environment(options.device),
         "settings": vars(settings),
     }
     file.save()
@@ -579,7 +578,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         reasons = "; ".join(f"{s.name}: {s.reason}" for s in backends() if s.reason)
         parser.error(f"--backend: none is usable on {options.device} ({reasons})")
     options.backend = options.backend or usable[0]
-    if options.backend not in parity.BACKENDS or not serves(options.backend, options.device):
+    if options.backend not in testing.BACKENDS or not serves(options.backend, options.device):
         expected = ", ".join(usable) or "none"
         parser.error(
             f"--backend: expected one that serves {options.device} ({expected}), got {options.backend}"

@@ -17,9 +17,9 @@ import torch
 from saved_bytes import kept_by
 from torch import Tensor, nn
 
-from casvit_kernels import timing
-from casvit_kernels.parity import FACTOR, GRADIENT_FACTOR
-from casvit_kernels.timing import Timing
+from casvit_kernels import benchmark
+from casvit_kernels.benchmark import Timing
+from casvit_kernels.testing import FACTOR, GRADIENT_FACTOR
 
 # A ReLU input within rounding of 0 may fall on either side of it, in PyTorch's arithmetic or in ours:
 # among millions some do. One changes the gradients of its channel, by up to 1e-3 of a norm in a test.
@@ -86,7 +86,7 @@ def names(level: Any, case: Case, gpu: bool) -> list[str]:
     else:
         known = level.GPU_NAMES if gpu else level.NAMES
     if case.dtype == "bfloat16":
-        return [name + timing.BF16 for name in known if name != "onnxruntime"]
+        return [name + benchmark.BF16 for name in known if name != "onnxruntime"]
     return list(known)
 
 
@@ -148,7 +148,7 @@ def measure(
     Args:
         module: the plain module that the candidates compute.
         x: its input, float32.
-        candidates: as `casvit_kernels.timing` makes them; ``eager`` is among them.
+        candidates: as `casvit_kernels.benchmark` makes them; ``eager`` is among them.
         trial: a smaller input and its candidates, eager and fused: these are compared instead.
     """
     measured = Measured(case)
@@ -160,7 +160,7 @@ def measure(
         def call(name: str, among: Mapping[str, Callable[[], object]]) -> object:
             try:
                 return among[name]()
-            except (timing.Unavailable, torch.OutOfMemoryError) as error:
+            except (benchmark.Unavailable, torch.OutOfMemoryError) as error:
                 measured.absent[name] = str(error).splitlines()[0]
                 return None
 
@@ -186,7 +186,7 @@ def measure(
         truth = ()  # gigabytes
         present = {name: c for name, c in candidates.items() if name not in measured.absent}
         measured.memory = {name: _memory(case, name, c) for name, c in present.items()}
-    measured.timings = timing.interleave(
+    measured.timings = benchmark.interleave(
         present,
         rounds=settings.rounds,
         min_round_seconds=settings.min_round_seconds,
@@ -196,12 +196,12 @@ def measure(
     return measured
 
 
-def _stopwatch(case: Case, settings: Settings) -> timing.Stopwatch | None:
+def _stopwatch(case: Case, settings: Settings) -> benchmark.Stopwatch | None:
     if settings.device == "cpu":
         return None
     # Whole models and backwards write far more than the cache holds between one use and the next.
     cold = settings.cold and case.level == "mixer"
-    return timing.CudaStopwatch(torch.device(settings.device), cold)
+    return benchmark.CudaStopwatch(torch.device(settings.device), cold)
 
 
 def _memory(case: Case, name: str, call: Callable[[], object]) -> dict[str, int]:
@@ -238,8 +238,8 @@ def _truth(case: Case, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     out = module.train()(x)
     if case.level == "training-forward":
         return (out.detach(),)
-    grad = timing.output_gradient(out.detach().to(getattr(torch, case.dtype))).double()
-    out, *grads = timing.training_step(module, x, out, grad)
+    grad = benchmark.output_gradient(out.detach().to(getattr(torch, case.dtype))).double()
+    out, *grads = benchmark.training_step(module, x, out, grad)
     return (out.detach(), *grads)
 
 
@@ -327,10 +327,10 @@ def copy_bandwidth(device: str, quick: bool = False) -> float:
     size = 1 << (24 if quick or device == "cpu" else 30)
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    watch: timing.Stopwatch = timing.WallStopwatch()
+    watch: benchmark.Stopwatch = benchmark.WallStopwatch()
     if device != "cpu":
-        watch = timing.CudaStopwatch(torch.device(device), cold=False)
-    found = timing.interleave(
+        watch = benchmark.CudaStopwatch(torch.device(device), cold=False)
+    found = benchmark.interleave(
         {"copy": lambda: target.copy_(source)},
         rounds=9,
         min_round_seconds=0.0,
@@ -346,7 +346,7 @@ def write(folder: Path, measured: list[Measured], settings: Settings) -> list[Pa
     A CPU is named by the instruction set of the kernels, so that results of several lie side by side.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    environment = timing.environment(settings.device)
+    environment = benchmark.environment(settings.device)
     device, isa = environment["device"], environment["isa"]
     if device == "cpu" and isa is not None:
         device = f"cpu-{isa}"

@@ -18,7 +18,7 @@ import torch
 from measure import Case, Choice, Measured, Settings, measure, randomise_statistics, replayed
 from torch import Tensor, nn
 
-from casvit_kernels import fold_for_inference, fuse, timing
+from casvit_kernels import benchmark, fold_for_inference, fuse
 from casvit_kernels import models as family
 from casvit_kernels.export import to_onnx
 
@@ -81,7 +81,7 @@ def _session(name: str, candidate: str, size: int) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise timing.Unavailable(f"not installed: {error.name}") from error
+        raise benchmark.Unavailable(f"not installed: {error.name}") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from measure import Case, Choice, Measured, Settings, measure, randomise_statistics, replayed
 
+from casvit_kernels.benchmark import GPU_MIXER_NAMES, MIXER_NAMES, mixer_candidates
 from casvit_kernels.models import CONFIGS
-from casvit_kernels.reference import AdditiveTokenMixer
-from casvit_kernels.timing import GPU_MIXER_NAMES, MIXER_NAMES, mixer_candidates
+from casvit_kernels.ops.mixer.reference import AdditiveTokenMixer
 
 NAMES, GPU_NAMES = MIXER_NAMES, GPU_MIXER_NAMES
 BF16_BATCH = 8

@@ -9,7 +9,7 @@ from measure import Case, Choice, Measured, Settings, measure, randomise_statist
 from test_mixer import dtypes
 
 from casvit_kernels import models as family
-from casvit_kernels.timing import (
+from casvit_kernels.benchmark import (
     GPU_MODEL_NAMES,
     GPU_MODEL_TRAINING_NAMES,
     MODEL_NAMES,

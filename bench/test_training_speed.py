@@ -7,7 +7,7 @@ from collections.abc import Callable
 from measure import Case, Choice, Measured, Settings, measure, replayed
 from test_mixer import mixers, problem
 
-from casvit_kernels.timing import GPU_TRAINING_NAMES, TRAINING_NAMES, training_candidates
+from casvit_kernels.benchmark import GPU_TRAINING_NAMES, TRAINING_NAMES, training_candidates
 
 NAMES, GPU_NAMES = TRAINING_NAMES, GPU_TRAINING_NAMES
 

@@ -76,7 +76,7 @@ def source_hash() -> str:
 
 def configs() -> Iterator[Config]:
     """Every kernel in every configuration of the tuning table."""
-    from casvit_kernels.backends.triton.launch import KERNELS
+    from casvit_kernels.ops.mixer.triton.launch import KERNELS
 
     for dtype in DTYPES:
         for layout in LAYOUTS:
@@ -92,7 +92,7 @@ SMALL = ("merge_statistics", "channel_gates")
 
 
 def _weights(c: int, device: str) -> Any:
-    from casvit_kernels.reference import GateWeights, MixerWeights
+    from casvit_kernels.ops.mixer.weights import GateWeights, MixerWeights
 
     def e(*shape: int) -> torch.Tensor:
         return torch.empty(shape, device=device)
@@ -111,7 +111,7 @@ def launches(
     device: str = "meta",
 ) -> dict[str, Any]:
     """The launches of a training step of a mixer, by kernel. shape: B, H, W."""
-    from casvit_kernels.backends.triton import launch, phases
+    from casvit_kernels.ops.mixer.triton import launch, phases
 
     b, height, width = shape
     x = torch.empty(
@@ -140,7 +140,7 @@ def specialise(it: Any, target: str) -> tuple[Any, Any, list[tuple[str, Any]]]:
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from casvit_kernels.backends.triton.launch import KERNELS
+    from casvit_kernels.ops.mixer.triton.launch import KERNELS
 
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
@@ -267,7 +267,7 @@ vectors. fp16 differs from bf16 in conversions alone."""
 
 def table(document: dict[str, Any]) -> str:
     """docs/triton_kernels.md."""
-    from casvit_kernels.backends.triton.tuning import SMALL_THREADS, tile
+    from casvit_kernels.ops.mixer.triton.tuning import SMALL_THREADS, tile
 
     lines = [
         "# Triton kernels, as compiled",

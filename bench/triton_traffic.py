@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from casvit_kernels.backends.triton import traffic
+from casvit_kernels.ops.mixer.triton import traffic
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "triton_traffic.md"
 MODELS = {"xs": (48, 56, 112, 220), "t": (96, 128, 256, 512)}

@@ -2,11 +2,20 @@
 
 from ._version import __version__
 from .backends import BackendStatus, BackendUnavailable, backends, use_backend
-from .folding import Fold, FoldReport, Unfolded, fold_for_inference
 from .functional import GateWeights, MixerWeights, catm
 from .module import FusedCATM
-from .reference import AdditiveTokenMixer
-from .swap import FuseReport, Refusal, UnfuseReport, fuse, unfuse
+from .ops.mixer.reference import AdditiveTokenMixer
+from .surgery import (
+    Fold,
+    FoldReport,
+    FuseReport,
+    Refusal,
+    Unfolded,
+    UnfuseReport,
+    fold_for_inference,
+    fuse,
+    unfuse,
+)
 
 __all__ = [
     "AdditiveTokenMixer",

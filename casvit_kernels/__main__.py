@@ -16,9 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from . import __version__, demo, export, models, parity, timing
-from .backends import BackendUnavailable, backends, check_name, cpu, select
-from .backends.base import Problem
+from . import __version__, benchmark, demo, export, models, testing
+from .backends import BackendUnavailable, Problem, backends, check_name, cpu, select
 from .demo import bench, network, text
 from .demo.progress import phase
 from .demo.results import finite
@@ -109,7 +108,7 @@ def run_demo(arguments: argparse.Namespace) -> Outcome:
 def run_info(arguments: argparse.Namespace) -> Outcome:
     document: dict[str, Any] = {
         "command": "info",
-        "environment": timing.environment(),
+        "environment": benchmark.environment(),
         "cpu_features": _cpu_features(),
         "instruction_sets": cpu.instruction_sets(),
         "backends": [status._asdict() for status in backends()],
@@ -125,15 +124,15 @@ def run_parity(arguments: argparse.Namespace) -> Outcome:
         if reason is not None:
             raise ValueError(f"--backend: {backend!r} cannot run here: {reason}")
         dtypes = [getattr(torch, name) for name in arguments.dtype] if arguments.dtype else None
-        parity.cases(backend, dtypes=dtypes)
+        testing.cases(backend, dtypes=dtypes)
     with phase("parity") as bar:
-        rows = parity.run(
+        rows = testing.run(
             backend, dtypes=dtypes, long=arguments.long, seed=arguments.seed, progress=bar.reach
         )
     passed = all(row.passed for row in rows)
     document = {
         "command": "parity",
-        "environment": timing.environment(),
+        "environment": benchmark.environment(),
         "backend": backend,
         "passed": passed,
         "rows": [{**row._asdict(), "passed": row.passed} for row in rows],

@@ -7,13 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference, shortcut
 from .backends import check_name
-from .backends.cpu import infer
-from .functional import GateWeights, MixerWeights, check, group_name, train, trains
-from .packing import PackedWeights
-from .reference import AdditiveTokenMixer
-from .weights import check_alike
+from .ops.mixer import matching, reference
+from .ops.mixer.cpu import infer
+from .ops.mixer.dispatch import check, group_name, train, trains
+from .ops.mixer.packed import PackedWeights, fast_path
+from .ops.mixer.reference import AdditiveTokenMixer
+from .ops.mixer.weights import (
+    BUFFERS,
+    ENTRIES,
+    MixerWeights,
+    check_alike,
+    unflatten,
+)
+
+ORIGINAL = "_original"  # on a FusedCATM: the mixer it stands for; a plain attribute, no submodule
 
 
 class FusedCATM(AdditiveTokenMixer):
@@ -66,13 +74,11 @@ class FusedCATM(AdditiveTokenMixer):
         """A FusedCATM that shares the submodules (so the parameters) of an existing mixer.
 
         Args:
-            mixer: any module with the published structure; see `casvit_kernels.swap.refusal`.
+            mixer: any module with the published structure; see `casvit_kernels.module.refusal`.
 
         Raises:
             ValueError: the module does not compute the published mixer, with the reason.
         """
-        from .swap import refusal, share  # swap builds on this module
-
         check_name(backend, "backend")
         reason = refusal(mixer)
         if reason is not None:
@@ -81,19 +87,18 @@ class FusedCATM(AdditiveTokenMixer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, C, H, W)``; raises as `casvit_kernels.catm` does."""
-        children = self._modules
-        q, k = _gate(children["oper_q"]), _gate(children["oper_k"])
-        ends: tuple[Any, ...] = children["qkv"], children["dwc"], children["proj"]
-        dropout: Any = children["proj_drop"]
+        owners = _owners(self)
+        dropout: Any = self._modules["proj_drop"]
         if not torch.compiler.is_compiling():  # a compiler follows the long way
-            found = shortcut.find(x, self.backend, ends, q, k, dropout, self._packed)
+            found = fast_path(x, self.backend, owners, dropout, self._packed)
             if found is not None:
                 return infer(x, found.packed)
-        w = _weights(ends, q, k)
+        w = _weights(owners)
         chosen, dtype = check(x, w, self.backend)
-        if _hooked(ends) or _hooked(q) or _hooked(k):
+        if _hooked(owners):
             return super().forward(x)
-        norms = norm_q, norm_k = q[1], k[1]
+        norm_q, norm_k = owners[2], owners[6]
+        norms = norm_q, norm_k
         eps = (norm_q.eps, norm_k.eps)
         batch = (_uses_batch_statistics(norm_q), _uses_batch_statistics(norm_k))
         if True in batch:  # without, the packed weights see to it
@@ -134,47 +139,83 @@ class FusedCATM(AdditiveTokenMixer):
 
 def mixer_weights(mixer: FusedCATM) -> MixerWeights:
     """The weights as `casvit_kernels.catm` takes them."""
-    ends = (mixer.qkv, mixer.dwc, mixer.proj)
-    return _weights(ends, _gate(mixer.oper_q), _gate(mixer.oper_k))
+    return _weights(_owners(mixer))
+
+
+def refusal(mixer: nn.Module) -> str | None:
+    """Why `fuse` leaves ``mixer`` as it is, or None if it computes the published CATM.
+
+    Its children, their types and settings must be the published ones, without anything that reads
+    or writes between them (hooks, parametrizations, replaced methods). Then its own forward runs on
+    a copy with random float64 weights on the CPU, in training and in eval mode; output, gradients
+    and running statistics must be those of the reference formulas. Neither the mixer nor a
+    random number generator is touched. A plain attribute that changes the result is noticed with
+    the value it has now.
+    """
+    if not isinstance(mixer, nn.Module):
+        raise TypeError(f"mixer: expected a torch.nn.Module, got {type(mixer).__name__}")
+    if isinstance(mixer, FusedCATM):
+        return "it is a FusedCATM already"
+    return matching.difference(mixer)
+
+
+def share(cls: type[FusedCATM], mixer: nn.Module, backend: str | None) -> FusedCATM:
+    """A `FusedCATM` in place of ``mixer``, unchecked: same children, hooks and training mode."""
+    fused = cls.__new__(cls)
+    _share(mixer, fused)
+    fused.backend = backend
+    fused._packed = PackedWeights()
+    vars(fused)[ORIGINAL] = mixer
+    return fused
+
+
+def unfused(fused: nn.Module) -> nn.Module:
+    """The mixer that ``fused`` replaced, brought up to date, or else a plain one."""
+    plain = vars(fused).get(ORIGINAL)
+    if plain is None:
+        plain = AdditiveTokenMixer.__new__(AdditiveTokenMixer)
+    _share(fused, plain)
+    mixer: nn.Module = plain
+    return mixer
+
+
+def _share(source: nn.Module, target: nn.Module) -> None:
+    # The dictionaries themselves (children, hooks) are shared: what is added to or removed from one
+    # of the two later, also through a hook's handle, holds for both; copies and pickles keep that.
+    for name in vars(nn.Module()):
+        vars(target)[name] = vars(source)[name]
 
 
 # Below, look-ups in the dictionaries of nn.Module: its attributes and the indexing of nn.Sequential
 # cost up to a microsecond each, and a call makes dozens.
 
 
+def _owners(mixer: nn.Module) -> tuple[Any, ...]:
+    """The modules of `weights.OWNERS`, in order."""
+    children: Any = mixer._modules
+    q, k = _gate(children["oper_q"]), _gate(children["oper_k"])
+    return (children["qkv"], *q, *k, children["dwc"], children["proj"])
+
+
 def _gate(operation: Any) -> tuple[Any, ...]:
-    """Of one gate: depthwise convolution, norm, spatial and channel convolution."""
+    """The modules of `weights.GATE` of one gate."""
     parts = operation._modules
     spatial = parts["0"]._modules["block"]._modules
     return spatial["0"], spatial["1"], spatial["3"], parts["1"]._modules["block"]._modules["1"]
 
 
-def _weights(ends: tuple[Any, ...], q: tuple[Any, ...], k: tuple[Any, ...]) -> MixerWeights:
-    qkv, dwc, proj = ends
-    return MixerWeights(
-        _get(qkv, "weight"),
-        _get(qkv, "bias"),
-        _gate_weights(*q),
-        _gate_weights(*k),
-        _get(dwc, "weight"),
-        _get(dwc, "bias"),
-        _get(proj, "weight"),
-        _get(proj, "bias"),
+def _weights(owners: tuple[Any, ...]) -> MixerWeights:
+    return unflatten(
+        [
+            _running(owners[i], name) if name in BUFFERS else _get(owners[i], name)
+            for i, name in ENTRIES
+        ]
     )
 
 
-def _gate_weights(depthwise: Any, norm: Any, spatial: Any, channel: Any) -> GateWeights:
-    running = norm._buffers if not norm.training or norm.track_running_stats else _NOT_TRACKED
-    return GateWeights(
-        _get(depthwise, "weight"),
-        _get(depthwise, "bias"),
-        _get(norm, "weight"),
-        _get(norm, "bias"),
-        running["running_mean"],
-        running["running_var"],
-        _get(spatial, "weight"),
-        _get(channel, "weight"),
-    )
+def _running(norm: Any, name: str) -> Any:
+    """None where a training BatchNorm tracks no statistics."""
+    return norm._buffers[name] if not norm.training or norm.track_running_stats else None
 
 
 def _get(module: Any, name: str) -> Any:
@@ -191,9 +232,6 @@ def _hooked(modules: tuple[Any, ...]) -> bool:
         if backward and (m._backward_hooks or m._backward_pre_hooks):
             return True
     return False
-
-
-_NOT_TRACKED = {"running_mean": None, "running_var": None}
 
 
 def _uses_batch_statistics(norm: Any) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from casvit_kernels.extras import need
+from casvit_kernels._optional import need
 
 # What the recipe must leave out: digits must not be mirrored, or cut to a twelfth of their area.
 OPTIONS = [

@@ -27,7 +27,7 @@ from recipe.problem import Problem, Stopped
 from recipe.processes import Processes, StopRequest, joined
 from torch import Tensor, nn
 
-from casvit_kernels.extras import MissingExtra, need
+from casvit_kernels._optional import MissingExtra, need
 from casvit_kernels.models import CONFIGS, CheckpointError, Config, RCViT, load_checkpoint
 
 BATCH_OF_RATE = 2048  # the total batch that --lr is meant for

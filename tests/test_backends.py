@@ -14,7 +14,7 @@ from mixers import filled
 import casvit_kernels
 from casvit_kernels import BackendUnavailable, FusedCATM, backends, use_backend
 from casvit_kernels.backends import ENVIRONMENT, Problem, cpu, get, select
-from casvit_kernels.backends.cpu import CpuBackend
+from casvit_kernels.ops.mixer.cpu import CpuKernels
 
 CALL = Problem("cpu", torch.float32)
 
@@ -65,8 +65,8 @@ def test_precedence(monkeypatch):
 def test_the_module_follows_the_choice(monkeypatch):
     require_native()
     called = []
-    real = CpuBackend.project_and_mix
-    monkeypatch.setattr(CpuBackend, "project_and_mix", lambda *a: called.append(1) or real(*a))
+    real = CpuKernels.project_and_mix
+    monkeypatch.setattr(CpuKernels, "project_and_mix", lambda *a: called.append(1) or real(*a))
     x = torch.randn(1, 4, 3, 3)
     mixer = FusedCATM(4).eval()
     mixer(x)
@@ -209,8 +209,8 @@ def python(script, **environment):
 
 def test_without_the_native_library_it_says_so_once_and_computes():
     script = (
-        "from casvit_kernels import _native\n"
-        "_native.load = lambda: (None, 'no library, said the test')\n"
+        "from casvit_kernels.backends import native\n"
+        "native.load = lambda: (None, 'no library, said the test')\n"
         "import torch, casvit_kernels\n"
         "for _ in range(3):\n"
         "    print(casvit_kernels.FusedCATM(4).eval()(torch.randn(1, 4, 3, 3)).shape)\n"
@@ -265,7 +265,7 @@ def test_importing_needs_torch_alone():
         "for name in ('numpy', 'timm', 'onnx', 'onnxruntime', 'coremltools', 'sklearn', 'skimage',\n"
         "             'matplotlib', 'tqdm', 'PIL'):\n"
         "    sys.modules[name] = None\n"
-        "import torch, casvit_kernels, casvit_kernels.parity, casvit_kernels.models\n"
+        "import torch, casvit_kernels, casvit_kernels.testing, casvit_kernels.models\n"
         "print(casvit_kernels.FusedCATM(4).eval()(torch.randn(1, 4, 3, 3)).shape)\n"
     )
     done = python(script)

@@ -9,7 +9,7 @@ from conftest import require_backend
 from mixers import filled
 
 from casvit_kernels import BackendUnavailable, FusedCATM, catm, use_backend
-from casvit_kernels.reference import GateWeights, MixerWeights
+from casvit_kernels.ops.mixer.weights import GateWeights, MixerWeights
 
 
 @pytest.fixture(params=["reference", "cpu"])

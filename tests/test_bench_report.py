@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from casvit_kernels import timing
-from casvit_kernels.reference import AdditiveTokenMixer
+from casvit_kernels import benchmark
+from casvit_kernels.ops.mixer.reference import AdditiveTokenMixer
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +42,7 @@ def candidates():
     """Plain mixer, input, and candidates of which the fused one is the reference too."""
     mixer = measure.randomise_statistics(AdditiveTokenMixer(5))
     x = torch.randn(8, 5, 6, 6)
-    return mixer, x, timing.mixer_candidates(mixer, x, include=FAST, backend="reference")
+    return mixer, x, benchmark.mixer_candidates(mixer, x, include=FAST, backend="reference")
 
 
 def _measured(**medians_ms):
@@ -54,7 +54,7 @@ def _measured(**medians_ms):
             found.absent[name] = "not installed: onnxruntime"
         else:
             s = ms / 1e3
-            found.timings[name] = timing.Timing(s, 0.9 * s, 1.1 * s, 15, 3, (s,))
+            found.timings[name] = benchmark.Timing(s, 0.9 * s, 1.1 * s, 15, 3, (s,))
             found.errors[name] = 1e-7
     return found
 
@@ -86,7 +86,7 @@ def test_what_passes_parity_is_timed_and_written(candidates, tmp_path):
     measured = measure.measure(CASE, *candidates, SETTINGS)
     (path,) = measure.write(tmp_path, [measured], SETTINGS)
     document = json.loads(path.read_text())
-    isa = timing.environment()["isa"]  # None without the native library
+    isa = benchmark.environment()["isa"]  # None without the native library
     assert path.name == (f"mixer-xs-cpu-{isa}.json" if isa else "mixer-xs-cpu.json")
     assert document["environment"]["torch"] == torch.__version__
     (case,) = document["cases"]
@@ -131,8 +131,8 @@ def test_a_fused_candidate_that_fails_parity_gets_no_row(candidates, tmp_path, w
 
 def test_bf16_is_judged_against_autocast(tmp_path):
     mixer, x = AdditiveTokenMixer(5), torch.randn(8, 5, 6, 6)
-    include = [name + timing.BF16 for name in FAST]
-    calls = timing.mixer_candidates(mixer, x, include=include, backend="reference")
+    include = [name + benchmark.BF16 for name in FAST]
+    calls = benchmark.mixer_candidates(mixer, x, include=include, backend="reference")
     case = dataclasses.replace(CASE, dtype="bfloat16")
     assert measure.measure(case, mixer, x, calls, SETTINGS).refused is None
     calls["fused bf16"] = lambda: mixer.eval()(x) * 1.1
@@ -146,8 +146,8 @@ TRAINING = dataclasses.replace(CASE, level="training")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_is_compared_with_float64_before_it_is_timed(level, dtype):
     mixer, x = AdditiveTokenMixer(5), torch.randn(8, 5, 6, 6)
-    suffix = timing.BF16 if dtype == "bfloat16" else ""
-    calls = timing.training_candidates(
+    suffix = benchmark.BF16 if dtype == "bfloat16" else ""
+    calls = benchmark.training_candidates(
         mixer,
         x,
         backward=level == "training",
@@ -163,7 +163,7 @@ def test_training_is_compared_with_float64_before_it_is_timed(level, dtype):
 @pytest.mark.parametrize("which", [0, 1, 2, -1], ids=["out", "x", "first", "last"])
 def test_one_wrong_gradient_is_enough_to_refuse(which):
     mixer, x = AdditiveTokenMixer(5), torch.randn(8, 5, 6, 6)
-    calls = timing.training_candidates(mixer, x, include=FAST, backend="reference")
+    calls = benchmark.training_candidates(mixer, x, include=FAST, backend="reference")
     right = calls["fused"]
 
     def wrong():
@@ -180,7 +180,7 @@ def _moved(mixer, x, move):
     mixer = copy.deepcopy(mixer)
     norm = next(m for m in mixer.modules() if isinstance(m, torch.nn.BatchNorm2d))
     norm.register_forward_hook(lambda module, args, out: move(out))
-    return timing.training_candidates(mixer, x, include=["eager"])["eager"]
+    return benchmark.training_candidates(mixer, x, include=["eager"])["eager"]
 
 
 def _across_the_kink(out):
@@ -205,7 +205,7 @@ def _across_the_kink(out):
 def test_a_relu_input_within_rounding_of_0_may_fall_on_either_side(move, passes):
     torch.manual_seed(0)
     mixer, x = AdditiveTokenMixer(40), torch.randn(8, 40, 48, 48)
-    calls = timing.training_candidates(mixer, x, include=["eager"])
+    calls = benchmark.training_candidates(mixer, x, include=["eager"])
     measured = measure.measure(TRAINING, mixer, x, {**calls, "fused": calls["eager"]}, SETTINGS)
     assert measured.refused is None
     calls["fused"] = _moved(mixer, x, move)
@@ -248,7 +248,7 @@ def test_table_shows_the_medians_the_best_baseline_and_both_ratios(checkout, cap
     text = (checkout / "README.md").read_text()
     assert text.startswith("# Title\n")
     assert text.endswith("\nafter\n")
-    environment = timing.environment()
+    environment = benchmark.environment()
     for fact in (environment["torch"], environment["cpu"], environment["date"][:10]):
         assert fact in text
     complete = (checkout / "bench" / "results" / "README.md").read_text()
@@ -258,7 +258,7 @@ def test_table_shows_the_medians_the_best_baseline_and_both_ratios(checkout, cap
 
 def test_each_instruction_set_has_its_own_figures(checkout, monkeypatch):
     """README's table and picture are of the best one, beside the ratios of the others."""
-    environment = timing.environment()
+    environment = benchmark.environment()
     for isa, fused in (("avx512", 2.0), ("amx", 1.0)):
         found = {**environment, "isa": isa, "cpu": f"CPU with {isa}"}
         monkeypatch.setattr(measure.timing, "environment", lambda device, found=found: found)

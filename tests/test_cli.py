@@ -11,10 +11,10 @@ import sys
 import pytest
 import torch
 
-from casvit_kernels import BackendUnavailable, backends, demo, export, parity
+from casvit_kernels import BackendUnavailable, backends, demo, export, testing
 from casvit_kernels.__main__ import main
-from casvit_kernels.backends.reference import ReferenceBackend
 from casvit_kernels.models import rcvit_xs
+from casvit_kernels.ops.mixer.dispatch import ReferenceKernels
 
 VERBS = ("demo", "info", "parity", "bench", "export")
 
@@ -43,12 +43,12 @@ def refused(*argv):
 @pytest.fixture
 def wrong_backend(monkeypatch):
     """The reference backend, chosen by default, with an error of a thousandth."""
-    right = ReferenceBackend.project_and_mix
+    right = ReferenceKernels.project_and_mix
 
     def wrong(self, x, w, eps, packed):
         return right(self, x, w, eps, packed) * 1.001
 
-    monkeypatch.setattr(ReferenceBackend, "project_and_mix", wrong)
+    monkeypatch.setattr(ReferenceKernels, "project_and_mix", wrong)
     monkeypatch.setenv("CASVIT_KERNELS_BACKEND", "reference")
 
 
@@ -130,12 +130,12 @@ def test_parity_of_the_default_backend():
         b.name for b in backends() if b.usable and b.name in ("cpu", "reference")
     )
     assert {row["dtype"] for row in found["rows"]} == {"float32"}
-    assert len(found["rows"]) == len(parity.cases(found["backend"], dtypes=[torch.float32]))
+    assert len(found["rows"]) == len(testing.cases(found["backend"], dtypes=[torch.float32]))
 
 
 def test_parity_failure_exits_1(wrong_backend, monkeypatch):
-    case = parity.Case("reference", torch.float32, "contiguous", "eval", (2, 8, 5, 5))
-    monkeypatch.setattr(parity, "cases", lambda *_, **__: [case])
+    case = testing.Case("reference", torch.float32, "contiguous", "eval", (2, 8, 5, 5))
+    monkeypatch.setattr(testing.parity, "cases", lambda *_, **__: [case])
     status, out, _ = run("parity", "--backend", "reference")
     assert status == 1
     assert "1 FAILED" in out

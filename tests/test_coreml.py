@@ -59,7 +59,7 @@ def random(*shape, seed=1):
 @torch.no_grad()
 def exact(model, x):
     """Float64, through the plain mixers."""
-    from casvit_kernels.folding import plain_copy
+    from casvit_kernels.surgery.fold import plain_copy
 
     return plain_copy(model).double().eval()(x.double())
 

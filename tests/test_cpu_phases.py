@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from conftest import require_native
 from test_phases import EPS, weights
 
-from casvit_kernels import _native, ops
-from casvit_kernels.backends import cpu
+from casvit_kernels.backends import cpu, native
+from casvit_kernels.ops.mixer import cpu as kernels
+from casvit_kernels.ops.mixer.weights import flatten, unflatten
 
 OPS = torch.ops.casvit_kernels
 LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16, "amx": 16}
@@ -41,14 +42,14 @@ def instruction_set(request):
     reason = cpu.instruction_sets().get(request.param, "not in this build")
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
-    library, before = _native.load()[0], cpu.active_instruction_set()
+    library, before = native.load()[0], cpu.active_instruction_set()
     library.casvit_cpu_isa_select(request.param.encode())
     yield request.param
     library.casvit_cpu_isa_select(before.encode())
 
 
 def cpu_project(x, weight, bias, dtype):
-    planes = torch.full((cpu.floats("qkv", x.shape),), torch.nan)
+    planes = torch.full((kernels.floats("qkv", x.shape),), torch.nan)
     OPS.cpu_project(x, weight, bias, dtype, planes)
     return planes
 
@@ -56,7 +57,7 @@ def cpu_project(x, weight, bias, dtype):
 def cpu_backward_combine(grad, planes, *arguments):
     b, c, height, width = grad.shape
     grad_qkv = torch.full((b * height * width, 3 * c), torch.nan)
-    grad_sum = torch.full((cpu.floats("grad_sum", grad.shape),), torch.nan)
+    grad_sum = torch.full((kernels.floats("grad_sum", grad.shape),), torch.nan)
     found = OPS.cpu_backward_combine(grad, planes, *arguments, grad_qkv, grad_sum)
     return (grad_qkv, grad_sum, *found)
 
@@ -80,7 +81,7 @@ class Problem:
 
     @property
     def arguments(self):
-        return (*ops.flatten(self.w), *EPS)
+        return (*flatten(self.w), *EPS)
 
 
 def from_planes(planes, shape):
@@ -207,8 +208,8 @@ def caster(dtype):
     def cast(value):
         if isinstance(value, torch.Tensor):
             return value.to(dtype)
-        flat = ops.flatten(value)
-        return ops.unflatten(tuple(t if t is None else t.to(dtype) for t in flat))
+        flat = flatten(value)
+        return unflatten(tuple(t if t is None else t.to(dtype) for t in flat))
 
     return cast
 
@@ -324,7 +325,7 @@ def test_sums_over_many_channels_lose_no_digit(instruction_set):
 @pytest.mark.parametrize("shape", [(2, 48, 9, 7), (3, 33, 13, 9), (2, 1, 1, 1)], ids=str)
 def test_the_product_in_bfloat16(shape, layout, instruction_set):
     p = Problem(shape, dtype=torch.bfloat16)
-    half = ops.unflatten(tuple(t.bfloat16() for t in ops.flatten(p.w)))
+    half = unflatten(tuple(t.bfloat16() for t in flatten(p.w)))
     planes = cpu_project(as_laid_out(p.x, layout), half.qkv_weight, half.qkv_bias, torch.bfloat16)
     torch.testing.assert_close(
         from_planes(planes, p.shape).double(),
@@ -358,7 +359,7 @@ def product_gradients(grad, x, weight):
 )
 def test_gradients_of_the_product(shape, layout, dtype, instruction_set):
     """As exact as PyTorch's; in bf16, where the CPU multiplies that, of rounded operands."""
-    if not cpu.has_product_gradients():
+    if not kernels.has_product_gradients():
         pytest.skip(f"{instruction_set}: library products")
     B, C, H, W = shape
     x = as_laid_out(torch.randn(shape).to(dtype), layout)
@@ -382,7 +383,7 @@ def test_gradients_of_the_product(shape, layout, dtype, instruction_set):
 
 def test_a_part_of_the_products_gradients(instruction_set):
     """What is not asked for is not computed, and what is has the same bits."""
-    if not cpu.has_product_gradients():
+    if not kernels.has_product_gradients():
         pytest.skip(f"{instruction_set}: library products")
     x, grad, weight = torch.randn(2, 20, 5, 7), torch.randn(70, 60), torch.randn(60, 20, 1, 1)
     both = OPS.cpu_project_backward(grad, x, weight, torch.float32, True, True)
@@ -398,7 +399,7 @@ def test_a_part_of_the_products_gradients(instruction_set):
 def test_nothing_to_do(shape):
     B, C, H, W = shape
     w, x = weights(C), torch.randn(shape)
-    arguments = (*ops.flatten(w), *EPS)
+    arguments = (*flatten(w), *EPS)
     planes = cpu_project(x, w.qkv_weight, w.qkv_bias, torch.float32)
     statistics = torch.ones(2, 2, C)
     assert OPS.cpu_statistics(planes, shape, *arguments).shape == (2, 2, C)

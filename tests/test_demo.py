@@ -16,8 +16,8 @@ import torch
 from test_cli import refused, run
 from torch import nn
 
-from casvit_kernels import models, timing
-from casvit_kernels.backends.reference import ReferenceBackend
+from casvit_kernels import benchmark, models
+from casvit_kernels.ops.mixer.dispatch import ReferenceKernels
 
 for package in ("matplotlib", "numpy", "PIL", "skimage", "sklearn", "tqdm"):
     pytest.importorskip(package)
@@ -220,14 +220,14 @@ def test_training_is_the_same_fused_and_repeats():
 
 def test_what_cannot_be_built_is_reported_with_its_reason(monkeypatch):
     def unavailable():
-        raise timing.Unavailable("no compiler here")
+        raise benchmark.Unavailable("no compiler here")
 
-    right = timing.mixer_candidates
+    right = benchmark.mixer_candidates
 
     def candidates(mixer, x, *, include):
         return {**right(mixer, x, include=include), "compile": unavailable}
 
-    monkeypatch.setattr(timing, "mixer_candidates", candidates)
+    monkeypatch.setattr(benchmark, "mixer_candidates", candidates)
     model, x = small(), torch.randn(1, 3, 32, 32)
     found = speed.measure(model, x, network.mixer_inputs(model, x), True, [1])
     assert speed.Absent("compile", "no compiler here") in found.absent
@@ -264,10 +264,10 @@ def test_heat_map_shows_the_gate():
 
 
 def test_parity_failure_stops_before_timing(monkeypatch, tmp_path):
-    right = ReferenceBackend.project_and_mix
-    monkeypatch.setattr(ReferenceBackend, "project_and_mix", lambda *a: right(*a) * 1.001)
+    right = ReferenceKernels.project_and_mix
+    monkeypatch.setattr(ReferenceKernels, "project_and_mix", lambda *a: right(*a) * 1.001)
     monkeypatch.setenv("CASVIT_KERNELS_BACKEND", "reference")
-    monkeypatch.setattr(timing, "interleave", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(benchmark, "interleave", lambda *_, **__: pytest.fail("timed"))
     status, out, _ = run("demo", "--quick", "--json", "--output", tmp_path / "r.html")
     found = json.loads(out)
     assert status == 1

@@ -11,6 +11,7 @@ from torch import nn
 from casvit_kernels import AdditiveTokenMixer, FusedCATM
 from casvit_kernels.backends.cpu import CpuBackend
 from casvit_kernels.export import to_coreml, to_onnx
+from casvit_kernels.ops.mixer.cpu import CpuKernels
 
 
 def fused_mixer(dim=8, **options):
@@ -42,7 +43,7 @@ def backend(request, monkeypatch):
     Also where the kernel is not built: tracers need its schema alone.
     """
     monkeypatch.setattr(CpuBackend, "why_not", lambda self, problem=None: None)
-    monkeypatch.setattr(CpuBackend, "pack", lambda self, w, eps, dtype: None)
+    monkeypatch.setattr(CpuKernels, "pack", lambda self, w, eps, dtype: None)
     return request.param
 
 

@@ -126,7 +126,7 @@ def test_compiled_for_all_sizes(backend, training):
 def test_kernels_are_compiled_once_for_all_sizes(backend):
     if backend != "triton":
         pytest.skip("compiled ahead of time")
-    from casvit_kernels.backends.triton import backward, forward
+    from casvit_kernels.ops.mixer.triton import backward, forward
 
     kernels = [v for m in (forward, backward) for k, v in vars(m).items() if k.endswith("_kernel")]
 

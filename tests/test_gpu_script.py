@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import require_native
 
-from casvit_kernels import parity
+from casvit_kernels import testing
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))  # where its files find each other
@@ -116,8 +116,8 @@ def test_what_is_there_is_not_run_again(tmp_path, ran, monkeypatch):
     lost = first["cases"].pop(3)
     (tmp_path / "cpu" / "parity.json").write_text(json.dumps(first))
     checked = []
-    right = parity.verdict
-    monkeypatch.setattr(parity, "verdict", lambda case: checked.append(case) or right(case))
+    right = testing.verdict
+    monkeypatch.setattr(testing, "verdict", lambda case: checked.append(case) or right(case))
     assert _run(tmp_path, "--parts", "parity") == 0
     assert [str(case) for case in checked] == [lost["id"].rsplit("-", 2)[0]]
     monkeypatch.setattr(gpu, "version", lambda: "other sources")
@@ -154,18 +154,18 @@ def test_a_part_stops_before_the_deadline_and_the_next_call_goes_on(
 
 
 def _fail(case, text):
-    row = parity._row(case, (), (text,))
+    row = testing.parity._row(case, (), (text,))
     return row
 
 
 def test_no_speed_while_parity_is_red(tmp_path, ran, monkeypatch, capsys):
-    right = parity.verdict
+    right = testing.verdict
 
     def verdict(case):
         wrong = case.mode == "train" and case.dtype is torch.float16
         return _fail(case, "out: max error 3") if wrong else right(case)
 
-    monkeypatch.setattr(parity, "verdict", verdict)
+    monkeypatch.setattr(testing, "verdict", verdict)
     assert _run(tmp_path, "--parts", "parity,mixer") == 1
     out = capsys.readouterr().out
     assert "no speed: parity is red, 2 of 18 cases, the first: cpu-float16" in out
@@ -207,14 +207,14 @@ def test_a_case_that_raises_is_recorded_and_the_rest_goes_on(tmp_path, ran, monk
 
 
 def test_a_lost_gpu_context_costs_one_case(tmp_path, ran, monkeypatch):
-    right, calls = parity.verdict, []
+    right, calls = testing.verdict, []
 
     def verdict(case):
         calls.append(case)
         lost = len(calls) == 3
         return _fail(case, "AcceleratorError: CUDA error: misaligned") if lost else right(case)
 
-    monkeypatch.setattr(parity, "verdict", verdict)
+    monkeypatch.setattr(testing, "verdict", verdict)
     assert _run(tmp_path, "--parts", "parity") == 1
     assert ran == ["parity"] * 2  # a new process
     passed = [case["passed"] for case in _read(tmp_path, "parity")["cases"]]
@@ -346,10 +346,10 @@ def test_parity_takes_the_real_shapes_in_every_dtype_layout_and_mode(tmp_path):
         found = [c for c in cases if c.shape == shape]
         assert {(c.dtype, c.layout, c.mode) for c in found} == set(
             itertools.product(
-                parity.BACKENDS["cpu"].dtypes, ("contiguous", "channels_last"), parity.MODES
+                testing.BACKENDS["cpu"].dtypes, ("contiguous", "channels_last"), testing.MODES
             )
         )
-    assert {c.layout for c in cases} == set(parity.LAYOUTS)
+    assert {c.layout for c in cases} == set(testing.LAYOUTS)
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,8 @@ def test_a_wheel_built_with_one_torch_passes_parity_under_another(tmp_path: Path
 
 INTERPRET = """
 import json, torch, triton
-from casvit_kernels import parity
-rows = [parity.check(case) for case in parity.cases("triton")[::5]]
+from casvit_kernels import testing
+rows = [testing.check(case) for case in testing.cases("triton")[::5]]
 failures = [[str(r[:5]), r.failures] for r in rows if not r.passed]
 print(json.dumps([torch.__version__, triton.__version__, len(rows), failures]))
 """

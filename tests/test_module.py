@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from casvit_kernels import AdditiveTokenMixer, FusedCATM, catm
-from casvit_kernels.backends import cpu
 from casvit_kernels.module import mixer_weights
-from casvit_kernels.reference import GateWeights, MixerWeights
+from casvit_kernels.ops.mixer import cpu
+from casvit_kernels.ops.mixer.weights import GateWeights, MixerWeights
 
 KEYS = [
     "qkv.weight",
@@ -381,7 +381,7 @@ def test_single_elements_written_through_data_follow_after_refresh(mixer, x):
 def test_a_write_while_weights_are_packed_is_seen(x, monkeypatch):
     require_backend("cpu")
     mixer = filled(FusedCATM(19, backend="cpu")).eval()
-    real = cpu.CpuBackend.pack
+    real = cpu.CpuKernels.pack
     before = mixer.dwc.weight.data  # stays where it was, with its values
 
     def meanwhile(*arguments):
@@ -390,7 +390,7 @@ def test_a_write_while_weights_are_packed_is_seen(x, monkeypatch):
         monkeypatch.undo()
         return made
 
-    monkeypatch.setattr(cpu.CpuBackend, "pack", meanwhile)
+    monkeypatch.setattr(cpu.CpuKernels, "pack", meanwhile)
     with torch.no_grad():
         mixer(x)
     assert_right(mixer, x)
@@ -400,7 +400,7 @@ def test_repeated_calls_without_gradients_take_the_short_operator(x, monkeypatch
     require_backend("cpu")
     mixer = filled(FusedCATM(19, backend="cpu")).eval()
     expected = mixer(x)
-    monkeypatch.setattr(cpu.ops, "project_and_mix", None)
+    monkeypatch.setattr(cpu.schema, "project_and_mix", None)
     with torch.no_grad():
         assert torch.equal(mixer(x), expected)
     with torch.inference_mode():
@@ -410,7 +410,7 @@ def test_repeated_calls_without_gradients_take_the_short_operator(x, monkeypatch
 def test_the_short_operator_refuses_what_was_packed_for_something_else(x):
     require_backend("cpu")
     operators = torch.ops.casvit_kernels
-    flat = cpu.ops.flatten(mixer_weights(filled(FusedCATM(19)).eval()))
+    flat = cpu.schema.flatten(mixer_weights(filled(FusedCATM(19)).eval()))
     packed = operators.pack(*flat, 1e-5, 1e-5, torch.float32)
     with torch.no_grad():
         with pytest.raises(RuntimeError, match="packed: expected weights packed for x"):
@@ -427,8 +427,8 @@ def test_the_short_operator_refuses_what_was_packed_for_something_else(x):
 def test_weights_are_packed_once_for_each_change(x, monkeypatch):
     require_backend("cpu")
     packed = []
-    real = cpu.ops.pack
-    monkeypatch.setattr(cpu.ops, "pack", lambda *args: packed.append(1) or real(*args))
+    real = cpu.schema.pack
+    monkeypatch.setattr(cpu.schema, "pack", lambda *args: packed.append(1) or real(*args))
     mixer = filled(FusedCATM(19, backend="cpu")).eval()
     for _ in range(3):
         mixer(x)
@@ -452,9 +452,9 @@ def test_weights_are_packed_once_for_each_change(x, monkeypatch):
 def test_each_dtype_is_packed_once_when_calls_alternate(x, monkeypatch):
     require_backend("cpu")
     packed = []
-    real = cpu.CpuBackend.pack
+    real = cpu.CpuKernels.pack
     monkeypatch.setattr(
-        cpu.CpuBackend, "pack", lambda *args: packed.append(args[-1]) or real(*args)
+        cpu.CpuKernels, "pack", lambda *args: packed.append(args[-1]) or real(*args)
     )
     mixer = filled(FusedCATM(19, backend="cpu")).eval()
 

@@ -11,8 +11,10 @@ from conftest import require_backend, require_native
 from mixers import assert_right, filled, plain_copy
 from torch.func import functional_call
 
-from casvit_kernels import FusedCATM, ops
-from casvit_kernels.reference import GateWeights, MixerWeights
+from casvit_kernels import FusedCATM
+from casvit_kernels.ops.mixer import schema
+from casvit_kernels.ops.mixer.schema import pack
+from casvit_kernels.ops.mixer.weights import GateWeights, MixerWeights, flatten, unflatten
 
 EPS = (1e-5, 1e-4)
 
@@ -58,11 +60,11 @@ def weights(bias=True, affine=True, dtype=torch.float32):
         torch.randn(5, 1, 3, 3),
         torch.randn(5),
     )
-    return ops.unflatten(tuple(t if t is None else t.to(dtype) for t in ops.flatten(w)))
+    return unflatten(tuple(t if t is None else t.to(dtype) for t in flatten(w)))
 
 
 def requires_grad(w):
-    for i, t in enumerate(ops.flatten(w)):
+    for i, t in enumerate(flatten(w)):
         if t is not None and i not in (6, 7, 14, 15):  # running statistics
             t.requires_grad_()
 
@@ -94,10 +96,10 @@ def test_opcheck_project_and_mix(shape, memory_format, packed, dtype):
     require_native()
     w = weights(dtype=dtype)
     x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
-    pack = ops.pack(w, EPS, dtype) if packed else None
+    packed_weights = pack(w, EPS, dtype) if packed else None
     requires_grad(w)
     for x_needs_grad in (False, True):
-        arguments = (x.requires_grad_(x_needs_grad), *ops.flatten(w), *EPS, pack)
+        arguments = (x.requires_grad_(x_needs_grad), *flatten(w), *EPS, packed_weights)
         torch.library.opcheck(torch.ops.casvit_kernels.project_and_mix, arguments)
 
 
@@ -109,25 +111,23 @@ def test_opcheck_with_parts_missing(bias, affine):
     requires_grad(w)
     x = torch.randn(2, 5, 4, 3, requires_grad=True)
     op = torch.ops.casvit_kernels.project_and_mix
-    torch.library.opcheck(op, (x, *ops.flatten(w), *EPS))
-    torch.library.opcheck(op, (x.detach(), *ops.flatten(w), *EPS), {"dtype": torch.bfloat16})
-    torch.library.opcheck(torch.ops.casvit_kernels.pack, (*ops.flatten(w), *EPS, torch.float32))
+    torch.library.opcheck(op, (x, *flatten(w), *EPS))
+    torch.library.opcheck(op, (x.detach(), *flatten(w), *EPS), {"dtype": torch.bfloat16})
+    torch.library.opcheck(torch.ops.casvit_kernels.pack, (*flatten(w), *EPS, torch.float32))
 
 
 def test_the_operator_takes_any_strides():
     require_native()
     w = weights()
     x = torch.randn(2, 5, 7, 6)
-    expected = ops.project_and_mix(x, w, EPS)
+    expected = schema.project_and_mix(x, w, EPS)
     for view in (
         x.contiguous(memory_format=torch.channels_last),
         x.transpose(2, 3).contiguous().transpose(2, 3),
         torch.randn(3, 7, 9, 9)[1:, 1:6, 1:8, 1:7].copy_(x),
     ):
-        torch.testing.assert_close(ops.project_and_mix(view, w, EPS), expected)
-        torch.library.opcheck(
-            torch.ops.casvit_kernels.project_and_mix, (view, *ops.flatten(w), *EPS)
-        )
+        torch.testing.assert_close(schema.project_and_mix(view, w, EPS), expected)
+        torch.library.opcheck(torch.ops.casvit_kernels.project_and_mix, (view, *flatten(w), *EPS))
 
 
 # torch.compile

@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from casvit_kernels import ops
-from casvit_kernels.reference import GateWeights, MixerWeights, catm, running_norm
+from casvit_kernels.ops.mixer.reference import catm, running_norm
+from casvit_kernels.ops.mixer.weights import GateWeights, MixerWeights, flatten, unflatten
 
 EPS = (1e-5, 1e-3)
-STATISTICS = (6, 7, 14, 15)  # where the running ones are in ops.flatten
+STATISTICS = (6, 7, 14, 15)  # where the running ones are in flatten
 BATCH = [(True, True), (False, False), (True, False)]
 
 
@@ -43,7 +43,7 @@ def batch_norm(w, eps):
 
 
 def by_phases(x, w, grad, batch):
-    """out, and the gradients of x and the weights as in (x, *ops.flatten(w))."""
+    """out, and the gradients of x and the weights as in (x, *flatten(w))."""
     B, _, H, W = x.shape
     qkv = phases.project(x, w)
     running = torch.stack([torch.stack((g.norm_mean, g.norm_var)) for g in (w.q, w.k)])
@@ -94,7 +94,7 @@ def by_phases(x, w, grad, batch):
         b1.proj_weight,
         b1.proj_bias,
     )
-    return mixed.out, (x_grad, *ops.flatten(grads))
+    return mixed.out, (x_grad, *flatten(grads))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 3, 1, 7), (3, 5, 6, 4)], ids=str)
@@ -109,11 +109,11 @@ def test_the_phases_are_the_gradients(shape, batch, parts):
         torch.set_default_dtype(torch.float32)
     out, found = by_phases(x, w, grad, batch)
 
-    inputs = [x, *ops.flatten(w)]
+    inputs = [x, *flatten(w)]
     for i, t in enumerate(inputs):
         if t is not None and i - 1 not in STATISTICS:
             t.requires_grad_()
-    w = ops.unflatten(tuple(inputs[1:]))
+    w = unflatten(tuple(inputs[1:]))
     norms = [
         batch_norm(g, e) if b else running_norm(g, e)
         for g, e, b in zip((w.q, w.k), EPS, batch, strict=True)

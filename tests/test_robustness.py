@@ -139,14 +139,14 @@ def test_every_instruction_set_with_two_threads(name):
     # The library reads the variable when it loads, so each needs a process of its own.
     script = (
         "import json, torch\n"
-        "from casvit_kernels import parity\n"
+        "from casvit_kernels import testing\n"
         "from casvit_kernels.backends import cpu\n"
         "torch.set_num_threads(2)\n"
-        "cases = [parity.Case('cpu', dtype, layout, 'eval', shape)\n"
+        "cases = [testing.Case('cpu', dtype, layout, 'eval', shape)\n"
         "         for dtype in (torch.float32, torch.bfloat16)\n"
         "         for layout in ('contiguous', 'channels_last')\n"
         "         for shape in ((1, 48, 28, 28), (3, 33, 13, 9), (1, 220, 7, 7), (5, 65, 9, 9))]\n"
-        "failures = [row.failures for row in map(parity.check, cases) if not row.passed]\n"
+        "failures = [row.failures for row in map(testing.check, cases) if not row.passed]\n"
         "print(json.dumps([cpu.active_instruction_set(), torch.get_num_threads(), failures]))\n"
     )
     done = subprocess.run(

@@ -17,8 +17,9 @@ from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from casvit_kernels import AdditiveTokenMixer, FusedCATM, fuse, module, shortcut, use_backend
-from casvit_kernels.backends import ENVIRONMENT, cpu
+from casvit_kernels import AdditiveTokenMixer, FusedCATM, fuse, module, use_backend
+from casvit_kernels.backends import ENVIRONMENT
+from casvit_kernels.ops.mixer import cpu
 
 PARTS = [
     "qkv",
@@ -72,7 +73,7 @@ def outcomes(mixer, call):
     fresh = copy.deepcopy(mixer)
     found = outcome(lambda: call(mixer))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shortcut, "find", lambda *_: None)
+        patch.setattr(module, "fast_path", lambda *_: None)
         expected = outcome(lambda: call(fresh))
     return found, expected
 
@@ -91,7 +92,7 @@ def assert_same_the_long_way(call):
     """The same call with the same packed weights; for what leaves those as they are."""
     found = call()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shortcut, "find", lambda *_: None)
+        patch.setattr(module, "fast_path", lambda *_: None)
         assert call() == found
     return found
 
@@ -428,8 +429,8 @@ def test_a_bias_of_qkv_that_comes_and_goes(x):
 @torch.no_grad()
 def test_what_the_kernel_calls_stale_is_packed_again(mixer, x, monkeypatch):
     packed = []
-    real = cpu.ops.pack
-    monkeypatch.setattr(cpu.ops, "pack", lambda *args: packed.append(1) or real(*args))
+    real = cpu.schema.pack
+    monkeypatch.setattr(cpu.schema, "pack", lambda *args: packed.append(1) or real(*args))
     mixer.dwc.weight.data.mul_(1.5)
     for _ in range(4):
         mixer(x)

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import casvit_kernels
-from casvit_kernels import AdditiveTokenMixer, FusedCATM, fuse, swap, unfuse
+from casvit_kernels import AdditiveTokenMixer, FusedCATM, fuse, unfuse
+from casvit_kernels import module as swap
 
 MIXERS = [CopiedMixer, RewrittenMixer, AdditiveTokenMixer]
 

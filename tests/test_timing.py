@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import require_native
 
-from casvit_kernels import BackendUnavailable, FusedCATM, timing
+from casvit_kernels import BackendUnavailable, FusedCATM, benchmark
+from casvit_kernels.benchmark import Timing, interleave, mixer_candidates, ratio_to_best
 from casvit_kernels.models import rcvit_xs
-from casvit_kernels.reference import AdditiveTokenMixer
-from casvit_kernels.timing import Timing, interleave, mixer_candidates, ratio_to_best
+from casvit_kernels.ops.mixer.reference import AdditiveTokenMixer
 
 
 class Clock:
@@ -64,7 +64,7 @@ def test_each_candidate_is_repeated_until_a_round_is_long_enough():
 
 def test_a_candidate_that_cannot_be_built_is_absent_with_its_reason():
     def absent():
-        raise timing.Unavailable("no compiler")
+        raise benchmark.Unavailable("no compiler")
 
     clock, seen = Clock(), []
     candidates = {"absent": absent, "a": clock.candidate("a", 1.0)}
@@ -182,7 +182,7 @@ def test_onnxruntime_not_installed_is_said_with_the_remedy(mixer, x, monkeypatch
         importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name)
     )
     call = mixer_candidates(mixer, x, include=["onnxruntime"])["onnxruntime"]
-    with pytest.raises(timing.Unavailable, match=r"onnxruntime.*casvit-kernels\[export\]"):
+    with pytest.raises(benchmark.Unavailable, match=r"onnxruntime.*casvit-kernels\[export\]"):
         call()
 
 
@@ -222,13 +222,13 @@ def test_wrong_arguments_are_named(mixer, x):
 
 
 def test_a_model_without_mixers_is_refused():
-    call = timing.model_candidates(torch.nn.Conv2d(3, 4, 1), torch.randn(1, 3, 4, 4))["fused"]
+    call = benchmark.model_candidates(torch.nn.Conv2d(3, 4, 1), torch.randn(1, 3, 4, 4))["fused"]
     with pytest.raises(ValueError, match="model: expected mixers that can all be fused"):
         call()
 
 
 def test_environment_names_what_a_number_depends_on():
-    found = timing.environment()
+    found = benchmark.environment()
     assert json.loads(json.dumps(found)) == found
     assert found["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()
@@ -266,7 +266,7 @@ def test_the_mix_alone_gives_the_output_of_the_mixer(mixer, x):
         got, expected = calls["fused mix bf16"](), calls["fused bf16"]()
     torch.testing.assert_close(got, expected, atol=0.01, rtol=0.02)
     calls = mixer_candidates(mixer, x, include=["fused mix"], backend="reference")
-    with pytest.raises(timing.Unavailable, match="no mixing apart from the product"):
+    with pytest.raises(benchmark.Unavailable, match="no mixing apart from the product"):
         calls["fused mix"]()
 
 
@@ -275,7 +275,7 @@ def test_a_models_step_gives_the_gradients_of_its_parameters():
     model = rcvit_xs(num_classes=3, distillation=False)
     x = torch.randn(2, 3, 32, 32)
     include = ["eager", "fused channels_last"]
-    calls = timing.model_training_candidates(model, x, include=include, backend="cpu")
+    calls = benchmark.model_training_candidates(model, x, include=include, backend="cpu")
     eager, fused = (call() for call in calls.values())
     assert len(eager) == len(fused) == 1 + len(list(model.parameters()))
     torch.testing.assert_close(fused[0], eager[0], atol=1e-3, rtol=1e-3)

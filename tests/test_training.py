@@ -18,10 +18,13 @@ from mixers import filled, plain_copy
 from torch import nn
 from torch.func import functional_call
 
-from casvit_kernels import FusedCATM, catm, ops, reference
-from casvit_kernels import training as steps
+from casvit_kernels import FusedCATM, catm
 from casvit_kernels.backends import get
-from casvit_kernels.reference import GateWeights, MixerWeights
+from casvit_kernels.ops.mixer import reference
+from casvit_kernels.ops.mixer import training as steps
+from casvit_kernels.ops.mixer.autograd import mix_training
+from casvit_kernels.ops.mixer.schema import Settings
+from casvit_kernels.ops.mixer.weights import GateWeights, MixerWeights, flatten, unflatten
 
 _PATH = Path(__file__).parents[1] / "bench" / "saved_bytes.py"
 _SPEC = importlib.util.spec_from_file_location("bench_saved_bytes", _PATH)
@@ -77,11 +80,11 @@ def weights(dim=5, bias=True, affine=True, running=(True, True), dtype=torch.flo
         torch.randn(dim, 1, 3, 3),
         torch.randn(dim),
     )
-    return ops.unflatten([t if t is None else t.to(dtype) for t in ops.flatten(w)])
+    return unflatten([t if t is None else t.to(dtype) for t in flatten(w)])
 
 
 def requires_grad(w):
-    for i, t in enumerate(ops.flatten(w)):
+    for i, t in enumerate(flatten(w)):
         if t is not None and i not in (6, 7, 14, 15):  # running statistics
             t.requires_grad_()
     return w
@@ -179,7 +182,7 @@ def test_one_value_per_channel_changes_nothing(mixer):
 @pytest.mark.parametrize("backend", [BACKEND, "reference"])
 def test_the_function(x, batch, backend):
     w, twin = weights(), weights()
-    for a, b in zip(ops.flatten(twin), ops.flatten(w), strict=True):
+    for a, b in zip(flatten(twin), flatten(w), strict=True):
         a.copy_(b)
     out = catm(x, w, eps=EPS, training=batch, momentum=(0.2, 0.7), backend=backend)
 
@@ -190,7 +193,7 @@ def test_the_function(x, batch, backend):
         )
 
     torch.testing.assert_close(out, reference.catm(x, twin, norm(0), norm(1)), rtol=1e-4, atol=1e-4)
-    for a, b in zip(ops.flatten(w), ops.flatten(twin), strict=True):
+    for a, b in zip(flatten(w), flatten(twin), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -349,8 +352,8 @@ def test_the_same_bits_again(mixer, mode):
 def test_opcheck_mix_training(shape, memory_format, dtype, batch):
     w = requires_grad(weights(running=[not b for b in batch], dtype=dtype))
     x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
-    settings = ops.Settings(*EPS, *batch, None, BACKEND, "")
-    torch.library.opcheck(torch.ops.casvit_kernels.mix_training, (x, *ops.flatten(w), *settings))
+    settings = Settings(*EPS, *batch, None, BACKEND, "")
+    torch.library.opcheck(torch.ops.casvit_kernels.mix_training, (x, *flatten(w), *settings))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -359,23 +362,23 @@ def test_opcheck_mix_training(shape, memory_format, dtype, batch):
 def test_opcheck_mix_backward(shape, bias, affine):
     w = weights(bias=bias, affine=affine, running=(False, False))
     x = torch.randn(shape)
-    settings = ops.Settings(*EPS, True, True, None, BACKEND, "")
-    out, saved = ops.mix_training(x, w, settings)
+    settings = Settings(*EPS, True, True, None, BACKEND, "")
+    out, saved = mix_training(x, w, settings)
     requires_grad(w)
     x.requires_grad_()
     grad = torch.randn_like(out).requires_grad_()
     for needed in (
-        [t is not None and t.requires_grad for t in (x, *ops.flatten(w))],
+        [t is not None and t.requires_grad for t in (x, *flatten(w))],
         [i in (1, 9) for i in range(23)],
     ):
-        arguments = (grad, x, *ops.flatten(w), *settings, *saved, needed)
+        arguments = (grad, x, *flatten(w), *settings, *saved, needed)
         torch.library.opcheck(torch.ops.casvit_kernels.mix_backward, arguments)
 
 
 def test_a_backend_without_training_says_so(x):
-    settings = ops.Settings(*EPS, True, True, None, "reference", "")
+    settings = Settings(*EPS, True, True, None, "reference", "")
     with pytest.raises(RuntimeError, match="'reference' has no training kernels"):
-        ops.mix_training(x, weights(), settings)
+        mix_training(x, weights(), settings)
 
 
 @pytest.mark.parametrize("expand", [False, True])
@@ -803,8 +806,8 @@ def test_the_whole_step_computes_what_its_phases_do(batch, images, monkeypatch):
     """Only a process group makes the CPU backend go by phases; here it is made to."""
     x, w = torch.randn(images, 19, 6, 7), weights(19)
     grad = torch.randn_like(x)
-    settings = ops.Settings(*EPS, *batch, None, "cpu", "")
-    every = [True, *(t is not None for t in ops.flatten(w))]
+    settings = Settings(*EPS, *batch, None, "cpu", "")
+    every = [True, *(t is not None for t in flatten(w))]
     for index in (7, 8, 15, 16):  # running statistics have no gradients
         every[index] = False
 

@@ -15,13 +15,14 @@ import torch
 from test_training import weights
 from torch._subclasses import FakeTensorMode
 
-from casvit_kernels import BackendUnavailable, FusedCATM, backends, ops, parity
-from casvit_kernels.backends import get, triton
-from casvit_kernels.backends.base import Problem
-from casvit_kernels.backends.triton import tuning
+from casvit_kernels import BackendUnavailable, FusedCATM, backends, testing
+from casvit_kernels.backends import Problem, get, triton
+from casvit_kernels.ops.mixer.autograd import mix_training
+from casvit_kernels.ops.mixer.schema import Settings
+from casvit_kernels.ops.mixer.triton import tuning
 
 triton_itself = pytest.importorskip("triton")
-backends_module = sys.modules["casvit_kernels.backends"]
+backends_module = sys.modules["casvit_kernels.backends.registry"]
 HERE = Path(__file__).parent
 INTERPRETED = {
     **os.environ,
@@ -53,14 +54,14 @@ def test_parity():
     """Each half of the cases in a process."""
     script = """
 import json
-from casvit_kernels import parity
-rows = [parity.check(c) for c in parity.cases("triton")[{start}::2]]
+from casvit_kernels import testing
+rows = [testing.check(c) for c in testing.cases("triton")[{start}::2]]
 print(json.dumps([len(rows), [[str(r[:5]), r.failures] for r in rows if not r.passed]]))
 """
     found = [result(p) for p in [interpret(script.format(start=i)) for i in range(2)]]
     assert [failures for _, failures in found] == [[], []]
     if not torch.cuda.is_available():
-        assert sum(count for count, _ in found) == len(parity.cases("triton"))
+        assert sum(count for count, _ in found) == len(testing.cases("triton"))
 
 
 TRAINING = (
@@ -91,7 +92,7 @@ import json
 import torch
 from casvit_kernels import FusedCATM, use_backend
 from casvit_kernels.backends import Problem, select
-from casvit_kernels.backends.triton import launch, phases
+from casvit_kernels.ops.mixer.triton import launch, phases
 
 calls = []
 def counting(name, kernel):
@@ -170,11 +171,13 @@ def test_opcheck():
             """
 import torch
 from test_training import EPS, requires_grad, weights
-from casvit_kernels import ops
+from casvit_kernels.ops.mixer.autograd import mix_training
+from casvit_kernels.ops.mixer.schema import Settings
+from casvit_kernels.ops.mixer.weights import flatten
 
 x, w = torch.randn(2, 3, 3, 4).requires_grad_(), requires_grad(weights(3))
-settings = ops.Settings(*EPS, True, True, None, "triton", "")
-torch.library.opcheck(torch.ops.casvit_kernels.mix_training.default, (x, *ops.flatten(w), *settings))
+settings = Settings(*EPS, True, True, None, "triton", "")
+torch.library.opcheck(torch.ops.casvit_kernels.mix_training.default, (x, *flatten(w), *settings))
 print("{}")
 """
         )
@@ -189,7 +192,7 @@ def test_offsets_past_two_gigaelements():
 import json
 import phases
 import torch
-from casvit_kernels.backends.triton import forward
+from casvit_kernels.ops.mixer.triton import forward
 
 H, W, C, TILE = 2, 2**28 + 64, 4, 32
 qkv = torch.empty(3 * C * H * W, dtype=torch.float16)
@@ -214,7 +217,7 @@ print(json.dumps([C * H * W > 2**31, (partial[1, 0] - own.mean(1)).abs().max().i
 
 
 def test_images_too_large_are_refused():
-    from casvit_kernels.backends.triton import launch
+    from casvit_kernels.ops.mixer.triton import launch
 
     x = torch.empty(1, 8, 2**13, 2**14, device="meta")
     cut = tuning.cut("statistics", *(x.shape[i] for i in (1, 0, 2, 3)))
@@ -230,7 +233,7 @@ def test_rows_and_images_of_a_program_only_change_rounding():
 import json
 import torch
 from casvit_kernels import FusedCATM
-from casvit_kernels.backends.triton import tuning
+from casvit_kernels.ops.mixer.triton import tuning
 
 mixer = FusedCATM(3, True, backend="triton").train()
 x = torch.randn(4, 3, 5, 6)
@@ -261,8 +264,8 @@ def test_fake_tensors_of_a_gpu():
         w = weights(6, dtype=torch.bfloat16)
         x = torch.empty(2, 6, 8, 9, dtype=torch.bfloat16)
         x = x.contiguous(memory_format=torch.channels_last)
-        settings = ops.Settings(1e-5, 1e-5, True, True, None, "triton", "")
-        out, saved = ops.mix_training(x, w, settings)
+        settings = Settings(1e-5, 1e-5, True, True, None, "triton", "")
+        out, saved = mix_training(x, w, settings)
         assert out.device.type == saved.spatial.device.type == "cuda"
         assert out.dtype is torch.bfloat16
         assert out.is_contiguous(memory_format=torch.channels_last)

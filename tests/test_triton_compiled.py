@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("what is interpreted cannot be compiled", allow_module_level=True)
 
-from casvit_kernels.backends.triton import launch, phases, tuning  # noqa: E402
+from casvit_kernels.ops.mixer.triton import launch, phases, tuning  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,7 +17,7 @@ import numpy
 import torch
 import triton.runtime.interpreter as interpreter
 from casvit_kernels import FusedCATM
-from casvit_kernels.backends.triton import launch, traffic, tuning
+from casvit_kernels.ops.mixer.triton import launch, traffic, tuning
 
 tuning.MANY_PROGRAMS = 1  # so that programs take several images
 counts, current = {}, None

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .. import timing
-from ..swap import fuse
+from .. import benchmark
+from ..surgery import fuse
 from . import check, network, speed
 from .progress import phase
 from .speed import Speed
@@ -41,4 +41,4 @@ def run(model: str, batch: int, stages: Sequence[int] | None, quick: bool, seed:
     measured = None
     if parity.passed:
         measured = speed.measure(reference, x, inputs, quick, stages)
-    return Bench(model, timing.environment(), parity, measured)
+    return Bench(model, benchmark.environment(), parity, measured)

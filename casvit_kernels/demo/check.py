@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..parity import FACTOR
+from ..testing import FACTOR
 from . import network
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..reference import AdditiveTokenMixer
+from ..ops.mixer.reference import AdditiveTokenMixer
 from . import network
 
 

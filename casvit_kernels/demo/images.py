@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..extras import need
+from .._optional import need
 
 SIZE = 224  # pixels, the published input size
 MOST = 32  # photographs used of a directory; more would only take longer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..reference import AdditiveTokenMixer
+from ..ops.mixer.reference import AdditiveTokenMixer
 
 
 def build(

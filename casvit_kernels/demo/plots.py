@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..extras import need
+from .._optional import need
 
 TILE = 168  # pixels of one heat map
 MAP = "inferno"

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import __version__, timing
-from ..backends import select
-from ..backends.base import Problem
-from ..extras import need
-from ..swap import fuse
+from .. import __version__, benchmark
+from .._optional import need
+from ..backends import Problem, select
+from ..surgery import fuse
 from . import check, files, gates, images, network, report, results, speed, training
 from .progress import phase
 
@@ -71,7 +70,7 @@ class Demo:
             parity = check.check(self.reference, fused, x, inputs, bar.advance)
         found = results.Results(
             version=__version__,
-            environment=timing.environment(),
+            environment=benchmark.environment(),
             quick=options.quick,
             photographs=list(photographs.names),
             photographs_found=photographs.found,

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import timing
+from .. import benchmark
 from . import network
 from .progress import Phase, phase
 
 BATCH = 8
 ROUNDS, QUICK_ROUNDS = 15, 3
-MODEL = (*timing.MIXER_NAMES, "fused compile")
+MODEL = (*benchmark.MIXER_NAMES, "fused compile")
 # What has to be compiled or exported first takes minutes and is left out of a quick run.
 QUICK = ("eager", "eager channels_last", "fused", "fused channels_last")
 
@@ -89,14 +89,14 @@ def measure(
     groups = list(enumerate(network.stages(list(mixers)), 1))
     groups = [(i, names) for i, names in groups if only is None or i in only]
     jobs = {
-        f"stage {i}": timing.mixer_candidates(
-            mixers[names[-1]], inputs[names[-1]], include=_wanted(timing.MIXER_NAMES, quick)
+        f"stage {i}": benchmark.mixer_candidates(
+            mixers[names[-1]], inputs[names[-1]], include=_wanted(benchmark.MIXER_NAMES, quick)
         )
         for i, names in groups
     }
     if only is None:
         include = _wanted(MODEL, quick)
-        jobs = {"whole model": timing.model_candidates(model, x, include=include), **jobs}
+        jobs = {"whole model": benchmark.model_candidates(model, x, include=include), **jobs}
 
     absent: dict[str, str] = {}
     if quick:
@@ -139,12 +139,12 @@ def _latencies(
             with torch.inference_mode():
                 call()
             ready[name] = call
-        except timing.Unavailable as error:
+        except benchmark.Unavailable as error:
             absent[name] = str(error)
             bar.advance(1 + rounds)
         bar.advance()
     bar.say(label)
-    timings = timing.interleave(
+    timings = benchmark.interleave(
         ready,
         rounds=rounds,
         min_round_seconds=0.01 if rounds == QUICK_ROUNDS else 0.05,

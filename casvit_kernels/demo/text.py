@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from ..parity import FACTOR, Row
+from ..testing import FACTOR, Row
 from . import words
 from .bench import Bench
 from .check import Parity

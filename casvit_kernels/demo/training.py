@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import models
-from ..extras import need
-from ..swap import fuse
+from .._optional import need
+from ..surgery import fuse
 
 CONFIG = models.Config(layers=(1, 1, 2, 1), dims=(32, 40, 64, 96))
 SIDE = 32  # pixels: the 8x8 digits, upscaled

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..parity import FACTOR
+from ..testing import FACTOR
 from .check import Deviation, Parity
 from .results import Results
 from .speed import Latency, Speed, best

@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from .._optional import MissingExtra
 from .._version import __version__
 from ..demo import images
 from ..demo.images import MEAN, STD
-from ..extras import MissingExtra
-from ..folding import FoldReport, fold_for_inference, plain_copy
 from ..models.checkpoint import config_of
 from ..models.rcvit import CONFIGS
+from ..surgery.fold import FoldReport, fold_for_inference, plain_copy
 
 if TYPE_CHECKING:
     from .neural_engine import NeuralEngineReport

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .._optional import MissingExtra
 from ..demo import images as photographs
-from ..extras import MissingExtra
 from . import _graph
 from ._common import ExportError, Prepared, quiet, require, resized
 

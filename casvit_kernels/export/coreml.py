@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..folding import plain_copy
+from ..surgery.fold import plain_copy
 from ._common import (
     ExportError,
     ExportReport,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..models.checkpoint import config_of
 from ..models.rcvit import Config, RCViT
-from ..reference import AdditiveTokenMixer
+from ..ops.mixer.reference import AdditiveTokenMixer
 
 MULTIPLE = 8
 

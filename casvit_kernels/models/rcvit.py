@@ -14,9 +14,9 @@ from typing import Concatenate, NamedTuple, ParamSpec
 import torch
 from torch import Tensor, nn
 
-from ..functional import exporting
 from ..module import FusedCATM
-from ..reference import AdditiveTokenMixer
+from ..ops.mixer.reference import AdditiveTokenMixer
+from ..ops.tracing import exporting
 
 
 class Config(NamedTuple):

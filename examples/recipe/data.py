@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from casvit_kernels.extras import need
+from casvit_kernels._optional import need
 
 from .problem import Problem
 

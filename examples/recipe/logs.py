@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from casvit_kernels.extras import need
+from casvit_kernels._optional import need
 
 from .problem import Problem
 

@@ -1,7 +1,7 @@
 """Every backend against plain PyTorch in float64, and proof that these checks can fail.
 
 CASVIT_KERNELS_PARITY=long runs a long random sweep. A new backend joins by a line in
-`casvit_kernels.parity.BACKENDS`.
+`casvit_kernels.testing.BACKENDS`.
 """
 
 import json
@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from conftest import require_backend, require_native
 
-from casvit_kernels import AdditiveTokenMixer, BackendUnavailable, FusedCATM, backends, parity
+from casvit_kernels import AdditiveTokenMixer, BackendUnavailable, FusedCATM, backends, testing
 from casvit_kernels.backends import cpu
 
 LONG = os.environ.get("CASVIT_KERNELS_PARITY") == "long"
 
 
 @pytest.mark.parametrize(
-    "case", [c for name in parity.BACKENDS for c in parity.cases(name, long=LONG)], ids=str
+    "case", [c for name in testing.BACKENDS for c in testing.cases(name, long=LONG)], ids=str
 )
 def test_backend_agrees_with_float64(case):
     require_backend(case.backend)
-    row = parity.check(case)
+    row = testing.check(case)
     assert row.passed, "\n".join(row.failures)
 
 
@@ -38,9 +38,9 @@ def test_every_instruction_set_of_this_cpu(name):
     # The library reads the variable when it loads, so each needs a process of its own.
     script = (
         "import json\n"
-        "from casvit_kernels import parity\n"
+        "from casvit_kernels import testing\n"
         "from casvit_kernels.backends import cpu\n"
-        "rows = parity.run('cpu')\n"
+        "rows = testing.run('cpu')\n"
         "failures = [[str(r[:5]), r.failures] for r in rows if not r.passed]\n"
         "print(json.dumps([cpu.active_instruction_set(), len(rows), failures]))\n"
     )
@@ -53,7 +53,7 @@ def test_every_instruction_set_of_this_cpu(name):
     assert done.returncode == 0, done.stderr
     active, count, failures = json.loads(done.stdout)
     assert active == name
-    assert count == len(parity.cases("cpu"))
+    assert count == len(testing.cases("cpu"))
     assert failures == []
 
 
@@ -263,11 +263,11 @@ def _truncate(t):
 
 
 def _check(mixer, case):
-    return parity.check(case, lambda c: mixer(c.shape[1], c.attn_bias))
+    return testing.check(case, lambda c: mixer(c.shape[1], c.attn_bias))
 
 
 def _case(dtype=torch.float32, mode="eval", shape=(2, 33, 7, 7), layout="contiguous"):
-    return parity.Case("reference", dtype, layout, mode, shape)
+    return testing.Case("reference", dtype, layout, mode, shape)
 
 
 EVERYWHERE = [
@@ -300,7 +300,7 @@ def test_a_fault_is_seen(fault, dtype, shape):
     assert not _check(fault, case).passed
 
 
-@pytest.mark.parametrize("layout", parity.LAYOUTS)
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_a_fault_is_seen_in_every_layout(layout):
     case = _case(torch.bfloat16, layout=layout)
     assert _check(AdditiveTokenMixer, case).passed
@@ -330,7 +330,7 @@ def test_a_wrong_eps_is_seen():
 @pytest.mark.parametrize("fault", [Truncated, Offset], ids=lambda f: f.__name__)
 def test_a_bias_is_seen_where_every_element_is_within_bounds(fault):
     row = _check(fault, _case(torch.bfloat16, shape=(2, 512, 7, 7)))
-    assert row.ratio <= parity.FACTOR
+    assert row.ratio <= testing.FACTOR
     assert not row.passed
 
 
@@ -358,19 +358,19 @@ def test_more_accurate_than_pytorch_passes():
 
 def test_poison_reaches_fresh_memory_and_goes_away():
     before = torch.utils.deterministic.fill_uninitialized_memory
-    with parity.poisoned():
+    with testing.poisoned():
         assert torch.empty(3).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory is before
-    with pytest.raises(RuntimeError, match="inside"), parity.poisoned():
+    with pytest.raises(RuntimeError, match="inside"), testing.poisoned():
         raise RuntimeError("inside")
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize("layout", parity.LAYOUTS)
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_layouts_hold_the_values_and_are_what_they_say(layout):
     values = torch.randn(1, 3, 5, 4).expand(2, 3, 5, 4)
-    view, buffer = parity.lay_out(values, layout)
+    view, buffer = testing.lay_out(values, layout)
     assert torch.equal(view, values)
     assert view.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
     assert buffer.isnan().any().item() == (layout.split()[0] in ("sliced", "strided"))
@@ -380,13 +380,13 @@ def test_layouts_hold_the_values_and_are_what_they_say(layout):
 
 def test_run_gives_a_row_for_each_case_and_reports_progress():
     seen = []
-    rows = parity.run(
+    rows = testing.run(
         "reference",
         dtypes=[torch.float16],
         modes=["eval"],
         progress=lambda done, total: seen.append((done, total)),
     )
-    todo = parity.cases("reference", dtypes=[torch.float16], modes=["eval"])
+    todo = testing.cases("reference", dtypes=[torch.float16], modes=["eval"])
     assert [r[:1] + r[2:5] for r in rows] == [(c.backend, *c[2:5]) for c in todo]
     assert {r.dtype for r in rows} == {"float16"}
     assert seen == [(i + 1, len(todo)) for i in range(len(todo))]
@@ -397,42 +397,42 @@ def test_run_reports_a_crash_as_a_failed_row(monkeypatch):
         raise RuntimeError("out of order")
 
     monkeypatch.setattr(FusedCATM, "forward", crash)
-    rows = parity.run("reference", dtypes=[torch.float16], modes=["eval"])
+    rows = testing.run("reference", dtypes=[torch.float16], modes=["eval"])
     assert rows
     assert all(row.failures == ("RuntimeError: out of order",) for row in rows)
 
 
 def test_cases_are_the_same_for_the_same_seed_and_long_adds_to_them():
-    assert parity.cases("cpu", seed=3) == parity.cases("cpu", seed=3)
-    assert parity.cases("cpu", seed=3) != parity.cases("cpu", seed=4)
-    assert len(parity.cases("cpu", long=True)) > 2 * len(parity.cases("cpu"))
+    assert testing.cases("cpu", seed=3) == testing.cases("cpu", seed=3)
+    assert testing.cases("cpu", seed=3) != testing.cases("cpu", seed=4)
+    assert len(testing.cases("cpu", long=True)) > 2 * len(testing.cases("cpu"))
 
 
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"backend: expected one of .*reference.*got 'metal'"):
-        parity.run("metal")
+        testing.run("metal")
     with pytest.raises(ValueError, match=r"dtypes: 'cpu' computes .*got torch.int8"):
-        parity.cases("cpu", dtypes=[torch.int8])
+        testing.cases("cpu", dtypes=[torch.int8])
     with pytest.raises(ValueError, match=r"modes: expected some of eval.*got 'test'"):
-        parity.cases("cpu", modes=["test"])
+        testing.cases("cpu", modes=["test"])
     with pytest.raises(ValueError, match="layout: expected one of contiguous"):
-        parity.lay_out(torch.ones(1, 1, 1, 1), "diagonal")
+        testing.lay_out(torch.ones(1, 1, 1, 1), "diagonal")
 
 
 def test_a_backend_that_cannot_run_says_why():
-    unusable = [s for s in backends() if not s.usable and s.name in parity.BACKENDS]
+    unusable = [s for s in backends() if not s.usable and s.name in testing.BACKENDS]
     if not unusable:
         pytest.skip("every checked backend is usable here")
     with pytest.raises(BackendUnavailable, match="cannot run here"):
-        parity.run(unusable[0].name)
+        testing.run(unusable[0].name)
 
 
 def test_real_cases_are_the_mixers_of_the_models():
-    found = parity.real_cases("cpu", 2, device="cuda")
+    found = testing.real_cases("cpu", 2, device="cuda")
     shapes = {case.shape for case in found}
     assert {(2, 48, 56, 56), (2, 48, 96, 96), (2, 220, 7, 7), (2, 512, 12, 12)} <= shapes
     assert len(shapes) == 30  # 16 mixers, of which one has the shape of another, at two inputs
-    assert len(found) == 30 * 3 * 2 * len(parity.MODES)
+    assert len(found) == 30 * 3 * 2 * len(testing.MODES)
     assert {case.device for case in found} == {"cuda"}
 
 
@@ -447,4 +447,4 @@ def test_gradients_of_a_real_shape_can_be_judged(dtype):
 def test_a_backend_is_not_checked_where_it_does_not_compute():
     require_native()
     with pytest.raises(BackendUnavailable, match="it computes on the CPU"):
-        parity.run("cpu", device="cuda")
+        testing.run("cpu", device="cuda")

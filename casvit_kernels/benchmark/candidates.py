@@ -1,44 +1,28 @@
-"""Times several ways to compute one thing, in turn, so that all of them meet the same conditions.
-
-May touch: torch, the package below `swap`; onnxruntime where it is installed. On the CPU a wall clock
-measures, on a GPU its own events (`CudaStopwatch`).
-"""
+"""The ways to compute a mixer or a model that are timed against each other."""
 
 from __future__ import annotations
 
 import copy
-import gc
-import importlib.metadata
 import importlib.util
-import itertools
-import math
-import os
-import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _native
-from ._version import __version__
-from .backends import select
-from .backends.base import Problem
-from .module import FusedCATM, mixer_weights
-from .swap import fuse
+from ..backends import Problem, select
+from ..module import FusedCATM, mixer_weights
+from ..ops.mixer import kernels
+from ..surgery import fuse
+from .timer import BF16, Call, Unavailable, is_bf16
 
-Call = Callable[[], object]
 Forward = Callable[[Tensor], Any]
 Context = Callable[[], AbstractContextManager[object]]
 
-BF16 = " bf16"  # suffix of the names of what runs under bfloat16 autocast
 BASELINES = ("eager", "eager channels_last", "compile", "compile channels_last", "onnxruntime")
 MIXER_NAMES = (*BASELINES, "fused", "fused channels_last")
 MODEL_NAMES = (*MIXER_NAMES, "fused compile", "fused compile channels_last")
@@ -64,181 +48,6 @@ GPU_TRAINING_NAMES = (*GPU_BASELINES, "fused", "fused channels_last")
 GPU_MODEL_NAMES = (*GPU_BASELINES, "fused channels_last", "fused max-autotune channels_last")
 GPU_MODEL_TRAINING_NAMES = (*GPU_BASELINES, "fused channels_last", "fused compile channels_last")
 _COMPILED = {"compile": "default", "max-autotune": "max-autotune"}  # a name's word and its mode
-
-
-class Unavailable(RuntimeError):
-    """A candidate cannot be built on this machine; the message says why."""
-
-
-class Timing(NamedTuple):
-    """Seconds per call over the rounds: the median and the quartiles."""
-
-    median: float
-    p25: float
-    p75: float
-    rounds: int
-    calls: int  # per round
-    samples: tuple[float, ...]  # seconds per call of each round, in the order measured
-
-
-class Timings(dict[str, Timing]):
-    """By candidate; `absent` has the reason for each candidate that could not be built."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.absent: dict[str, str] = {}
-
-
-class Stopwatch(Protocol):
-    def __call__(self, call: Call, count: int) -> float:
-        """Seconds that `count` calls take together."""
-        ...
-
-
-class WallStopwatch:
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-
-    def __call__(self, call: Call, count: int) -> float:
-        start = self._clock()
-        for _ in itertools.repeat(None, count):
-            call()
-        return self._clock() - start
-
-
-class CudaStopwatch:
-    """Seconds between events on the current stream, before and after each call.
-
-    With `cold`, twice the GPU's L2 cache is overwritten before each call, outside the events. The
-    launches of a call are then queued while that runs: up to that long they are not in the time.
-    Without, the GPU waits for each launch, and for as long as that takes, it is in the time.
-    """
-
-    def __init__(self, device: torch.device, cold: bool) -> None:
-        self._flush = None
-        if cold:
-            cache = torch.cuda.get_device_properties(device).L2_cache_size
-            self._flush = torch.empty(2 * cache, dtype=torch.int8, device=device)
-
-    def __call__(self, call: Call, count: int) -> float:
-        events = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            for _ in range(count)
-        ]
-        torch.cuda.synchronize()
-        for start, end in events:
-            if self._flush is not None:
-                self._flush.zero_()
-            start.record()
-            call()
-            end.record()
-        torch.cuda.synchronize()
-        return sum(float(start.elapsed_time(end)) for start, end in events) / 1e3
-
-
-def interleave(
-    candidates: Mapping[str, Call],
-    *,
-    rounds: int = 15,
-    min_round_seconds: float = 0.05,
-    pause_seconds: float = 0.05,
-    progress: Callable[[int, int], object] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-    stopwatch: Stopwatch | None = None,
-) -> Timings:
-    """Time each candidate `rounds` times, all of them in every round, in rotated order.
-
-    A first call that is not timed builds and warms up each candidate. Everything runs under
-    `torch.inference_mode`, with Python's garbage collection off.
-
-    Args:
-        candidates: name and what to call. One whose first call raises `Unavailable` is left out and
-            its reason kept; any other exception is raised.
-        rounds: at least 1.
-        min_round_seconds: calls are repeated within a round until they last that long.
-        pause_seconds: before each turn. The thread pools of PyTorch and ONNX Runtime spin for a
-            while after a call (measured: up to 35 ms), on the cores that the next candidate needs.
-        progress: called as ``progress(done, total)``, in turns.
-        clock: seconds, monotonic.
-        stopwatch: what measures instead of `clock`.
-
-    Raises:
-        ValueError: `rounds` is less than 1.
-    """
-    if rounds < 1:
-        raise ValueError(f"rounds: expected at least 1, got {rounds}")
-    measure = stopwatch or WallStopwatch(clock)
-    done, total = 0, len(candidates) * (rounds + 1)
-    found = Timings()
-    calls: dict[str, int] = {}
-    samples: dict[str, list[float]] = {}
-
-    def turn(name: str, count: int) -> float:
-        call = candidates[name]
-        time.sleep(pause_seconds)
-        if count > 1:
-            call()  # wakes the candidate's own threads
-        return measure(call, count)
-
-    def report(turns: int) -> None:
-        nonlocal done
-        done += turns
-        if progress is not None:
-            progress(done, total)
-
-    collecting = gc.isenabled()
-    with torch.inference_mode():
-        try:
-            for name, call in candidates.items():
-                try:
-                    call()
-                except Unavailable as error:
-                    found.absent[name] = str(error)
-                    report(rounds + 1)
-                    continue
-                calls[name] = _enough_calls(partial(turn, name), min_round_seconds)
-                samples[name] = []
-                report(1)
-            gc.collect()
-            gc.disable()
-            names = list(samples)
-            for r in range(rounds):
-                first = r % max(len(names), 1)
-                for name in names[first:] + names[:first]:
-                    samples[name].append(turn(name, calls[name]) / calls[name])
-                    report(1)
-        finally:
-            if collecting:
-                gc.enable()
-    for name in names:
-        found[name] = summary(samples[name], calls[name])
-    return found
-
-
-def summary(samples: list[float], calls: int) -> Timing:
-    """Median and quartiles (linear between neighbours) of at least one sample."""
-    if len(samples) == 1:
-        p25 = median = p75 = samples[0]
-    else:
-        p25, median, p75 = statistics.quantiles(samples, n=4, method="inclusive")
-    return Timing(median, p25, p75, len(samples), calls, tuple(samples))
-
-
-def ratio_to_best(timings: Mapping[str, Timing], of: str = "fused") -> tuple[float, str]:
-    """How many times faster `of` is than the fastest baseline of its dtype, and that one's name.
-
-    Raises:
-        ValueError: `of` or every baseline is missing from `timings`.
-    """
-    rivals = [n for n in timings if not n.startswith("fused") and is_bf16(n) == is_bf16(of)]
-    if of not in timings or not rivals:
-        raise ValueError(f"timings: expected {of!r} and a baseline, got {', '.join(timings)}")
-    best = min(rivals, key=lambda n: timings[n].median)
-    return timings[best].median / timings[of].median, best
-
-
-def is_bf16(name: str) -> bool:
-    return name.endswith(BF16)
 
 
 def mixer_candidates(
@@ -380,39 +189,6 @@ def training_step(module: nn.Module, x: Tensor, out: Tensor, grad: Tensor) -> tu
     return (out, *torch.autograd.grad(out, wanted, grad))
 
 
-def environment(device: str = "cpu") -> dict[str, Any]:
-    """What a measurement depends on, with the date; nothing that identifies the machine's owner."""
-    kind = torch.device(device).type
-    gpu: dict[str, Any] = {}
-    if kind == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        gpu = {
-            "gpu": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "memory_bytes": properties.total_memory,
-            "l2_bytes": properties.L2_cache_size,
-            "cuda": torch.version.cuda or torch.version.hip,
-            "triton": _installed("triton"),
-        }
-    library, _ = _native.load()
-    isa = None if library is None else library.casvit_cpu_isa_active().decode()
-    return {
-        "casvit_kernels": __version__,
-        "torch": torch.__version__,
-        "onnxruntime": _installed("onnxruntime"),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "device": kind,
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": isa,  # of this library's kernels; None: not built
-        "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **gpu,
-    }
-
-
 class _Lazy:
     """Built by its first call."""
 
@@ -491,15 +267,16 @@ def _candidates(
 def _after_product(mixer: nn.Module, x: Tensor) -> Call:
     """The backend's gates and combination, on a qkv that is there already."""
     assert isinstance(mixer, FusedCATM)
-    backend = select(mixer.backend, Problem(x.device.type, x.dtype))
-    if backend.phases is None:
-        raise Unavailable(f"the backend {backend.name!r} has no mixing apart from the product")
+    name = select(mixer.backend, Problem(x.device.type, x.dtype)).name
+    phases = kernels.get(name).phases
+    if phases is None:
+        raise Unavailable(f"the backend {name!r} has no mixing apart from the product")
     w = mixer_weights(mixer)
     running = [torch.stack([g.norm_mean, g.norm_var]) for g in (w.q, w.k)]  # type: ignore[list-item]
     statistics = torch.stack(running).float()
     eps_q, eps_k = (m.eps for m in mixer.modules() if isinstance(m, nn.BatchNorm2d))
-    mix = backend.phases.mix
-    qkv = backend.phases.project(x, w, x.dtype)
+    mix = phases.mix
+    qkv = phases.project(x, w, x.dtype)
     return lambda: mix(x, qkv, w, statistics, (eps_q, eps_k), x.dtype).out
 
 
@@ -547,28 +324,3 @@ def _onnxruntime(module: nn.Module, x: Tensor) -> Call:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x.numpy()}
     return lambda: session.run(None, feed)[0]
-
-
-def _enough_calls(seconds_of: Callable[[int], float], least: float) -> int:
-    """How many calls last `least` seconds."""
-    calls = 1
-    while (seconds := seconds_of(calls)) < least:
-        guess = math.ceil(1.1 * calls * least / seconds) if seconds > 0 else 10 * calls
-        calls = min(max(guess, calls + 1), 10 * calls)
-    return calls
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())

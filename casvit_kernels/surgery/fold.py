@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from .module import FusedCATM
-from .swap import unfuse, unfused
+from ..module import FusedCATM, unfused
+from .fuse import unfuse
 
 __all__ = ["Fold", "FoldReport", "Unfolded", "fold_for_inference"]
 

@@ -1,4 +1,7 @@
-"""Keeps a mixer's packed weights between calls and knows when they are out of date."""
+"""Keeps a mixer's packed weights between calls, knows when they are stale, and finds the fast path.
+
+The fast path is the most frequent call: all of it is the CPU's operator, with weights packed earlier.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .backends.base import Backend
-from .reference import MixerWeights
-from .weights import autocasts, check_alike
+from ...backends import first_choice
+from ..tracing import transformed
+from .kernels import MixerKernels
+from .weights import BUFFERS, ENTRIES, MixerWeights, autocasts, check_alike, flatten, owners_of
 
 _Key = tuple[str, tuple[float, float], torch.dtype, int]  # backend, eps, dtype, CUDA stream
 
@@ -33,14 +36,14 @@ class PackedWeights:
         self._entries: dict[_Key, Entry] = {}
 
     def get(
-        self, backend: Backend, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype
+        self, kernels: MixerKernels, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype
     ) -> Any:
         """The packed weights for one call, or None where the backend shall work without.
 
         Raises:
             TypeError, ValueError: the weights differ in dtype or device, see `weights.check_alike`.
         """
-        if torch.compiler.is_compiling() or backend.name == "reference":
+        if torch.compiler.is_compiling() or kernels.name == "reference":
             check_alike(w)
             return None
         stream = 0
@@ -50,8 +53,8 @@ class PackedWeights:
                 return None  # a graph reads the weights as they are when it is replayed
             # What one stream packs, another might read too early, or free too early.
             stream = torch.cuda.current_stream(w.qkv_weight.device).cuda_stream
-        sources = ops.flatten(w)
-        key = (backend.name, eps, dtype, stream)
+        sources = flatten(w)
+        key = (kernels.name, eps, dtype, stream)
         entry = self._entries.get(key)
         if entry is not None and entry.is_current(sources) and (entry.alike or autocasts(w)):
             return entry.packed
@@ -60,7 +63,7 @@ class PackedWeights:
             return None  # computed for this call: to keep them would keep their graph
         entry = Entry(sources, alike)  # first: what is written meanwhile makes it out of date
         with torch.no_grad():
-            packed = backend.pack(w, eps, dtype)
+            packed = kernels.pack(w, eps, dtype)
         if packed is not None:
             entry.keep(packed)
             others = {k: e for k, e in self._entries.items() if k != key and e.is_current(sources)}
@@ -122,3 +125,63 @@ class Entry:
 
 
 _version = operator.attrgetter("_version")
+
+# Of each weight, where its owner keeps it and under which name.
+_NAMES = tuple(name for _, name in ENTRIES)
+_STORES = tuple("_buffers" if name in BUFFERS else "_parameters" for name in _NAMES)
+
+_hooks = operator.attrgetter("_forward_hooks")
+_pre_hooks = operator.attrgetter("_forward_pre_hooks")
+
+
+def fast_path(
+    x: Any,
+    backend: str | None,
+    owners: tuple[Any, ...],
+    dropout: Any,
+    packed: PackedWeights,
+) -> Entry | None:
+    """The packed weights with which `cpu.infer` is the whole call, else None.
+
+    `FusedCATM.forward` asks the same questions one by one for calls of every kind, which takes as long
+    as the smallest of these take to compute. Here they are asked at once, in C where possible, each
+    anew in each call, and nothing is refused: where an answer is not the plain one, the call goes on.
+
+    To be held until it returns: it reads the weights themselves, too, which another thread may replace.
+
+    Args:
+        x, backend: as for `casvit_kernels.catm`; not checked yet.
+        owners: the modules of `weights.OWNERS`, in order.
+        packed: what the mixer has packed.
+    """
+    if (
+        torch.is_grad_enabled()
+        # Whoever else follows what is done, or changes it (first: they shall not see what x is asked)
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._is_tracing()
+        or transformed()
+        or not (type(x) is Tensor and x.is_cpu and x.dim() == 4 and x.numel())
+        or first_choice(backend) != "cpu"
+    ):
+        return None
+    norm_q, norm_k = owners[2], owners[6]
+    try:
+        if (
+            norm_q.training
+            or norm_k.training
+            or dropout.training
+            or any(map(_hooks, owners))
+            or any(map(_pre_hooks, owners))
+        ):
+            return None
+        sources = map(operator.getitem, map(getattr, owners_of(owners), _STORES), _NAMES)
+        entry = packed.at_hand("cpu", sources, (norm_q.eps, norm_k.eps), x.dtype)
+    except (AttributeError, KeyError):  # a child is missing, a weight computed from others
+        return None
+    if entry is None:
+        return None
+    weight, channels = owners[0]._parameters["weight"], x.shape[1]
+    fits = weight.dtype is x.dtype and weight.shape == (3 * channels, channels, 1, 1)
+    return entry if fits else None

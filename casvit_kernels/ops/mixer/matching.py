@@ -1,6 +1,6 @@
 """Decides whether a module computes the published CATM: by its structure, then by its own forward.
 
-May touch: torch, reference.py. The class of the module and of its gates does not matter.
+May import: torch, reference.py, weights.py. The class of the module and of its gates does not matter.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import reference
-from .reference import GateWeights, MixerWeights
+from .weights import BUFFERS, PATHS, MixerWeights, unflatten
 
 _M = TypeVar("_M", bound=nn.Module)
 _CHILDREN = ("qkv", "oper_q", "oper_k", "dwc", "proj", "proj_drop")
 
 
 def difference(mixer: nn.Module) -> str | None:
-    """In what ``mixer`` differs from the published CATM, or None; see `swap.refusal`."""
+    """In what ``mixer`` differs from the published CATM, or None; see `module.refusal`."""
     try:
         _check_structure(mixer)
         _check_forward(mixer)
@@ -389,27 +389,4 @@ def _randomised_leaf(module: nn.Module, generator: torch.Generator) -> nn.Module
 def _weights(mixer: nn.Module) -> MixerWeights:
     """The mixer's parameters; its norms are called as modules, so their statistics are left out."""
     at = dict(mixer.named_parameters(remove_duplicate=False))
-
-    def gate(name: str) -> GateWeights:
-        block = f"{name}.0.block"
-        return GateWeights(
-            at[f"{block}.0.weight"],
-            at[f"{block}.0.bias"],
-            at[f"{block}.1.weight"],
-            at[f"{block}.1.bias"],
-            None,
-            None,
-            at[f"{block}.3.weight"],
-            at[f"{name}.1.block.1.weight"],
-        )
-
-    return MixerWeights(
-        at["qkv.weight"],
-        at.get("qkv.bias"),
-        gate("oper_q"),
-        gate("oper_k"),
-        at["dwc.weight"],
-        at["dwc.bias"],
-        at["proj.weight"],
-        at["proj.bias"],
-    )
+    return unflatten([None if path.endswith(BUFFERS) else at.get(path) for path in PATHS])

@@ -1,8 +1,8 @@
-"""The mixer's training step: `mix_training` and `mix_backward`, once for all backends.
+"""The mixer's training step, once for all backends: joins the phases that a backend supplies.
 
-A backend supplies the phases (`backends.base.Phases`); here they are joined by algebra on vectors, and
-here BatchNorm's sums are reduced over processes. Source: arXiv 2408.03703, section 3.2, and the
-gradients of its formulas; the symbols are those of `Phases`.
+Between the phases lies algebra on vectors, and here BatchNorm's sums are reduced over processes.
+Source: arXiv 2408.03703, section 3.2, and the gradients of its formulas; the symbols are those of
+`kernels.Phases`.
 """
 
 from __future__ import annotations
@@ -13,26 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .backends import get
-from .backends.base import Phases, WholeStep
-from .ops import Saved, Settings
-from .reference import GateWeights, MixerWeights
+from .kernels import Phases
+from .schema import Saved, Settings, empty_gradients, empty_output
+from .weights import GateWeights, MixerWeights, flatten, unflatten
 
 
-def forward(x: Tensor, w: MixerWeights, s: Settings) -> tuple[Tensor, Saved]:
-    """The whole mixer; see `ops.mix_training`.
-
-    Raises:
-        RuntimeError: the backend has no phases of training.
-    """
-    phases, gates, batch = _phases(s.backend), (w.q, w.k), (s.batch_q, s.batch_k)
+def forward(phases: Phases, x: Tensor, w: MixerWeights, s: Settings) -> tuple[Tensor, Saved]:
+    """The whole mixer; see `autograd.mix_training`."""
+    gates, batch = (w.q, w.k), (s.batch_q, s.batch_k)
     dtype, eps = s.dtype or x.dtype, (s.eps_q, s.eps_k)
     images, channels, height, width = x.shape
     number = torch.full((), images * height * width, dtype=torch.float64, device=x.device)
-    if images and not s.group and isinstance(phases, WholeStep):
-        out, statistics, *saved = phases.forward(x, w, eps, batch, dtype)
-        return out, Saved(statistics, number, *saved)
     statistics = torch.zeros((2, 2, channels), dtype=torch.float32, device=x.device)
     if images:
         qkv = phases.project(x, w, dtype)
@@ -47,28 +38,12 @@ def forward(x: Tensor, w: MixerWeights, s: Settings) -> tuple[Tensor, Saved]:
     if images:
         out, *saved = phases.mix(x, qkv, w, statistics, eps, dtype)
     else:
-        out = ops.empty_output(x, dtype)
+        out = empty_output(x, dtype)
         saved = [statistics.new_empty(n) for n in ((0, 2, height, width), *[(2, 0, channels)] * 2)]
     return out, Saved(statistics, number, *saved)
 
 
 def backward(
-    grad: Tensor, x: Tensor, w: MixerWeights, s: Settings, saved: Saved, needed: list[bool]
-) -> list[Tensor]:
-    """The gradients of x and of each weight that are needed, those alone; see `ops.mix_backward`."""
-    phases = _phases(s.backend)
-    grad = grad.contiguous(memory_format=ops.output_memory_format(x))
-    if x.shape[0] and not s.group and isinstance(phases, WholeStep):
-        eps, batch, small = (s.eps_q, s.eps_k), (s.batch_q, s.batch_k), (saved[0], *saved[2:])
-        found = phases.backward(grad, x, w, eps, batch, s.dtype or x.dtype, small, needed)
-    else:
-        found = _backward_by_phases(phases, grad, x, w, s, saved, needed)
-    of_x = [found[0].to(x.dtype)] if needed[0] else []
-    weights = [t for t, n in zip(ops.flatten(w), needed[1:], strict=True) if n]
-    return of_x + [_like(g, t) for g, t in zip(found[len(of_x) :], weights, strict=True)]
-
-
-def _backward_by_phases(
     phases: Phases,
     grad: Tensor,
     x: Tensor,
@@ -77,7 +52,8 @@ def _backward_by_phases(
     saved: Saved,
     needed: list[bool],
 ) -> list[Tensor]:
-    need: MixerWeights = ops.unflatten(needed[1:])
+    """The gradients that are needed of x and the flat weights, in any dtype."""
+    need: MixerWeights = unflatten(needed[1:])
     gates = (need.q, need.k)
     project = (needed[0], bool(need.qkv_weight), bool(need.qkv_bias))
     depthwise = any(project) or any(g.depthwise_weight or g.depthwise_bias for g in gates)
@@ -86,7 +62,7 @@ def _backward_by_phases(
     if x.shape[0] == 0:
         if reduced:  # the other processes wait for it
             _all_reduce(torch.zeros((2, 2, x.shape[1]), device=x.device), s.group)
-        return [g.zero_() for g in ops.empty_gradients(x, ops.flatten(w), needed)]
+        return [g.zero_() for g in empty_gradients(x, flatten(w), needed)]
 
     eps = (s.eps_q, s.eps_k)
     statistics, number, spatial, pooled, channel = saved
@@ -149,27 +125,9 @@ def update_running(
             old.copy_(old.float().lerp(new, momentum))
 
 
-def _phases(backend: str) -> Phases:
-    phases = get(backend).phases
-    if phases is None:
-        raise RuntimeError(f"backend={backend!r} has no training kernels")
-    return phases
-
-
 # A gradient may be a part of a tensor that another one shares; an operator's outputs may not.
 def _alone(t: Tensor) -> Tensor:
     return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
-
-
-def _like(grad: Tensor, weight: Any) -> Tensor:
-    """The gradient in the shape, dtype and strides of the weight; see `ops.empty_gradients`."""
-    alike = grad.dtype is weight.dtype and grad.shape == weight.shape
-    if alike and grad.stride() == weight.stride():
-        return grad
-    grad = grad.to(weight.dtype)
-    if weight.is_contiguous():
-        return grad.as_strided(weight.shape, weight.stride())
-    return torch.empty_like(weight).copy_(grad.reshape(weight.shape))
 
 
 def _coefficients(
@@ -222,24 +180,3 @@ def _distributed() -> Any:
 
 def _group(name: str) -> Any:
     return _distributed().distributed_c10d._resolve_process_group(name)
-
-
-# The two operators, for tensors of any device: to a compiler they are opaque.
-
-
-def _mix_training(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    n = len(rest) - len(Settings._fields)
-    out, saved = forward(x, ops.unflatten(rest[:n]), Settings(*rest[n:]))
-    return (out, *saved)
-
-
-def _mix_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    *rest, needed = rest  # type: ignore[assignment]
-    m = len(rest) - len(Saved._fields)
-    n = m - len(Settings._fields)
-    weights, settings, saved = ops.unflatten(rest[:n]), Settings(*rest[n:m]), Saved(*rest[m:])
-    return backward(grad, x, weights, settings, saved, needed)
-
-
-ops.implement("mix_training", _mix_training)
-ops.implement("mix_backward", _mix_backward)

@@ -1,6 +1,6 @@
 """`fuse` swaps the mixers of a model for `FusedCATM` in place, `unfuse` brings the originals back.
 
-Which modules are mixers is decided in `recognition.py`: by what they compute, not by their class.
+Which modules are mixers is decided in `ops/mixer/matching.py`: by what they compute, not by their class.
 """
 
 from __future__ import annotations
@@ -10,16 +10,12 @@ from typing import NamedTuple
 
 from torch import nn
 
-from . import recognition
-from .backends import BackendUnavailable, backends, check_name
-from .module import FusedCATM
-from .packing import PackedWeights
-from .reference import AdditiveTokenMixer
+from ..backends import BackendUnavailable, backends, check_name
+from ..module import ORIGINAL, FusedCATM, refusal, share, unfused
 
 __all__ = ["FuseReport", "Refusal", "UnfuseReport", "fuse", "refusal", "share", "unfuse"]
 
 _CANDIDATE = ("qkv", "oper_q", "oper_k", "dwc", "proj")
-_ORIGINAL = "_original"  # on a FusedCATM: the mixer it stands for; a plain attribute, no submodule
 
 
 class Refusal(NamedTuple):
@@ -102,7 +98,7 @@ def fuse(model: nn.Module, backend: str | None = None) -> FuseReport:
         child = site.child
         if isinstance(child, FusedCATM):
             already.append(site.name)
-            original = vars(child).get(_ORIGINAL)
+            original = vars(child).get(ORIGINAL)
             if original is not None:
                 earlier.append(child)
                 fused[id(original)] = child
@@ -149,49 +145,6 @@ def unfuse(model: nn.Module) -> UnfuseReport:
             plain[id(site.child)] = unfused(site.child)
         site.put(plain[id(site.child)])
     return UnfuseReport(tuple(site.name for site in sites))
-
-
-def refusal(mixer: nn.Module) -> str | None:
-    """Why `fuse` leaves ``mixer`` as it is, or None if it computes the published CATM.
-
-    Its children, their types and settings must be the published ones, without anything that reads
-    or writes between them (hooks, parametrizations, replaced methods). Then its own forward runs on
-    a copy with random float64 weights on the CPU, in training and in eval mode; output, gradients
-    and running statistics must be those of `casvit_kernels.reference`. Neither the mixer nor a
-    random number generator is touched. A plain attribute that changes the result is noticed with
-    the value it has now.
-    """
-    _check_module(mixer, "mixer")
-    if isinstance(mixer, FusedCATM):
-        return "it is a FusedCATM already"
-    return recognition.difference(mixer)
-
-
-def share(cls: type[FusedCATM], mixer: nn.Module, backend: str | None) -> FusedCATM:
-    """A `FusedCATM` in place of ``mixer``, unchecked: same children, hooks and training mode."""
-    fused = cls.__new__(cls)
-    _share(mixer, fused)
-    fused.backend = backend
-    fused._packed = PackedWeights()
-    vars(fused)[_ORIGINAL] = mixer
-    return fused
-
-
-def unfused(fused: nn.Module) -> nn.Module:
-    """The mixer that ``fused`` replaced, brought up to date, or else a plain one."""
-    plain = vars(fused).get(_ORIGINAL)
-    if plain is None:
-        plain = AdditiveTokenMixer.__new__(AdditiveTokenMixer)
-    _share(fused, plain)
-    mixer: nn.Module = plain
-    return mixer
-
-
-def _share(source: nn.Module, target: nn.Module) -> None:
-    # The dictionaries themselves (children, hooks) are shared: what is added to or removed from one
-    # of the two later, also through a hook's handle, holds for both; copies and pickles keep that.
-    for name in vars(nn.Module()):
-        vars(target)[name] = vars(source)[name]
 
 
 class _Site(NamedTuple):

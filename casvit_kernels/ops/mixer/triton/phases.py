@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import ops
-from ...reference import MixerWeights
-from ..base import Combined, Gated, Mixed, ProjectionGradients
+from ..kernels import Combined, Gated, Mixed, ProjectionGradients
+from ..schema import empty_output, output_memory_format
+from ..weights import MixerWeights
 from .launch import launch, launch_small
 from .tuning import BLOCK, BLOCK_CHANNELS, BLOCK_IMAGES, Cut, cut, tile
 
@@ -23,7 +23,7 @@ ALIGNMENT = 16  # bytes; kernels are compiled for tensors that have it, as all a
 class Projected(NamedTuple):
     """What `project` hands to the other phases."""
 
-    qkv: Tensor  # (B, 3C, H, W), channels innermost or contiguous as `ops.output_memory_format(x)`
+    qkv: Tensor  # (B, 3C, H, W), channels innermost or contiguous as `output_memory_format(x)`
     vectors: Tensor  # see `vectors`
 
 
@@ -83,7 +83,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class TritonPhases:
-    """`base.Phases`; sums are float32 whatever goes in, maps are of the dtype computed in."""
+    """`kernels.Phases`; sums are float32 whatever goes in, maps are of the dtype computed in."""
 
     def project(self, x: Tensor, w: MixerWeights, dtype: torch.dtype) -> Projected:
         return Projected(product(x, *_qkv(w, dtype)), vectors(w))
@@ -125,7 +125,7 @@ class TritonPhases:
         if grad.data_ptr() % ALIGNMENT:  # a part of a larger tensor
             grad = grad.clone()
         grad_qkv = torch.empty_like(qkv.qkv)
-        grad_sum = ops.empty_output(x, qkv.qkv.dtype)
+        grad_sum = empty_output(x, qkv.qkv.dtype)
         blocks = -(-c // tile("backward_combine", c).channels)
         pixel = x.new_empty((blocks, b, 2, height, width), dtype=_small_dtype(qkv.qkv))
         channel_sum = _empty(x, size.parts, 2, b, c)
@@ -231,7 +231,7 @@ def mix(
     grid = (-(-c // BLOCK_CHANNELS), -(-b // BLOCK_IMAGES), 2)
     arguments = (partial, vectors, pooled, channel, size.parts, 1 / (height * width), b)
     launch_small("channel_gates", x, grid, arguments)
-    out = ops.empty_output(x, dtype)
+    out = empty_output(x, dtype)
     size = _cut("combine", x)
     launch("combine", x, size, (qkv, vectors, spatial, channel, out))
     return Mixed(out, spatial, pooled, channel)
@@ -240,7 +240,7 @@ def mix(
 def infer(x: Tensor, packed: Packed, eps: tuple[float, float], dtype: torch.dtype) -> Tensor:
     """x to out with running statistics: four launches."""
     if x.shape[0] == 0:
-        return ops.empty_output(x, dtype)
+        return empty_output(x, dtype)
     qkv = product(x, packed.qkv_weight, packed.qkv_bias)
     return mix(x, qkv, packed.vectors, packed.statistics, eps, dtype).out
 
@@ -266,7 +266,7 @@ def _cut(kernel: str, x: Tensor) -> Cut:
 
 
 def _pixels_last(x: Tensor) -> bool:
-    return ops.output_memory_format(x) is torch.contiguous_format
+    return output_memory_format(x) is torch.contiguous_format
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import ops
+from ..schema import output_memory_format
 from . import backward, forward
 from .tuning import BLOCK, BLOCK_CHANNELS, BLOCK_IMAGES, BLOCK_TERMS, SMALL_THREADS, Cut, tile
 
@@ -69,7 +69,7 @@ def launch(name: str, x: Tensor, size: Cut, given: Sequence[Any], gates: int = 1
     given: its arguments before B. gates: 2 where a program has one of q and k.
     """
     b, c, height, width = x.shape
-    pixels_last = ops.output_memory_format(x) is torch.contiguous_format
+    pixels_last = output_memory_format(x) is torch.contiguous_format
     t = tile(name, c, pixels_last)
     together = max(1, min(b, (t.pixels + 1) // (width + 1)))
     # Offsets from the start of a row, and those within a tile of several images, have 32 bits.

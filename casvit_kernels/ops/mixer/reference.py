@@ -1,48 +1,20 @@
 """CATM in plain PyTorch: the ground truth of every test and what exports trace.
 
-May touch: torch. May not touch: anything else in this package.
+May import: torch, `weights.py`; nothing else of this package.
 Source: CAS-ViT, arXiv 2408.03703, section 3.2; the order of operations follows the published code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .weights import GateWeights, MixerWeights
+
 Norm = Callable[[Tensor], Tensor]
-
-
-class GateWeights(NamedTuple):
-    """Weights of one gate (``oper_q`` or ``oper_k``): spatial, then channel.
-
-    ``norm_*`` are those of a BatchNorm over C channels with running statistics.
-    """
-
-    depthwise_weight: Tensor  # (C, 1, 3, 3)
-    depthwise_bias: Tensor  # (C,)
-    norm_weight: Tensor | None  # (C,), None when the norm has no affine part
-    norm_bias: Tensor | None  # (C,)
-    norm_mean: Tensor | None  # (C,), None when the norm tracks no statistics
-    norm_var: Tensor | None  # (C,)
-    spatial_weight: Tensor  # (1, C, 1, 1)
-    channel_weight: Tensor  # (C, C, 1, 1)
-
-
-class MixerWeights(NamedTuple):
-    """All weights of one mixer, in state-dict order."""
-
-    qkv_weight: Tensor  # (3C, C, 1, 1)
-    qkv_bias: Tensor | None  # (3C,)
-    q: GateWeights
-    k: GateWeights
-    dwc_weight: Tensor  # (C, 1, 3, 3)
-    dwc_bias: Tensor  # (C,)
-    proj_weight: Tensor  # (C, 1, 3, 3)
-    proj_bias: Tensor  # (C,)
 
 
 def depthwise3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -82,6 +54,18 @@ def running_norm(w: GateWeights, eps: float) -> Norm:
 
     def norm(d: Tensor) -> Tensor:
         return F.batch_norm(d, mean, var, w.norm_weight, w.norm_bias, False, 0.0, eps)
+
+    return norm
+
+
+def formula_norm(w: GateWeights, eps: float, batch: bool, momentum: float = 0.0) -> Norm:
+    """The gate's BatchNorm as a function; with batch statistics it updates the running ones."""
+    if not batch:
+        return running_norm(w, eps)
+
+    def norm(d: Tensor) -> Tensor:
+        mean, var = w.norm_mean, w.norm_var
+        return F.batch_norm(d, mean, var, w.norm_weight, w.norm_bias, True, momentum, eps)
 
     return norm
 

@@ -22,7 +22,7 @@ REMEDY = (
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library and None, or None and the reason why it cannot be used."""
-    path = Path(__file__).with_name("_C.so")
+    path = Path(__file__).parent.parent / "_C.so"
     if not path.exists():
         return None, f"the native library was not built ({path.name} is missing): {REMEDY}"
     try:

@@ -1,0 +1,46 @@
+"""Who follows a call beside its caller: exporters, compilers, `torch.func`, forward-mode AD.
+
+May import: torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
+
+
+def exporting() -> bool:
+    """Whether a tracer that writes a portable graph is running: exports get the plain formulas.
+
+    The exporters to ONNX trace by one of these two; asking for them as well costs a microsecond a call.
+    """
+    return bool(
+        torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        or torch.compiler.is_exporting()
+    )
+
+
+def transformed() -> bool:
+    """Whether a `torch.func` transform or forward-mode AD is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def formulas_only(x: Tensor, weight: Tensor) -> bool:
+    """Whether something follows each operation that cannot look into a fused one.
+
+    Beside `exporting`: `torch.func` transforms, forward-mode AD, tensors without values. A compiler is
+    not among them: it takes the operator as a whole.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return transformed() or x.is_meta or isinstance(x, FakeTensor) or isinstance(weight, FakeTensor)
+
+
+def is_opaque() -> bool:
+    """Whether a compiler or a dispatch mode records operators, so that one must be called.
+
+    Otherwise a kernel is called directly: the dispatcher of an operator in Python costs 0.3 ms a step.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
