@@ -12,10 +12,9 @@ from torch import nn
 
 from ..backends import BackendUnavailable, backends, check_name
 from ..module import ORIGINAL, FusedCATM, refusal, share, unfused
+from ..ops.mixer.matching import LOOKED_FOR, Match, match, resembles
 
 __all__ = ["FuseReport", "Refusal", "UnfuseReport", "fuse", "refusal", "share", "unfuse"]
-
-_CANDIDATE = ("qkv", "oper_q", "oper_k", "dwc", "proj")
 
 
 class Refusal(NamedTuple):
@@ -34,7 +33,7 @@ class FuseReport(NamedTuple):
 
     def __str__(self) -> str:
         if not any(self):
-            return "no mixer found"
+            return f"no mixer found: looked for {LOOKED_FOR}"
         lines = [f"{len(self.swapped)} swapped", *_indented(self.swapped)]
         if self.already:
             lines += [f"{len(self.already)} already fused", *_indented(self.already)]
@@ -56,11 +55,11 @@ class UnfuseReport(NamedTuple):
 def fuse(model: nn.Module, backend: str | None = None) -> FuseReport:
     """Replace, in place, every mixer of ``model`` that computes the published CATM.
 
-    The class of a mixer does not matter: its children must be those of the published mixer, and its
-    own forward is compared with the reference formulas (see `refusal`). The `FusedCATM` put in its
-    place shares its submodules, parameters and hooks, so state-dict keys stay, and optimizers, EMA
-    copies and DDP made before or after keep working. The original object is kept outside the module
-    tree for `unfuse`; plain attributes of its own stay on it.
+    Neither the class of a mixer nor the names of its children matter: these must be of the published
+    kinds, and its own forward is compared with the reference formulas (see `module.refusal`). The
+    `FusedCATM` put in its place shares its submodules, parameters and hooks, so state-dict keys stay,
+    and optimizers, EMA copies and DDP made before or after keep working. The original object is kept
+    outside the module tree for `unfuse`; plain attributes of its own stay on it.
 
     Calling it again swaps what is new and sets ``backend`` on all that it swapped earlier; mixers
     built as `FusedCATM` keep the backend they have.
@@ -72,7 +71,8 @@ def fuse(model: nn.Module, backend: str | None = None) -> FuseReport:
 
     Returns:
         What was swapped, what was fused already, and what was refused with the reason: every module
-        with children ``qkv, oper_q, oper_k, dwc, proj`` appears. All empty when there is none.
+        with children ``qkv, oper_q, oper_k, dwc, proj``, or of their kinds, appears. All empty when
+        there is none; printed, it then says what was looked for.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -92,7 +92,7 @@ def fuse(model: nn.Module, backend: str | None = None) -> FuseReport:
     refused: list[Refusal] = []
     found: list[_Site] = []
     earlier: list[FusedCATM] = []
-    reasons: dict[int, str | None] = {}  # by identity of the mixer: one may sit at several places
+    verdicts: dict[int, Match | str] = {}  # by identity of the mixer: one may sit at several places
     fused: dict[int, FusedCATM] = {}
     for site in _sites(model):
         child = site.child
@@ -102,22 +102,24 @@ def fuse(model: nn.Module, backend: str | None = None) -> FuseReport:
             if original is not None:
                 earlier.append(child)
                 fused[id(original)] = child
-        elif _looks_like_mixer(child):
-            if id(child) not in reasons:
-                reasons[id(child)] = refusal(child)
-            reason = reasons[id(child)]
-            if reason is None and site.parent is None:
+        elif resembles(child):
+            verdict = verdicts.get(id(child)) or match(child)
+            verdicts[id(child)] = verdict
+            if isinstance(verdict, str):
+                refused.append(Refusal(site.name, verdict))
+            elif site.parent is None:
                 reason = "it is the model itself: use FusedCATM.from_mixer(model) in its place"
-            if reason is None:
-                found.append(site)
-            else:
                 refused.append(Refusal(site.name, reason))
+            else:
+                found.append(site)
 
     for mixer in earlier:
         mixer.backend = backend
     for site in found:
         if id(site.child) not in fused:
-            fused[id(site.child)] = share(FusedCATM, site.child, backend)
+            verdict = verdicts[id(site.child)]
+            assert not isinstance(verdict, str)
+            fused[id(site.child)] = share(FusedCATM, site.child, backend, verdict)
         site.put(fused[id(site.child)])
     return FuseReport(tuple(site.name for site in found), tuple(refused), tuple(already))
 
@@ -176,14 +178,6 @@ def _sites(model: nn.Module) -> list[_Site]:
 
     enter("", model)
     return sites
-
-
-def _looks_like_mixer(module: nn.Module) -> bool:
-    # Not hasattr: a wrapper such as a compiled module hands on the attributes of what it wraps.
-    return all(
-        name in module._modules or name in vars(module) or hasattr(type(module), name)
-        for name in _CANDIDATE
-    )
 
 
 def _check_module(value: object, argument: str) -> None:

@@ -7,8 +7,8 @@ May import: torch.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +99,6 @@ ENTRIES: tuple[tuple[int, str], ...] = (
 )
 PATHS: tuple[str, ...] = tuple(f"{OWNERS[i]}.{name}" for i, name in ENTRIES)
 BUFFERS = ("running_mean", "running_var")
-owners_of = operator.itemgetter(*(i for i, _ in ENTRIES))  # of each tensor, from those of OWNERS
 
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -149,6 +148,38 @@ def check_alike(w: MixerWeights) -> bool:
                 f"got {t.dtype} ({remedy})"
             )
     return alike
+
+
+# Shapes for C = channels, by the end of a name; what is not here is (C,).
+_SHAPES: dict[str, Callable[[int], tuple[int, ...]]] = {
+    "qkv_weight": lambda c: (3 * c, c, 1, 1),
+    "qkv_bias": lambda c: (3 * c,),
+    "depthwise_weight": lambda c: (c, 1, 3, 3),
+    "dwc_weight": lambda c: (c, 1, 3, 3),
+    "proj_weight": lambda c: (c, 1, 3, 3),
+    "spatial_weight": lambda c: (1, c, 1, 1),
+    "channel_weight": lambda c: (c, c, 1, 1),
+}
+
+
+@functools.lru_cache
+def _shapes(channels: int) -> tuple[tuple[int, ...], ...]:
+    """Of the 22 tensors, in order."""
+    return tuple(_SHAPES.get(n.rpartition(".")[2], lambda c: (c,))(channels) for n in NAMES)
+
+
+def check_shapes(w: MixerWeights) -> None:
+    """Raise unless the weights have the shapes that `MixerWeights` and `GateWeights` say.
+
+    Kernels count elements only: they would read another shape with as many elements as if it fitted.
+
+    Raises:
+        ValueError: a weight has another shape (the message names it).
+    """
+    channels = w.qkv_weight.shape[1]
+    for name, t, shape in zip(NAMES, flatten(w), _shapes(channels), strict=True):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"weights.{name}: expected shape {shape}, got {tuple(t.shape)}")
 
 
 def named(w: MixerWeights) -> Iterator[tuple[str, Tensor]]:
