@@ -252,6 +252,11 @@ def unfused(fused: nn.Module) -> nn.Module:
     return mixer
 
 
+def has_own_forward(mixer: nn.Module) -> bool:
+    """Whether a `FusedCATM` computes something else than the mixer: in a subclass, or replaced on it."""
+    return type(mixer).forward is not FusedCATM.forward or "forward" in vars(mixer)
+
+
 def _share(source: nn.Module, target: nn.Module) -> None:
     # The dictionaries themselves (children, hooks) are shared: what is added to or removed from one
     # of the two later, also through a hook's handle, holds for both; copies and pickles keep that.
@@ -291,6 +296,8 @@ def _tracks(norm: Any) -> bool:
 
 def _momentum(norm: Any) -> Any:
     """Weight of this batch in the running statistics."""
+    if not isinstance(norm, _BatchNorm):
+        return 0.0
     if norm.momentum is not None:
         return norm.momentum
     return 1 / (norm._buffers["num_batches_tracked"] + 1) if _tracks(norm) else 0.0

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..backends import BackendUnavailable, backends, check_name
-from ..module import ORIGINAL, FusedCATM, refusal, share, unfused
+from ..module import ORIGINAL, FusedCATM, has_own_forward, refusal, share, unfused
 from ..ops.mixer.matching import LOOKED_FOR, Match, match, resembles
 
 __all__ = ["FuseReport", "Refusal", "UnfuseReport", "fuse", "refusal", "share", "unfuse"]
@@ -47,9 +47,14 @@ class UnfuseReport(NamedTuple):
     """What `unfuse` did; names are paths in the model."""
 
     restored: tuple[str, ...]
+    kept: tuple[Refusal, ...] = ()  # of a subclass with a forward of its own: left as they are
 
     def __str__(self) -> str:
-        return "\n".join([f"{len(self.restored)} restored", *_indented(self.restored)])
+        lines = [f"{len(self.restored)} restored", *_indented(self.restored)]
+        if self.kept:
+            lines += [f"{len(self.kept)} kept"]
+            lines += _indented(f"{_shown(name)}: {reason}" for name, reason in self.kept)
+        return "\n".join(lines)
 
 
 def fuse(model: nn.Module, backend: str | None = None) -> FuseReport:
@@ -128,7 +133,8 @@ def unfuse(model: nn.Module) -> UnfuseReport:
     """Undo `fuse`: put the very objects back that it replaced.
 
     Parameters, submodules, hooks and the training mode are those of now, not of the time of `fuse`.
-    A `FusedCATM` that replaced nothing becomes an `AdditiveTokenMixer` that shares its submodules.
+    A `FusedCATM` that replaced nothing becomes an `AdditiveTokenMixer` that shares its submodules. One
+    of a subclass with a forward of its own computes something else, which only it knows: it is kept.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -140,13 +146,19 @@ def unfuse(model: nn.Module) -> UnfuseReport:
             "model: expected a module that contains mixers, got a FusedCATM itself, "
             "which cannot be replaced in place"
         )
-    sites = [site for site in _sites(model) if isinstance(site.child, FusedCATM)]
+    fused = [site for site in _sites(model) if isinstance(site.child, FusedCATM)]
+    kept = [
+        Refusal(site.name, f"{type(site.child).__name__} has a forward of its own")
+        for site in fused
+        if has_own_forward(site.child)
+    ]
+    sites = [site for site in fused if not has_own_forward(site.child)]
     plain: dict[int, nn.Module] = {}
     for site in sites:
         if id(site.child) not in plain:
             plain[id(site.child)] = unfused(site.child)
         site.put(plain[id(site.child)])
-    return UnfuseReport(tuple(site.name for site in sites))
+    return UnfuseReport(tuple(site.name for site in sites), tuple(kept))
 
 
 class _Site(NamedTuple):

@@ -8,7 +8,7 @@ May import: torch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -150,22 +150,19 @@ def check_alike(w: MixerWeights) -> bool:
     return alike
 
 
-# Shapes for C = channels, by the end of a name; what is not here is (C,).
-_SHAPES: dict[str, Callable[[int], tuple[int, ...]]] = {
-    "qkv_weight": lambda c: (3 * c, c, 1, 1),
-    "qkv_bias": lambda c: (3 * c,),
-    "depthwise_weight": lambda c: (c, 1, 3, 3),
-    "dwc_weight": lambda c: (c, 1, 3, 3),
-    "proj_weight": lambda c: (c, 1, 3, 3),
-    "spatial_weight": lambda c: (1, c, 1, 1),
-    "channel_weight": lambda c: (c, c, 1, 1),
-}
-
-
 @functools.lru_cache
-def _shapes(channels: int) -> tuple[tuple[int, ...], ...]:
-    """Of the 22 tensors, in order."""
-    return tuple(_SHAPES.get(n.rpartition(".")[2], lambda c: (c,))(channels) for n in NAMES)
+def _shapes(c: int) -> tuple[tuple[int, ...], ...]:
+    """Of the 22 tensors with c channels, in order."""
+    by_name = {
+        "qkv_weight": (3 * c, c, 1, 1),
+        "qkv_bias": (3 * c,),
+        "depthwise_weight": (c, 1, 3, 3),
+        "dwc_weight": (c, 1, 3, 3),
+        "proj_weight": (c, 1, 3, 3),
+        "spatial_weight": (1, c, 1, 1),
+        "channel_weight": (c, c, 1, 1),
+    }
+    return tuple(by_name.get(name.rpartition(".")[2], (c,)) for name in NAMES)
 
 
 def check_shapes(w: MixerWeights) -> None:
