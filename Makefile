@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch
 # What the demo and the tests need beyond the package; pyproject.toml names the versions.
 EXTRAS ?= test,lint
+SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h")
 
 .PHONY: demo test setup bench parity lint format gpu clean
 .DEFAULT_GOAL := test
@@ -26,7 +27,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/python bench/report.py --check
 	$(BIN)/python bench/triton_kernels.py --check
 	$(BIN)/python bench/triton_traffic.py --check
@@ -34,7 +35,7 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+	$(BIN)/clang-format -i $(SOURCES)
 
 # Needs no network: where a Python that is there sees a GPU with its torch, that one runs it. Again to go on.
 gpu:
@@ -58,6 +59,6 @@ $(VENV)/.packages: pyproject.toml
 	touch $@
 
 # The native library; again when a source of it changes.
-$(VENV)/.native: $(VENV)/.packages setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+$(VENV)/.native: $(VENV)/.packages setup.py $(SOURCES)
 	CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@

@@ -26,15 +26,15 @@ STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest supported
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 SOURCES = [
-    "csrc/register.cpp",
-    "csrc/register_training.cpp",
+    "csrc/bindings/infer.cpp",
+    "csrc/bindings/train.cpp",
+    "csrc/cpu/infer.cpp",
     "csrc/cpu/pack.cpp",
-    "csrc/cpu/forward.cpp",
-    "csrc/cpu/training.cpp",
-    "csrc/cpu/mixer_portable.cpp",
+    "csrc/cpu/train.cpp",
+    "csrc/cpu/isa/portable.cpp",
 ]
-CHOICE = "csrc/cpu/isa.cpp"  # compiled last: it is told which instruction sets there are
-# csrc/cpu/mixer_<set>.cpp, each built upon those before it.
+CHOICE = "csrc/cpu/dispatch.cpp"  # compiled last: it is told which instruction sets there are
+# csrc/cpu/isa/<set>.cpp, each built upon those before it.
 X86_SETS = {
     "avx2": AVX2,
     "avx512": AVX512,
@@ -86,6 +86,7 @@ class BuildNative(build_ext):
             return f"the native library needs torch at build time: {error}"
         compiler = os.environ.get("CXX", "c++").split()
         flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        flags += ["-Icsrc"]
         # GCC 12's own AVX-512 headers trip these two.
         flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
         flags += [f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
@@ -101,7 +102,8 @@ class BuildNative(build_ext):
             subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
 
         def compile_one(source: str, extra: Iterable[str] = ()) -> str:
-            out = str((temporary / (Path(source).stem + ".o")).resolve())
+            name = source.removeprefix("csrc/").replace("/", "-").replace(".cpp", ".o")
+            out = str((temporary / name).resolve())
             run([*compiler, *flags, *extra, "-c", source, "-o", out])
             return out
 
@@ -115,7 +117,7 @@ class BuildNative(build_ext):
         try:
             with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:
                 sets = {
-                    name: pool.submit(compile_one, f"csrc/cpu/mixer_{name}.cpp", extra)
+                    name: pool.submit(compile_one, f"csrc/cpu/isa/{name}.cpp", extra)
                     for name, extra in (X86_SETS.items() if x86 else ())
                 }
                 # First: of what every source has, the linker takes the one that any CPU can run.

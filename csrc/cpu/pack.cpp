@@ -1,10 +1,10 @@
-#include "pack.h"
+#include "cpu/pack.h"
 
 #include <atomic>
 #include <cmath>
 #include <cstring>
 
-#include "scratch.h"
+#include "cpu/scratch.h"
 
 namespace casvit {
 namespace {

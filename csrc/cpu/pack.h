@@ -5,8 +5,8 @@
 
 #include <vector>
 
-#include "mixer.h"
-#include "pool.h"
+#include "cpu/kernels.h"
+#include "cpu/thread_pool.h"
 
 namespace casvit {
 

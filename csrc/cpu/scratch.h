@@ -5,7 +5,7 @@
 #include <cstring>
 #include <new>
 
-#include "mixer.h"
+#include "cpu/kernels.h"
 
 namespace casvit {
 
