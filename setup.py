@@ -28,9 +28,17 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefe
 SOURCES = [
     "csrc/bindings/infer.cpp",
     "csrc/bindings/train.cpp",
+    "csrc/bindings/train_step.cpp",
     "csrc/cpu/infer.cpp",
+    "csrc/cpu/fingerprint.cpp",
+    "csrc/cpu/k_scale.cpp",
     "csrc/cpu/pack.cpp",
+    "csrc/cpu/pack_train.cpp",
+    "csrc/cpu/packed_layout.cpp",
+    "csrc/cpu/sources.cpp",
     "csrc/cpu/train.cpp",
+    "csrc/cpu/train_backward.cpp",
+    "csrc/cpu/train_qkv.cpp",
     "csrc/cpu/isa/portable.cpp",
 ]
 CHOICE = "csrc/cpu/dispatch.cpp"  # compiled last: it is told which instruction sets there are

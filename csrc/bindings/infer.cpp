@@ -22,10 +22,10 @@ Tensor pack(WEIGHT_PARAMETERS, ScalarType dtype) {
   const int64_t C = qkv_weight.size(1);
   const casvit::Sources sources = with_running(casvit::Sources WEIGHT_SOURCES);
   const casvit::Kernels& kernels = casvit::active_kernels();
-  const casvit::Product kind = product_for(dtype);
-  const int64_t bytes[] = {casvit::packed_bytes(kernels, C, kind)};
+  const casvit::Precision precision = precision_for(dtype);
+  const int64_t bytes[] = {casvit::packed_bytes(kernels, C, precision)};
   Tensor packed = torch::stable::empty({bytes, 1}, ScalarType::Byte);
-  casvit::pack(kernels, sources, kind, packed.mutable_data_ptr());
+  casvit::pack(kernels, sources, precision, packed.mutable_data_ptr());
   return packed;
 }
 
@@ -34,15 +34,15 @@ void compute(const Tensor& x, const casvit::Sources& sources, const Tensor* pack
   if (x.numel() == 0) return;
   const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
   const casvit::Kernels& kernels = casvit::active_kernels();
-  const casvit::Product kind = product_for(out.scalar_type());
+  const casvit::Precision precision = precision_for(out.scalar_type());
   void* weights = packed ? packed->data_ptr() : nullptr;
-  if (!weights || !casvit::is_current(kernels, sources, kind, weights, packed->numel())) {
-    weights = casvit::scratch_for_packing(casvit::packed_bytes(kernels, C, kind));
-    casvit::pack(kernels, sources, kind, weights);
+  if (!weights || !casvit::is_current(kernels, sources, precision, weights, packed->numel())) {
+    weights = casvit::scratch_for_packing(casvit::packed_bytes(kernels, C, precision));
+    casvit::pack(kernels, sources, precision, weights);
   }
-  casvit::forward(kernels, casvit::make_geometry(C, H, W, kernels.lanes),
-                  casvit::view(kernels, C, kind, weights), kind, input, output_of(out, x), B,
-                  thread_pool());
+  casvit::infer(kernels, casvit::make_geometry(C, H, W, kernels.lanes),
+                casvit::view(kernels, C, precision, weights), precision, input, output_of(out, x),
+                B, thread_pool());
 }
 
 Tensor project_and_mix(const Tensor& x, WEIGHT_PARAMETERS, const Optional& packed,
@@ -75,7 +75,7 @@ Tensor infer(const Tensor& x, const Tensor& packed) {
   STD_TORCH_CHECK(x.dim() == 4, "x: expected 4 dimensions (B, C, H, W), got ", x.dim());
   Tensor out = empty_output(x, x.scalar_type());
   const casvit::Sources* sources =
-      casvit::sources_of(casvit::active_kernels(), x.size(1), product_for(out.scalar_type()),
+      casvit::sources_of(casvit::active_kernels(), x.size(1), precision_for(out.scalar_type()),
                          packed.const_data_ptr(), packed.numel());
   STD_TORCH_CHECK(sources, "packed: expected weights packed for x, on this machine");
   compute(x, *sources, &packed, out);

@@ -1,4 +1,4 @@
-// From torch's stable ABI to plain pointers: what the files of operators share.
+// From torch's stable ABI to plain pointers: what all files of operators share.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -80,8 +80,8 @@ inline casvit::Source source(const Optional& t, const char* name, int64_t numel,
    source(proj_weight, "proj_weight", 9 * C, 4),     \
    source(proj_bias, "proj_bias", C, 1)}
 
-inline casvit::Product product_for(ScalarType dtype) {
-  return dtype == ScalarType::BFloat16 ? casvit::Product::BF16 : casvit::Product::F32;
+inline casvit::Precision precision_for(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 ? casvit::Precision::BF16 : casvit::Precision::F32;
 }
 
 inline casvit::Input input_of(const Tensor& t, const char* name) {
@@ -107,7 +107,7 @@ inline casvit::Output output_of(Tensor& out, const Tensor& x) {
   return {out.mutable_data_ptr(), dtype_of(out, "dtype"), is_channels_last(x)};
 }
 
-inline casvit::Pool thread_pool() {
+inline casvit::ThreadPool thread_pool() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()),
           [](int64_t count, void (*task)(void*, int64_t), void* context) {
             torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {

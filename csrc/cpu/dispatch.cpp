@@ -69,7 +69,7 @@ std::string why_not_amx() {
 }
 #endif
 
-// setup.py defines CASVIT_HAVE_<SET> for each one that the compiler could build.
+// The build defines CASVIT_HAVE_<SET> for each one that the compiler could build.
 const Isa ISAS[] = {
 #if defined(__x86_64__)
 #if defined(CASVIT_HAVE_AMX)
@@ -140,9 +140,9 @@ extern "C" {
 
 CASVIT_EXPORT const char* casvit_cpu_isa_active() { return casvit::active_kernels().name; }
 
-// Whether they compute the gradients of the qkv product.
+// Whether they compute the gradients of the qkv GEMM.
 CASVIT_EXPORT int casvit_cpu_has_product_gradients() {
-  return casvit::active_kernels().input_gradient != nullptr;
+  return casvit::active_kernels().qkv_backward.input != nullptr;
 }
 
 // Comma-separated, best first; also those that could not be built.

@@ -18,12 +18,12 @@ const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 thread_local Buffer planes_buffer, small_buffer, temp_buffer, packing_buffer;
 constexpr int64_t KEEP_BYTES = int64_t{256} << 20;
 
-// The arrays of one group of images besides the planes: gates and pooled sums.
+// A group of images that go through the phases together, and its scratch.
 struct Group {
   const Kernels& k;
   const Geometry& g;
   const WeightsView& w;
-  Product kind;
+  Precision precision;
   const Input& x;
   const Output& out;
   int64_t first, images;
@@ -35,12 +35,12 @@ struct Group {
   float* gates;    // [2][images][padded]
   Strips strips;
 
-  Group(const Kernels& k, const Geometry& g, const WeightsView& w, Product kind, const Input& x,
-        const Output& out, int64_t first, int64_t images)
+  Group(const Kernels& k, const Geometry& g, const WeightsView& w, Precision precision,
+        const Input& x, const Output& out, int64_t first, int64_t images)
       : k(k),
         g(g),
         w(w),
-        kind(kind),
+        precision(precision),
         x(x),
         out(out),
         first(first),
@@ -58,10 +58,10 @@ struct Group {
     gates = pooled + vector_floats;
   }
 
-  void product(int64_t begin, int64_t end, int64_t block_begin, int64_t block_end) const {
+  void project(int64_t begin, int64_t end, int64_t block_begin, int64_t block_end) const {
     const PixelRun run{&x, &g, first, begin, end};
-    void* temp = temp_buffer.get(k.product_temp_bytes(g.C, kind, end - begin));
-    k.product(run, w, kind, block_begin, block_end, planes, image_floats, temp);
+    void* temp = temp_buffer.get(k.qkv.temp_bytes(g.C, precision, end - begin));
+    k.qkv.gemm(run, w, precision, block_begin, block_end, planes, image_floats, temp);
   }
   void spatial_gate(int64_t image, int64_t which, int64_t strip) const {
     float* temp = static_cast<float*>(temp_buffer.get(spatial_gate_temp_floats(g) * 4));
@@ -69,7 +69,7 @@ struct Group {
                    strip, spatial + (image * 2 + which) * g.pixels(),
                    sums + ((image * 2 + which) * strips.count + strip) * g.padded(), temp);
   }
-  void pool() const {
+  void spatial_mean() const {
     const float scale = 1.0f / static_cast<float>(g.pixels());
     for (int64_t which = 0; which < 2; ++which)
       for (int64_t image = 0; image < images; ++image) {
@@ -94,24 +94,25 @@ struct Group {
   }
 
   void all_on_this_thread() const {
-    // By rows of strips: q and k are still in the second-level cache when the gates read them.
+    // One row of strips after the other: q and k are still in the L2 cache when the gates read
+    // them.
     const int64_t down = strips.count / strips.across;
     for (int64_t image = 0; image < images; ++image) {
       const int64_t first_pixel = image * g.pixels();
       if (down == 1) {
-        if (image == 0) product(0, images * g.pixels(), 0, 3 * g.blocks);
+        if (image == 0) project(0, images * g.pixels(), 0, 3 * g.blocks);
         spatial_gates(image, 0);
         continue;
       }
       for (int64_t i = 0; i < down; ++i) {
         const int64_t begin = i * strips.rows * g.W;
         const int64_t end = i + 1 < down ? begin + strips.rows * g.W : g.pixels();
-        product(first_pixel + begin, first_pixel + end, 0, 3 * g.blocks);
-        if (i > 0) spatial_gates(image, i - 1);  // needs the first row of the next
+        project(first_pixel + begin, first_pixel + end, 0, 3 * g.blocks);
+        if (i > 0) spatial_gates(image, i - 1);  // whose halo is the first row of the next
       }
       spatial_gates(image, down - 1);
     }
-    pool();
+    spatial_mean();
     for (int64_t which = 0; which < 2; ++which) channel_gate(which, 0, g.blocks);
     for (int64_t image = 0; image < images; ++image)
       for (int64_t block = 0; block < g.blocks; ++block) combine(image, block, 0, g.H);
@@ -123,9 +124,9 @@ struct Group {
   }
 };
 
-// Few images: every phase is spread over the threads. What a thread reads it has written itself,
-// for the most part: tasks count along the rows, and the pool gives each thread a run of them.
-void by_phases(const Group& group, const Pool& pool) {
+// Few images: every phase is spread over the threads. Tasks count along the rows, and the pool
+// gives each thread a run of them, so a thread mostly reads what it has written itself.
+void by_phases(const Group& group, const ThreadPool& pool) {
   const Geometry& g = group.g;
   const int64_t threads = pool.threads, pixels = group.images * g.pixels();
   int64_t parts = pixels / 64 < threads ? pixels / 64 : threads;
@@ -134,39 +135,39 @@ void by_phases(const Group& group, const Pool& pool) {
   parts = divide_up(pixels, part);
   const int64_t block_part = divide_up(divide_up(3 * g.blocks, divide_up(threads, parts)), 2) * 2;
   const int64_t block_parts = divide_up(3 * g.blocks, block_part);
-  run(pool, parts * block_parts, [&](int64_t i) {
+  parallel_for(pool, parts * block_parts, [&](int64_t i) {
     const int64_t begin = i / block_parts * part, block = i % block_parts * block_part;
     const int64_t end = begin + part < pixels ? begin + part : pixels;
     const int64_t block_end = block + block_part < 3 * g.blocks ? block + block_part : 3 * g.blocks;
-    group.product(begin, end, block, block_end);
+    group.project(begin, end, block, block_end);
   });
   const int64_t strips = group.strips.count;
-  run(pool, group.images * strips * 2,
-      [&](int64_t i) { group.spatial_gate(i / (2 * strips), i % 2, i / 2 % strips); });
-  group.pool();
+  parallel_for(pool, group.images * strips * 2,
+               [&](int64_t i) { group.spatial_gate(i / (2 * strips), i % 2, i / 2 % strips); });
+  group.spatial_mean();
   const int64_t gate_part =
       divide_up(2 * g.blocks, threads) < g.blocks ? divide_up(2 * g.blocks, threads) : g.blocks;
   const int64_t gate_parts = divide_up(g.blocks, gate_part);
-  run(pool, 2 * gate_parts, [&](int64_t i) {
+  parallel_for(pool, 2 * gate_parts, [&](int64_t i) {
     const int64_t begin = i % gate_parts * gate_part;
     const int64_t end = begin + gate_part < g.blocks ? begin + gate_part : g.blocks;
     group.channel_gate(i / gate_parts, begin, end);
   });
-  // Bands of rows of one large image, although all blocks compute three rows around a cut twice:
-  // not below 14 rows each.
+  // Bands of rows of one large image. All blocks compute the three halo rows of a cut twice, so
+  // bands have at least 14 rows.
   const int64_t band = divide_up(g.H, threads);
   if (group.images == 1 && band >= 14) {
-    run(pool, divide_up(g.H, band), [&](int64_t i) {
+    parallel_for(pool, divide_up(g.H, band), [&](int64_t i) {
       const int64_t y_end = (i + 1) * band < g.H ? (i + 1) * band : g.H;
       for (int64_t block = 0; block < g.blocks; ++block) group.combine(0, block, i * band, y_end);
     });
     return;
   }
-  // Else all rows of all blocks in one line, cut into equal pieces: only the cut blocks compute
-  // rows twice.
+  // Else the rows of all blocks as one sequence, cut into equal pieces: only blocks that are cut
+  // compute halo rows twice.
   const int64_t rows = group.images * g.blocks * g.H;
   const int64_t pieces = rows / 4 < threads ? divide_up(rows, 4) : threads;
-  run(pool, pieces, [&](int64_t i) {
+  parallel_for(pool, pieces, [&](int64_t i) {
     const int64_t stop = (i + 1) * rows / pieces;
     for (int64_t row = i * rows / pieces; row < stop;) {
       const int64_t block = row / g.H, y = row % g.H;
@@ -183,27 +184,27 @@ bool in_forked_child() { return forked; }
 
 void* scratch_for_packing(int64_t bytes) { return packing_buffer.get(bytes); }
 
-void forward(const Kernels& k, const Geometry& g, const WeightsView& w, Product kind,
-             const Input& x, const Output& out, int64_t batch, const Pool& given) {
-  Pool pool = given;
+void infer(const Kernels& k, const Geometry& g, const WeightsView& w, Precision precision,
+           const Input& x, const Output& out, int64_t batch, const ThreadPool& given) {
+  ThreadPool pool = given;
   const int64_t work = batch * g.pixels() * g.C * (3 * g.C + 60);
   if (in_forked_child() || work < 100000) pool.threads = 1;
   const int64_t each = batch / pool.threads;  // images a thread computes alone
   if (each > 0) {
-    run(pool, pool.threads, [&](int64_t thread) {
-      // Small images share the passes over the weights.
+    parallel_for(pool, pool.threads, [&](int64_t thread) {
+      // Small images are grouped: they share the passes over the weights.
       int64_t together = divide_up(392, g.pixels());
       together = together > 4 ? 4 : together;
       const int64_t groups = divide_up(each, together < each ? together : each);
       for (int64_t i = 0; i < groups; ++i) {
         const int64_t begin = thread * each + i * each / groups;
         const int64_t end = thread * each + (i + 1) * each / groups;
-        Group(k, g, w, kind, x, out, begin, end - begin).all_on_this_thread();
+        Group(k, g, w, precision, x, out, begin, end - begin).all_on_this_thread();
       }
     });
   }
   const int64_t rest = batch - each * pool.threads;
-  if (rest > 0) by_phases(Group(k, g, w, kind, x, out, batch - rest, rest), pool);
+  if (rest > 0) by_phases(Group(k, g, w, precision, x, out, batch - rest, rest), pool);
   planes_buffer.release_if_over(KEEP_BYTES);
 }
 

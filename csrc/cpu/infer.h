@@ -1,4 +1,4 @@
-// One forward pass over a batch: threads, scratch memory and the order of the phases.
+// Inference over a batch: threads, scratch memory and the order of the phases.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -6,10 +6,10 @@
 
 namespace casvit {
 
-void forward(const Kernels&, const Geometry&, const WeightsView&, Product, const Input&,
-             const Output&, int64_t batch, const Pool&);
+void infer(const Kernels&, const Geometry&, const WeightsView&, Precision, const Input&,
+           const Output&, int64_t batch, const ThreadPool&);
 
-// Packed weights made for one call only live in the calling thread's scratch.
+// Scratch of the calling thread for weights that are packed for one call only.
 void* scratch_for_packing(int64_t bytes);
 
 }  // namespace casvit

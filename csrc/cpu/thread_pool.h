@@ -1,18 +1,18 @@
-// The caller's threads.
+// Parallel loops on the threads of the caller.
 #pragma once
 
 #include <cstdint>
 
 namespace casvit {
 
-// Runs tasks [0, count) on the caller's thread pool, each once.
-struct Pool {
+// run: calls task(context, i) once for each i in [0, count), on any thread.
+struct ThreadPool {
   int64_t threads;
   void (*run)(int64_t count, void (*task)(void* context, int64_t index), void* context);
 };
 
 template <class F>
-void run(const Pool& pool, int64_t count, const F& f) {
+void parallel_for(const ThreadPool& pool, int64_t count, const F& f) {
   if (pool.threads == 1 || count == 1) {
     for (int64_t i = 0; i < count; ++i) f(i);
     return;
@@ -22,9 +22,9 @@ void run(const Pool& pool, int64_t count, const F& f) {
       const_cast<F*>(&f));
 }
 
-// A thread pool does not survive fork(): the child computes on its one thread.
+// The threads of a pool do not survive fork(): a child computes on its one thread.
 bool in_forked_child();
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace casvit

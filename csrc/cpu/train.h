@@ -1,7 +1,7 @@
 // The phases of training over a batch: threads, scratch memory, and merging of partial sums. The
-// formulas are those of tests/phases.py. Results do not depend on the number of threads, but for
-// rounding: that of the gradient of the product's weights, and with AMX that of the product and of
-// the gradient of x where some numbers do not suit fixed point (int8x3.h).
+// formulas are those of tests/phases.py. Results do not depend on the number of threads, with two
+// exceptions in the last bits: the gradient of the qkv weights, and, on AMX, the qkv GEMM and the
+// gradient of x where some values do not fit fixed point (amx/int8x3_operands.h).
 //
 // Between phases, in arrays of the caller: qkv, [images][q, k, v][blocks] planes; gradients at q, k
 // and v, [images][pixels][3 C]; the gradient at q2 + k2, [images][blocks][pixels][lanes]; maps of
@@ -18,9 +18,10 @@ struct TrainingProblem {
   const Kernels& kernels;
   Geometry geometry;
   int64_t images;
-  Pool pool;
+  ThreadPool pool;
 
-  TrainingProblem(const Kernels&, int64_t images, int64_t C, int64_t H, int64_t W, const Pool&);
+  TrainingProblem(const Kernels&, int64_t images, int64_t C, int64_t H, int64_t W,
+                  const ThreadPool&);
   int64_t image_floats() const { return 3 * geometry.blocks * geometry.plane; }
   int64_t qkv_floats() const { return images * image_floats(); }
   int64_t grad_sum_floats() const {
@@ -28,7 +29,7 @@ struct TrainingProblem {
   }
 };
 
-void project(const TrainingProblem&, const WeightsView&, Product, const Input& x, float* qkv);
+void project(const TrainingProblem&, const WeightsView&, Precision, const Input& x, float* qkv);
 
 // moments: [2][mean, biased variance][C]
 void statistics(const TrainingProblem&, const TrainingGates&, const float* qkv, float* moments);
@@ -66,24 +67,25 @@ void backward_gate(const TrainingProblem&, const TrainingGates&, const float* qk
 void coefficients(const TrainingProblem&, const Sources&, const float* sums, const bool (&batch)[2],
                   float* to);
 
-// The product's own gradients, of what the phases leave in grad_qkv: only where kernels have them.
-struct ProductGradients {
+// The gradients of the qkv GEMM, from what the phases leave in grad_qkv; where kernels have them.
+struct QkvGradients {
   const Source* weight;  // (3C, C)
-  Product kind;
+  Precision precision;
   const Input* x;
   const Output* grad_x;  // or null
   float* grad_weight;    // [3C][C], or null
 };
-void product_backward(const TrainingProblem&, const float* grad_qkv, const ProductGradients&);
+void qkv_backward(const TrainingProblem&, const float* grad_qkv, const QkvGradients&);
 
 struct DepthwiseGradients {
   float* grad_qkv;
   float *weight[2], *bias[2];  // [C][9], [C]
 };
-// With `product` that, too: image by image where these are large, while grad_qkv is in the cache.
+// With `qkv_gradients`, also the gradients of the qkv GEMM: image by image where images are large,
+// while their grad_qkv is in the cache.
 void backward_depthwise(const TrainingProblem&, const TrainingGates&, const float* qkv,
                         const float* spatial, const float* channel, const float* shift,
                         const float* logit, const float* coefficients, const float* grad_sum,
-                        const DepthwiseGradients&, const ProductGradients* product = nullptr);
+                        const DepthwiseGradients&, const QkvGradients* qkv_gradients = nullptr);
 
 }  // namespace casvit

@@ -1,9 +1,8 @@
-// The gradients of the qkv product on the matrix unit in bf16 parts, as bf16x3.h does the
-// product. float32 takes six passes, bf16 (operands are rounded, sums are float32) one. G:
-// [pixels][3C], the gradient at q, k and v; W: [3C][C].
+// bf16x3: the gradients of the qkv GEMM in split bf16. float32 takes six passes, bf16 (rounded
+// operands, float32 sums) one. G: [pixels][3C], the gradient at q, k and v; W: [3C][C].
 //   of x: G W, one row for each pixel;
-//   of the weights: X^T G, a sum over pixels, written transposed. Either way round, but so neither
-//   G nor an x with channels first is transposed on the way in.
+//   of the weights: X^T G, K = pixels, written transposed. G^T X would have to transpose G, and x
+//   with channels first, while packing.
 #pragma once
 
 #include "cpu/amx/bf16x3.h"
@@ -12,52 +11,55 @@
 namespace casvit {
 namespace CASVIT_ISA {
 
-// A depth tile: high, middle, low; or bf16.
-static int64_t parts_bytes(Product kind) { return (kind == Product::F32 ? 3 : 1) * TILE_BYTES; }
+// Bytes of a depth tile: high, middle, low; or bf16.
+static int64_t parts_bytes(Precision precision) {
+  return (precision == Precision::F32 ? 3 : 1) * TILE_BYTES;
+}
 
-// 16 numbers of 16 lines; zeros where a line or a number is past the end.
-CASVIT_INLINE void load_lines(const float* from, int64_t stride, int64_t lines, int64_t numbers,
-                              Vec (&to)[TILE]) {
-  if (lines >= TILE && numbers >= TILE) {
+// A 16 x 16 block; zeros past the last row or column.
+CASVIT_INLINE void load_tile(const float* from, int64_t stride, int64_t rows, int64_t columns,
+                             Vec (&to)[TILE]) {
+  if (rows >= TILE && columns >= TILE) {
     for (int i = 0; i < TILE; ++i) to[i] = load(from + i * stride);
     return;
   }
-  const int n = numbers > TILE ? TILE : static_cast<int>(numbers);
+  const int n = columns > TILE ? TILE : static_cast<int>(columns);
   for (int i = 0; i < TILE; ++i)
-    to[i] = i < lines && n > 0 ? load_first_as_float(from + i * stride, n) : zero();
+    to[i] = i < rows && n > 0 ? load_first_as_float(from + i * stride, n) : zero();
 }
 // Channels c to c + 15 of 16 pixels, a vector for each channel; zeros past the end.
 template <class T>
 CASVIT_INLINE void load_channels(const T* x, int64_t channel_stride, int64_t C,
-                                 const Piece<TILE>& piece, int64_t c, Vec (&to)[TILE]) {
-  if (piece.consecutive) {
-    const T* p = x + piece.from[0] + c * channel_stride;
+                                 const PixelGroup<TILE>& pixel_group, int64_t c, Vec (&to)[TILE]) {
+  if (pixel_group.consecutive) {
+    const T* p = x + pixel_group.from[0] + c * channel_stride;
     for (int i = 0; i < TILE; ++i)
       to[i] = c + i < C ? load_as_float(p + i * channel_stride) : zero();
     return;
   }
-  gather(x, channel_stride, C, piece, c, to);
-  for (int i = piece.count; i < TILE; ++i) to[i] = zero();
+  gather_channels(x, channel_stride, C, pixel_group, c, to);
+  for (int i = pixel_group.count; i < TILE; ++i) to[i] = zero();
   transpose(to);
 }
-static void load_channels(const Input& x, int64_t C, const Piece<TILE>& piece, int64_t c,
+static void load_channels(const Input& x, int64_t C, const PixelGroup<TILE>& pixel_group, int64_t c,
                           Vec (&to)[TILE]) {
   const int64_t stride = x.channel_stride;
   switch (x.dtype) {
     case DType::F32:
-      return load_channels(static_cast<const float*>(x.data), stride, C, piece, c, to);
+      return load_channels(static_cast<const float*>(x.data), stride, C, pixel_group, c, to);
     case DType::BF16:
-      return load_channels(static_cast<const Bf16*>(x.data), stride, C, piece, c, to);
-    case DType::F16: return load_channels(static_cast<const F16*>(x.data), stride, C, piece, c, to);
+      return load_channels(static_cast<const Bf16*>(x.data), stride, C, pixel_group, c, to);
+    case DType::F16:
+      return load_channels(static_cast<const F16*>(x.data), stride, C, pixel_group, c, to);
   }
 }
 
-// sums [rows][row_floats] (+)= left right: `row_tiles` by `column_tiles` tiles, each with `depth`
+// sums [rows][row_floats] (+)= left * right: `row_tiles` by `column_tiles` tiles, each with `depth`
 // depth tiles one behind the other.
 template <int ROWS, int COLUMNS>
-static void multiply_add(const unsigned char* x, const unsigned char* w, int64_t depth,
-                         Product kind, bool add_up, float* sums, int64_t row_floats) {
-  const int64_t each = parts_bytes(kind);
+static void gemm_tiles(const unsigned char* x, const unsigned char* w, int64_t depth,
+                       Precision precision, bool add_up, float* sums, int64_t row_floats) {
+  const int64_t each = parts_bytes(precision);
   const Operands<ROWS, COLUMNS> o{depth * each, depth * each};
   const int64_t stride = row_floats * 4;
   float* below = sums + TILE * row_floats;
@@ -72,14 +74,14 @@ static void multiply_add(const unsigned char* x, const unsigned char* w, int64_t
     _tile_zero(2);
     _tile_zero(3);
   }
-  if (kind == Product::F32) {
+  if (precision == Precision::F32) {
     o.load_x(x + LOW);
     o.load_w(w + HIGH);
     for (int64_t t = 0; t < depth; ++t) {
-      o.all_but_last(x, w, [] {});
-      x += t + 1 < depth ? each : 0;  // the last load is idle
+      o.first_five_passes(x, w, [] {});
+      x += t + 1 < depth ? each : 0;  // the last load is not used
       w += t + 1 < depth ? each : 0;
-      o.then_both(x + LOW, w);
+      o.multiply_reload_both(x + LOW, w);
     }
   } else {
     o.load_x(x);
@@ -87,7 +89,7 @@ static void multiply_add(const unsigned char* x, const unsigned char* w, int64_t
     for (int64_t t = 0; t < depth; ++t) {
       x += t + 1 < depth ? each : 0;
       w += t + 1 < depth ? each : 0;
-      o.then_both(x, w);
+      o.multiply_reload_both(x, w);
     }
   }
   _tile_stored(0, sums, stride);
@@ -95,56 +97,56 @@ static void multiply_add(const unsigned char* x, const unsigned char* w, int64_t
   if (ROWS > 1) _tile_stored(2, below, stride);
   if (ROWS > 1 && COLUMNS > 1) _tile_stored(3, below + TILE, stride);
 }
-static void multiply_add(const unsigned char* left, const unsigned char* right, int64_t row_tiles,
-                         int64_t column_tiles, int64_t depth, Product kind, bool add_up,
-                         float* sums) {
-  const int64_t row_floats = column_tiles * TILE, each = depth * parts_bytes(kind);
+static void gemm_tiles(const unsigned char* left, const unsigned char* right, int64_t row_tiles,
+                       int64_t column_tiles, int64_t depth, Precision precision, bool add_up,
+                       float* sums) {
+  const int64_t row_floats = column_tiles * TILE, each = depth * parts_bytes(precision);
   for (int64_t c = 0; c < column_tiles; c += 2)
     for (int64_t r = 0; r < row_tiles; r += 2) {
       const bool rows = r + 1 < row_tiles, columns = c + 1 < column_tiles;
-      auto* f = rows      ? columns ? multiply_add<2, 2> : multiply_add<2, 1>
-                : columns ? multiply_add<1, 2>
-                          : multiply_add<1, 1>;
-      f(left + r * each, right + c * each, depth, kind, add_up,
+      auto* f = rows      ? columns ? gemm_tiles<2, 2> : gemm_tiles<2, 1>
+                : columns ? gemm_tiles<1, 2>
+                          : gemm_tiles<1, 1>;
+      f(left + r * each, right + c * each, depth, precision, add_up,
         sums + r * TILE * row_floats + c * TILE, row_floats);
     }
 }
 
-// Tiles of pixels at a time: their left operand stays in the second-level cache.
-static int64_t gradient_rows(int64_t depth, Product kind) {
-  const int64_t n = (1 << 20) / (depth * parts_bytes(kind)) / 2 * 2;
+// Pixel tiles at a time: their left operand stays in the L2 cache.
+static int64_t gradient_rows(int64_t depth, Precision precision) {
+  const int64_t n = (1 << 20) / (depth * parts_bytes(precision)) / 2 * 2;
   return n < 2 ? 2 : n > 16 ? 16 : n;
 }
 
 // Weights: [column tile][depth tile].
-static int64_t column_bytes_in_parts(int64_t C, Product kind) {
-  return (3 * C + DEPTH - 1) / DEPTH * parts_bytes(kind);
+static int64_t column_bytes_bf16x3(int64_t C, Precision precision) {
+  return (3 * C + BF16_TILE_K - 1) / BF16_TILE_K * parts_bytes(precision);
 }
-static void pack_column_in_parts(const float* weight, int64_t C, Product kind, int64_t column,
-                                 unsigned char* tiles) {
+static void pack_column_bf16x3(const float* weight, int64_t C, Precision precision, int64_t column,
+                               unsigned char* tiles) {
   const int64_t K = 3 * C, c = column * TILE;
-  for (int64_t k = 0; k < K; k += DEPTH, tiles += parts_bytes(kind)) {
+  for (int64_t k = 0; k < K; k += BF16_TILE_K, tiles += parts_bytes(precision)) {
     Vec first[TILE], second[TILE];
-    load_lines(weight + k * C + c, C, K - k, C - c, first);
-    load_lines(weight + (k + TILE) * C + c, C, K - k - TILE, C - c, second);
-    put_rounded(first, second, kind, tiles);
+    load_tile(weight + k * C + c, C, K - k, C - c, first);
+    load_tile(weight + (k + TILE) * C + c, C, K - k - TILE, C - c, second);
+    store_rounded(first, second, precision, tiles);
   }
 }
 
-static int64_t input_gradient_temp_bytes_in_parts(int64_t C, Product kind) {
-  const int64_t depth = (3 * C + DEPTH - 1) / DEPTH, columns = (C + TILE - 1) / TILE;
-  const int64_t rows = gradient_rows(depth, kind);
-  return rows * depth * parts_bytes(kind) + (rows + 1) * columns * TILE_BYTES;
+static int64_t input_gradient_temp_bytes_bf16x3(int64_t C, Precision precision) {
+  const int64_t depth = (3 * C + BF16_TILE_K - 1) / BF16_TILE_K, columns = (C + TILE - 1) / TILE;
+  const int64_t rows = gradient_rows(depth, precision);
+  return rows * depth * parts_bytes(precision) + (rows + 1) * columns * TILE_BYTES;
 }
 
 // Pixels [begin, end) of all images of the gradient at x.
-static void input_gradient_in_parts(const Geometry& g, const float* grad, const void* weights,
-                                    Product kind, int64_t begin, int64_t end, const Output& out,
-                                    void* temp) {
-  const int64_t K = 3 * g.C, depth = (K + DEPTH - 1) / DEPTH;
-  const int64_t columns = (g.C + TILE - 1) / TILE, most = gradient_rows(depth, kind);
+static void input_gradient_bf16x3(const Geometry& g, const float* grad, const void* weights,
+                                  Precision precision, int64_t begin, int64_t end,
+                                  const Output& out, void* temp) {
+  const int64_t K = 3 * g.C, depth = (K + BF16_TILE_K - 1) / BF16_TILE_K;
+  const int64_t columns = (g.C + TILE - 1) / TILE, most = gradient_rows(depth, precision);
   unsigned char* left = static_cast<unsigned char*>(temp);
-  float* sums = reinterpret_cast<float*>(left + most * depth * parts_bytes(kind));
+  float* sums = reinterpret_cast<float*>(left + most * depth * parts_bytes(precision));
   const TileConfig config;
   _tile_loadconfig(&config);
   for (int64_t pixel = begin; pixel < end; pixel += most * TILE) {
@@ -152,37 +154,37 @@ static void input_gradient_in_parts(const Geometry& g, const float* grad, const 
     const int64_t rows = (count + TILE - 1) / TILE;
     unsigned char* to = left;
     for (int64_t p = 0; p < count; p += TILE)
-      for (int64_t k = 0; k < K; k += DEPTH, to += parts_bytes(kind)) {
+      for (int64_t k = 0; k < K; k += BF16_TILE_K, to += parts_bytes(precision)) {
         const float* from = grad + (pixel + p) * K + k;
         Vec first[TILE], second[TILE];
-        load_lines(from, K, count - p, K - k, first);
-        load_lines(from + TILE, K, count - p, K - k - TILE, second);
-        put_cut(first, second, kind, to);
+        load_tile(from, K, count - p, K - k, first);
+        load_tile(from + TILE, K, count - p, K - k - TILE, second);
+        store_truncated(first, second, precision, to);
       }
-    multiply_add(left, static_cast<const unsigned char*>(weights), rows, columns, depth, kind,
-                 false, sums);
-    write_pixels(g, pixel, count, sums, columns * TILE, out);
+    gemm_tiles(left, static_cast<const unsigned char*>(weights), rows, columns, depth, precision,
+               false, sums);
+    store_pixels(g, pixel, count, sums, columns * TILE, out);
   }
   _tile_release();
 }
 
-// For the gradient of the weights: depth tiles of pixels at a time, while their left operand stays
-// in the second-level cache, and column tiles at a time.
-static int64_t gradient_depth(int64_t rows, Product kind) {
-  const int64_t n = (5 << 18) / (rows * parts_bytes(kind));
+// Depth tiles at a time of the gradient of the weights: their left operand stays in the L2 cache.
+// COLUMNS: column tiles at a time.
+static int64_t gradient_depth(int64_t rows, Precision precision) {
+  const int64_t n = (5 << 18) / (rows * parts_bytes(precision));
   return n < 2 ? 2 : n > 16 ? 16 : n;
 }
 constexpr int64_t COLUMNS = 4;
 
-static int64_t weight_gradient_temp_bytes_in_parts(int64_t C, int64_t columns, Product kind) {
+static int64_t weight_gradient_temp_bytes_bf16x3(int64_t C, int64_t columns, Precision precision) {
   const int64_t rows = (C + TILE - 1) / TILE, whole = (columns + COLUMNS - 1) / COLUMNS * COLUMNS;
-  return (rows + COLUMNS) * gradient_depth(rows, kind) * parts_bytes(kind) +
+  return (rows + COLUMNS) * gradient_depth(rows, precision) * parts_bytes(precision) +
          rows * whole * TILE_BYTES;
 }
 
 // sums: [group of column tiles][C, padded][columns of the group], transposed to [3C][C].
-static void write_weights(int64_t C, int64_t row_begin, int64_t row_end, const float* sums,
-                          float* to) {
+static void store_weight_gradient(int64_t C, int64_t row_begin, int64_t row_end, const float* sums,
+                                  float* to) {
   for (int64_t row = row_begin; row < row_end; row += COLUMNS * TILE) {
     const int64_t left_over = (row_end - row + TILE - 1) / TILE;
     const int64_t columns = left_over < COLUMNS ? left_over : COLUMNS;
@@ -199,32 +201,32 @@ static void write_weights(int64_t C, int64_t row_begin, int64_t row_end, const f
 
 // Rows [row_begin, row_end) of the gradient of the weights, summed over pixels [begin, end) of all
 // images; to: [3C][C].
-static void weight_gradient_in_parts(const Geometry& g, const float* grad, const Input& x,
-                                     Product kind, int64_t begin, int64_t end, int64_t row_begin,
-                                     int64_t row_end, float* to, void* temp) {
+static void weight_gradient_bf16x3(const Geometry& g, const float* grad, const Input& x,
+                                   Precision precision, int64_t begin, int64_t end,
+                                   int64_t row_begin, int64_t row_end, float* to, void* temp) {
   const int64_t C = g.C, K = 3 * C, rows = (C + TILE - 1) / TILE,
-                depth = gradient_depth(rows, kind);
+                depth = gradient_depth(rows, precision);
   unsigned char* left = static_cast<unsigned char*>(temp);
-  unsigned char* right = left + rows * depth * parts_bytes(kind);
-  float* const sums = reinterpret_cast<float*>(right + COLUMNS * depth * parts_bytes(kind));
+  unsigned char* right = left + rows * depth * parts_bytes(precision);
+  float* const sums = reinterpret_cast<float*>(right + COLUMNS * depth * parts_bytes(precision));
   const TileConfig config;
   _tile_loadconfig(&config);
-  for (int64_t pixel = begin; pixel < end; pixel += depth * DEPTH) {
-    const int64_t count = end - pixel < depth * DEPTH ? end - pixel : depth * DEPTH;
-    const int64_t tiles = (count + DEPTH - 1) / DEPTH;
+  for (int64_t pixel = begin; pixel < end; pixel += depth * BF16_TILE_K) {
+    const int64_t count = end - pixel < depth * BF16_TILE_K ? end - pixel : depth * BF16_TILE_K;
+    const int64_t tiles = (count + BF16_TILE_K - 1) / BF16_TILE_K;
     const PixelRun run{&x, &g, 0, pixel, end};
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t p = t * DEPTH;
-      Piece<TILE> pieces[2];
-      pieces[0].locate(run, pixel + p, 0);
-      if (count > p + TILE) pieces[1].locate(run, pixel + p + TILE, 0);
+      const int64_t p = t * BF16_TILE_K;
+      PixelGroup<TILE> pixel_groups[2];
+      pixel_groups[0].locate(run, pixel + p, 0);
+      if (count > p + TILE) pixel_groups[1].locate(run, pixel + p + TILE, 0);
       for (int64_t r = 0; r < rows; ++r) {
         Vec first[TILE], second[TILE];
-        load_channels(x, C, pieces[0], r * TILE, first);
-        if (count > p + TILE) load_channels(x, C, pieces[1], r * TILE, second);
+        load_channels(x, C, pixel_groups[0], r * TILE, first);
+        if (count > p + TILE) load_channels(x, C, pixel_groups[1], r * TILE, second);
         else
           for (int i = 0; i < TILE; ++i) second[i] = zero();
-        put_rounded(first, second, kind, left + (r * tiles + t) * parts_bytes(kind));
+        store_rounded(first, second, precision, left + (r * tiles + t) * parts_bytes(precision));
       }
     }
     float* group_sums = sums;
@@ -233,19 +235,19 @@ static void weight_gradient_in_parts(const Geometry& g, const float* grad, const
       const int64_t columns = left_over < COLUMNS ? left_over : COLUMNS;
       unsigned char* tile = right;
       for (int64_t c = row; c < row + columns * TILE; c += TILE)
-        for (int64_t p = 0; p < count; p += DEPTH, tile += parts_bytes(kind)) {
+        for (int64_t p = 0; p < count; p += BF16_TILE_K, tile += parts_bytes(precision)) {
           const float* from = grad + (pixel + p) * K + c;
           Vec first[TILE], second[TILE];
-          load_lines(from, K, count - p, K - c, first);
-          load_lines(from + TILE * K, K, count - p - TILE, K - c, second);
-          put_cut(first, second, kind, tile);
+          load_tile(from, K, count - p, K - c, first);
+          load_tile(from + TILE * K, K, count - p - TILE, K - c, second);
+          store_truncated(first, second, precision, tile);
         }
-      multiply_add(left, right, rows, columns, tiles, kind, pixel > begin, group_sums);
+      gemm_tiles(left, right, rows, columns, tiles, precision, pixel > begin, group_sums);
       group_sums += rows * columns * TILE * TILE;
     }
   }
   _tile_release();
-  write_weights(C, row_begin, row_end, sums, to);
+  store_weight_gradient(C, row_begin, row_end, sums, to);
 }
 
 }  // namespace CASVIT_ISA

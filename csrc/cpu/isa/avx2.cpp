@@ -1,21 +1,11 @@
-// The kernels compiled for one instruction set; the flags are set in setup.py.
+// AVX2 with FMA and F16C.
 #define CASVIT_ISA avx2
-#include "cpu/gemm/qkv.h"
-#include "cpu/gemm/qkv_backward.h"
-#include "cpu/mixer/backward.h"
-#include "cpu/mixer/gates.h"
-#include "cpu/mixer/statistics.h"
-
-#include "cpu/gemm/own_gradients.h"
+#include "cpu/isa/vector_kernels.h"
 
 namespace casvit {
 
 const Kernels& avx2_kernels() {
-  using namespace avx2;
-  static const Kernels kernels = with_own_gradients(
-      {"avx2", VL, product_weight_bytes, product_pack_weights, product_temp_bytes, product,
-       spatial_gate, channel_gate, pack_channel_gate, combine, moments, backward_combine,
-       backward_gate, backward_depthwise, channel_gate_backward});
+  static const Kernels kernels = avx2::vector_kernels("avx2");
   return kernels;
 }
 

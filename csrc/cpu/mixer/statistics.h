@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
-#include "cpu/mixer/gates.h"
+#include "cpu/mixer/depthwise.h"
 #include "cpu/simd/accumulate.h"
 
 namespace casvit {
@@ -12,8 +12,8 @@ static void moments(const Geometry& g, const float* weights, const float* plane,
                     int64_t y_end, double* moments) {
   const Taps taps(weights);
   auto row_above = [&](int64_t y) { return plane + y * g.row; };
-  // Deviations from the mean of a few values out of the middle: squares of the values themselves
-  // would drown a variance that is small beside the mean.
+  // Deviations are taken from `centre`, the mean of a few values out of the middle: sums of plain
+  // squares cancel where the variance is small beside the mean.
   Vec centre = zero();
   {
     const float* above = row_above((y_begin + y_end) / 2) + (g.W < 7 ? 0 : (g.W - 7) / 2) * VL;
@@ -29,7 +29,7 @@ static void moments(const Geometry& g, const float* weights, const float* plane,
     centre = div(centre, splat(static_cast<float>(count)));
   }
   double totals[2 * VL];
-  Sums<2> sums(totals);
+  Accumulators<2> sums(totals);
   for (int64_t y = y_begin; y < y_end; ++y)
     for (int64_t first = 0; first < g.W; first += SPAN) {
       const float* above = row_above(y) + first * VL;

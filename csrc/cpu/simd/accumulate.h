@@ -1,4 +1,4 @@
-// Sums over many pixels that lose no digit.
+// Sums over many pixels: short chains in float, which are added up in double.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -6,14 +6,14 @@
 namespace casvit {
 namespace CASVIT_ISA {
 
-// Pixels of a row summed in one chain of floats.
+// Pixels in one chain of float additions.
 constexpr int64_t SPAN = 56;
 
-// K sums per channel of one block: in float over some 56 pixels, these added up in double.
+// K sums for each channel of a block: in float over about SPAN pixels, then in double.
 template <int K>
-class Sums {
+class Accumulators {
  public:
-  explicit Sums(double* total) : total_(total) {
+  explicit Accumulators(double* total) : total_(total) {
     std::memset(total, 0, sizeof(double) * K * VL);
     std::memset(part_, 0, sizeof part_);
   }
@@ -22,7 +22,7 @@ class Sums {
   void add_to(int k, const Vec (&v)[N]) {
     for (int i = 0; i < N; ++i) add_to(k + i, v[i]);
   }
-  // What was added were sums over so many pixels.
+  // The sums added since the last call were over so many pixels.
   void count(int64_t pixels) {
     pixels_ += pixels;
     if (pixels_ >= SPAN) flush();

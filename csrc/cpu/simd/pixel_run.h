@@ -1,4 +1,4 @@
-// Where the pixels of a run lie in x and in scratch.
+// Where the pixels of a run lie in x and in the planes of q, k and v.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -7,15 +7,15 @@
 namespace casvit {
 namespace CASVIT_ISA {
 
-// Walks a run in pieces of P pixels. Offsets past the end of the run repeat its last pixel, so that
-// packing need not care.
+// P pixels of a run. Offsets past its end repeat the last pixel, so that packing needs no edge
+// case.
 template <int P>
-struct Piece {
+struct PixelGroup {
   int64_t from[P];  // into x, in elements, of channel 0
   int64_t to[P];    // into the planes, in floats, of channel block 0
   int count;
   bool consecutive;  // from[i] == from[0] + i for all P
-  int run;           // pixels up to the first that is not consecutive
+  int run;           // pixels before the first that does not follow its neighbour in memory
   bool two_runs;     // those from `run` to `count` are consecutive as well
 
   void locate(const PixelRun& pixel_run, int64_t begin, int64_t image_floats) {

@@ -1,4 +1,4 @@
-// From vectors of channels to memory, channels first or last.
+// Stores vectors of channels to a map, channels first or last.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -7,11 +7,11 @@
 namespace casvit {
 namespace CASVIT_ISA {
 
-// Writes `count` pixels of one channel block to out. from: their lanes, `stride` floats from pixel
-// to pixel, with VL - 1 more pixels behind that may be read.
+// Writes `count` pixels of one channel block to out. from: one vector a pixel, `stride` floats
+// apart; VL - 1 more pixels may be read.
 template <class T>
-CASVIT_INLINE void write_out(const Geometry& g, const Output& out, int64_t image, int64_t block,
-                             int64_t pixel, int64_t count, const float* from, int64_t stride) {
+CASVIT_INLINE void store_block(const Geometry& g, const Output& out, int64_t image, int64_t block,
+                               int64_t pixel, int64_t count, const float* from, int64_t stride) {
   const int64_t channel = block * VL;
   const int channels = static_cast<int>(g.C - channel < VL ? g.C - channel : VL);
   T* to = static_cast<T*>(out.data) + image * g.C * g.pixels();
@@ -29,19 +29,19 @@ CASVIT_INLINE void write_out(const Geometry& g, const Output& out, int64_t image
   }
 }
 
-// `count` pixels of all images, from `pixel` on, to memory. from: [count][row_floats], with VL - 1
-// more pixels behind that may be read.
-static inline void write_pixels(const Geometry& g, int64_t pixel, int64_t count, const float* from,
+// Writes `count` pixels from `pixel` on, counted through all images. from: [count][row_floats]; VL
+// - 1 more pixels may be read.
+static inline void store_pixels(const Geometry& g, int64_t pixel, int64_t count, const float* from,
                                 int64_t row_floats, const Output& out) {
-  for (int64_t done = 0; done < count;) {  // a piece of one image at a time
+  for (int64_t done = 0; done < count;) {  // what lies in one image at a time
     const int64_t image = (pixel + done) / g.pixels(), at = (pixel + done) % g.pixels();
     const int64_t n = g.pixels() - at < count - done ? g.pixels() - at : count - done;
     for (int64_t c = 0; c < g.blocks; ++c) {
       const float* own = from + done * row_floats + c * VL;
       switch (out.dtype) {
-        case DType::F32: write_out<float>(g, out, image, c, at, n, own, row_floats); break;
-        case DType::BF16: write_out<Bf16>(g, out, image, c, at, n, own, row_floats); break;
-        case DType::F16: write_out<F16>(g, out, image, c, at, n, own, row_floats); break;
+        case DType::F32: store_block<float>(g, out, image, c, at, n, own, row_floats); break;
+        case DType::BF16: store_block<Bf16>(g, out, image, c, at, n, own, row_floats); break;
+        case DType::F16: store_block<F16>(g, out, image, c, at, n, own, row_floats); break;
       }
     }
     done += n;
