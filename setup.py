@@ -27,6 +27,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 SOURCES = [
     "csrc/bindings/infer.cpp",
+    "csrc/bindings/info.cpp",
     "csrc/bindings/train.cpp",
     "csrc/bindings/train_step.cpp",
     "csrc/cpu/infer.cpp",

@@ -8,15 +8,16 @@
 
 #include <optional>
 
-#include "cpu/kernels.h"
 #include "cpu/pack.h"
 #include "cpu/thread_pool.h"
+#include "mixer_weights.h"
 
 namespace casvit::binding {
 
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Required = Tensor;
 using Optional = std::optional<Tensor>;
 
 inline casvit::DType dtype_of(const Tensor& t, const char* name) {
@@ -51,34 +52,16 @@ inline casvit::Source source(const Optional& t, const char* name, int64_t numel,
   return t ? source(*t, name, numel, dim) : casvit::Source{};
 }
 
-#define GATE_PARAMETERS(z)                                              \
-  const Tensor &z##_depthwise_weight, const Tensor &z##_depthwise_bias, \
-      const Optional &z##_norm_weight, const Optional &z##_norm_bias,   \
-      const Optional &z##_norm_mean, const Optional &z##_norm_var,      \
-      const Tensor &z##_spatial_weight, const Tensor &z##_channel_weight
-#define WEIGHT_PARAMETERS                                                                     \
-  const Tensor &qkv_weight, const Optional &qkv_bias, GATE_PARAMETERS(q), GATE_PARAMETERS(k), \
-      const Tensor &dwc_weight, const Tensor &dwc_bias, const Tensor &proj_weight,            \
-      const Tensor &proj_bias, double eps_q, double eps_k
-#define GATE_SOURCES(z, eps)                                       \
-  {source(z##_depthwise_weight, #z "_depthwise_weight", 9 * C, 4), \
-   source(z##_depthwise_bias, #z "_depthwise_bias", C, 1),         \
-   source(z##_norm_weight, #z "_norm_weight", C, 1),               \
-   source(z##_norm_bias, #z "_norm_bias", C, 1),                   \
-   source(z##_norm_mean, #z "_norm_mean", C, 1),                   \
-   source(z##_norm_var, #z "_norm_var", C, 1),                     \
-   source(z##_spatial_weight, #z "_spatial_weight", C, 4),         \
-   source(z##_channel_weight, #z "_channel_weight", C * C, 4),     \
-   eps}
-#define WEIGHT_SOURCES                               \
-  {C,                                                \
-   source(qkv_weight, "qkv_weight", 3 * C * C, 4),   \
-   source(qkv_bias, "qkv_bias", 3 * C, 1),           \
-   {GATE_SOURCES(q, eps_q), GATE_SOURCES(k, eps_k)}, \
-   source(dwc_weight, "dwc_weight", 9 * C, 4),       \
-   source(dwc_bias, "dwc_bias", C, 1),               \
-   source(proj_weight, "proj_weight", 9 * C, 4),     \
-   source(proj_bias, "proj_bias", C, 1)}
+// Parameters of an operator for the weights of a mixer, and the sources of these.
+#define CASVIT_PARAMETER(prefix, field, presence, ...) const presence &prefix##field,
+#define CASVIT_SOURCE(prefix, field, presence, elements, dimensions) \
+  source(prefix##field, #prefix #field, elements, dimensions),
+#define WEIGHT_PARAMETERS CASVIT_MIXER_WEIGHTS(CASVIT_PARAMETER) double eps_q, double eps_k
+#define WEIGHT_SOURCES                                                                \
+  {C,                                                                                 \
+   CASVIT_QKV_WEIGHTS(CASVIT_SOURCE){{CASVIT_GATE_WEIGHTS(CASVIT_SOURCE, q_) eps_q},  \
+                                     {CASVIT_GATE_WEIGHTS(CASVIT_SOURCE, k_) eps_k}}, \
+   CASVIT_COMBINE_WEIGHTS(CASVIT_SOURCE)}
 
 inline casvit::Precision precision_for(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? casvit::Precision::BF16 : casvit::Precision::F32;

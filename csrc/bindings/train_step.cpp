@@ -8,6 +8,12 @@ namespace {
 
 using namespace casvit::binding;
 
+// Gradients: of x and of the weights, in the order of the schema.
+#define CASVIT_INDEX(prefix, field, ...) AT_##prefix##field,
+enum Gradient { AT_x, CASVIT_MIXER_WEIGHTS(CASVIT_INDEX) GRADIENTS };
+#undef CASVIT_INDEX
+constexpr int OF_GATE = AT_k_depthwise_weight - AT_q_depthwise_weight;
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, WEIGHT_PARAMETERS,
                                                            bool batch_q, bool batch_k,
                                                            ScalarType dtype, Tensor qkv) {
@@ -64,23 +70,22 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, WEIGHT_PARAMET
   check_floats(grad_qkv, "grad_qkv", B * pixels * 3 * C);
   check_floats(grad_sum, "grad_sum", problem.grad_sum_floats());
 
-  enum { X, QKV_WEIGHT, QKV_BIAS, GATES, OF_GATE = 8, DWC = GATES + 2 * OF_GATE, END = DWC + 4 };
-  enum { DEPTHWISE, DEPTHWISE_BIAS, NORM, NORM_BIAS, MEAN, VAR, SPATIAL, CHANNEL };
-  auto any = [&](std::initializer_list<int> bits) {
-    for (int bit : bits)
-      if (needed >> bit & 1) return true;
+  auto any = [&](std::initializer_list<int> gradients) {
+    for (int i : gradients)
+      if (needed >> i & 1) return true;
     return false;
   };
-  auto any_of_gates = [&](std::initializer_list<int> fields) {
-    for (int field : fields)
-      if (any({GATES + field, GATES + OF_GATE + field})) return true;
+  auto any_of_gates = [&](std::initializer_list<int> of_q) {
+    for (int i : of_q)
+      if (any({i, i + OF_GATE})) return true;
     return false;
   };
-  const bool need_depthwise =
-      any({X, QKV_WEIGHT, QKV_BIAS}) || any_of_gates({DEPTHWISE, DEPTHWISE_BIAS});
-  const bool need_gate = need_depthwise || any_of_gates({NORM, NORM_BIAS, SPATIAL});
+  const bool need_depthwise = any({AT_x, AT_qkv_weight, AT_qkv_bias}) ||
+                              any_of_gates({AT_q_depthwise_weight, AT_q_depthwise_bias});
+  const bool need_gate =
+      need_depthwise || any_of_gates({AT_q_norm_weight, AT_q_norm_bias, AT_q_spatial_weight});
   const bool products = problem.kernels.qkv_backward.input;
-  std::vector<Tensor> found(END);
+  std::vector<Tensor> found(GRADIENTS);
   auto make = [&](int index, Sizes sizes) {
     found[static_cast<size_t>(index)] = empty(sizes);
     return write(found[static_cast<size_t>(index)]);
@@ -92,16 +97,16 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, WEIGHT_PARAMET
                                    precision, problem.pool),
                   precision, input, write(qkv));
   Tensor pixel = empty({B, 2, shape.H, shape.W}), channel_sum = empty({2, B, C});
-  casvit::backward_combine(
-      problem, casvit::pack_combine(problem.kernels, sources), grad_input, write(qkv), from_spatial,
-      from_channel,
-      {write(grad_qkv), write(grad_sum), write(pixel), write(channel_sum), make(DWC, {C, 1, 3, 3}),
-       make(DWC + 1, {C}), make(DWC + 2, {C, 1, 3, 3}), make(DWC + 3, {C})});
+  casvit::backward_combine(problem, casvit::pack_combine(problem.kernels, sources), grad_input,
+                           write(qkv), from_spatial, from_channel,
+                           {write(grad_qkv), write(grad_sum), write(pixel), write(channel_sum),
+                            make(AT_dwc_weight, {C, 1, 3, 3}), make(AT_dwc_bias, {C}),
+                            make(AT_proj_weight, {C, 1, 3, 3}), make(AT_proj_bias, {C})});
   Tensor shift = empty({2, B, C});
-  if (need_gate || any_of_gates({CHANNEL})) {
+  if (need_gate || any_of_gates({AT_q_channel_weight})) {
     float* of_channel[2];
     for (int i = 0; i < 2; ++i) {
-      const int at = GATES + i * OF_GATE + CHANNEL;
+      const int at = AT_q_channel_weight + i * OF_GATE;
       of_channel[i] = any({at}) ? make(at, {C, C, 1, 1}) : nullptr;
     }
     casvit::backward_channel_gate(problem, sources, write(channel_sum), from_pooled, from_channel,
@@ -113,39 +118,39 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, WEIGHT_PARAMET
     casvit::GateGradients of_gate{write(logit), {}, write(sums)};
     casvit::DepthwiseGradients of_depthwise{write(grad_qkv), {}, {}};
     for (int i = 0; i < 2; ++i) {
-      const int at = GATES + i * OF_GATE;
-      of_gate.spatial_weight[i] = make(at + SPATIAL, {1, C, 1, 1});
-      of_depthwise.weight[i] = make(at + DEPTHWISE, {C, 1, 3, 3});
-      of_depthwise.bias[i] = make(at + DEPTHWISE_BIAS, {C});
+      of_gate.spatial_weight[i] = make(AT_q_spatial_weight + i * OF_GATE, {1, C, 1, 1});
+      of_depthwise.weight[i] = make(AT_q_depthwise_weight + i * OF_GATE, {C, 1, 3, 3});
+      of_depthwise.bias[i] = make(AT_q_depthwise_bias + i * OF_GATE, {C});
     }
     casvit::backward_gate(problem, gates, write(qkv), from_spatial, write(pixel), write(shift),
                           of_gate);
     for (int i = 0; i < 2; ++i) {
-      const int at = GATES + i * OF_GATE;
       const float* from = of_gate.sums + 2 * i * C;
-      std::memcpy(make(at + NORM_BIAS, {C}), from, sizeof(float) * static_cast<size_t>(C));
-      std::memcpy(make(at + NORM, {C}), from + C, sizeof(float) * static_cast<size_t>(C));
+      const size_t bytes = sizeof(float) * static_cast<size_t>(C);
+      std::memcpy(make(AT_q_norm_bias + i * OF_GATE, {C}), from, bytes);
+      std::memcpy(make(AT_q_norm_weight + i * OF_GATE, {C}), from + C, bytes);
     }
     if (need_depthwise) {
       Tensor factors = empty({2, 3, C});
       casvit::coefficients(problem, sources, write(sums), {batch_q, batch_k}, write(factors));
       casvit::Output output{};
       casvit::QkvGradients qkv_gradients{&sources.qkv_weight, precision, &input, nullptr, nullptr};
-      if (products && any({X})) {
-        found[X] = empty_output(x, x.scalar_type());
-        output = output_of(found[X], x);
+      if (products && any({AT_x})) {
+        found[AT_x] = empty_output(x, x.scalar_type());
+        output = output_of(found[AT_x], x);
         qkv_gradients.grad_x = &output;
       }
-      if (products && any({QKV_WEIGHT})) qkv_gradients.grad_weight = make(QKV_WEIGHT, {3 * C, C});
+      if (products && any({AT_qkv_weight}))
+        qkv_gradients.grad_weight = make(AT_qkv_weight, {3 * C, C});
       casvit::backward_depthwise(problem, gates, write(qkv), from_spatial, from_channel,
                                  write(shift), write(logit), write(factors), write(grad_sum),
                                  of_depthwise,
-                                 products && any({X, QKV_WEIGHT}) ? &qkv_gradients : nullptr);
+                                 products && any({AT_x, AT_qkv_weight}) ? &qkv_gradients : nullptr);
     }
   }
   std::vector<Tensor> result;
-  for (int i = 0; i < END; ++i)
-    if (any({i}) && (i >= GATES || (products && i != QKV_BIAS)))
+  for (int i = 0; i < GRADIENTS; ++i)
+    if (any({i}) && (i > AT_qkv_bias || (products && i != AT_qkv_bias)))
       result.push_back(found[static_cast<size_t>(i)]);
   return result;
 }

@@ -164,15 +164,4 @@ CASVIT_EXPORT const char* casvit_cpu_isa_select(const char* name) {
   if (!*reason) casvit::active.store(&casvit::find(name)->kernels());
   return reason;
 }
-
-// The compiler that made this library.
-CASVIT_EXPORT const char* casvit_build_info() {
-#if defined(__clang__)
-  return "clang " __clang_version__;
-#elif defined(__GNUC__)
-  return "gcc " __VERSION__;
-#else
-  return "unknown compiler";
-#endif
-}
 }

@@ -1,5 +1,4 @@
 #include <cstring>
-#include <initializer_list>
 
 #include "cpu/sources.h"
 
@@ -64,13 +63,11 @@ uint64_t sample(const Source& s, uint64_t hash) {
 
 uint64_t fingerprint(const Sources& s) {
   uint64_t hash = 1;
-  for (const Source* t :
-       {&s.qkv_weight, &s.qkv_bias, &s.dwc_weight, &s.dwc_bias, &s.proj_weight, &s.proj_bias})
-    hash = sample(*t, hash);
-  for (const GateSources& g : s.gate)
-    for (const Source* t : {&g.depthwise_weight, &g.depthwise_bias, &g.norm_weight, &g.norm_bias,
-                            &g.norm_mean, &g.norm_var, &g.spatial_weight, &g.channel_weight})
-      hash = sample(*t, hash);
+#define CASVIT_SAMPLE(prefix, field, ...) hash = sample(s.field, hash);
+#define CASVIT_SAMPLE_OF_GATE(prefix, field, ...) hash = sample(gate.field, hash);
+  CASVIT_QKV_WEIGHTS(CASVIT_SAMPLE)
+  for (const GateSources& gate : s.gate) { CASVIT_GATE_WEIGHTS(CASVIT_SAMPLE_OF_GATE, ) }
+  CASVIT_COMBINE_WEIGHTS(CASVIT_SAMPLE)
   return hash;
 }
 

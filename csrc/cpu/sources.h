@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/layout.h"
+#include "mixer_weights.h"
 
 namespace casvit {
 
@@ -13,18 +14,19 @@ struct Source {
   int64_t span = 0;  // elements from the first to the last in memory
 };
 
+// In the order of mixer_weights.h.
+#define CASVIT_MEMBER(prefix, field, ...) Source prefix##field;
 struct GateSources {
-  Source depthwise_weight, depthwise_bias, norm_weight, norm_bias, norm_mean, norm_var,
-      spatial_weight, channel_weight;
+  CASVIT_GATE_WEIGHTS(CASVIT_MEMBER, )
   double eps;
 };
-
 struct Sources {
   int64_t C;
-  Source qkv_weight, qkv_bias;
-  GateSources gate[2];
-  Source dwc_weight, dwc_bias, proj_weight, proj_bias;
+  CASVIT_QKV_WEIGHTS(CASVIT_MEMBER)
+  GateSources gate[2];  // q, k
+  CASVIT_COMBINE_WEIGHTS(CASVIT_MEMBER)
 };
+#undef CASVIT_MEMBER
 
 // Element [i][j][y][x] as a float.
 float at(const Source&, int64_t i, int64_t j = 0, int64_t y = 0, int64_t x = 0);
