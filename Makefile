@@ -5,7 +5,8 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch
 # What the demo and the tests need beyond the package; pyproject.toml names the versions.
 EXTRAS ?= test,lint
-SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h")
+NATIVE := $(shell find csrc -type f)
+SOURCES := $(filter %.cpp %.h,$(NATIVE))
 
 .PHONY: demo test setup bench parity lint format gpu clean
 .DEFAULT_GOAL := test
@@ -54,11 +55,11 @@ setup: $(VENV)/.packages $(VENV)/.native
 # The packages; again when the list of them changes.
 $(VENV)/.packages: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH) "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet $(TORCH) "setuptools>=77" wheel "cmake>=3.24" ninja
 	CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
 	touch $@
 
-# The native library; again when a source of it changes.
-$(VENV)/.native: $(VENV)/.packages setup.py $(SOURCES)
+# The native library; again when a source of it changes, and then only what depends on that.
+$(VENV)/.native: $(VENV)/.packages setup.py $(NATIVE)
 	CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
