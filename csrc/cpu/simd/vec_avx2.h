@@ -40,8 +40,10 @@ CASVIT_INLINE Vec round_even(Vec a) {
   return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 CASVIT_INLINE Vec scale_by_power(Vec a, Vec n) {
-  __m256i power = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-  return mul(a, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23)));
+  // Half of it first: 2^128 is no float, although its product with a may be one.
+  __m256i power = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(126));
+  const Vec half = mul(a, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23)));
+  return add(half, half);
 }
 
 CASVIT_INLINE Vec load_as_float(const float* p) { return load(p); }

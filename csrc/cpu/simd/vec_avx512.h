@@ -38,7 +38,7 @@ CASVIT_INLINE Vec where_positive(Vec condition, Vec a) {
 CASVIT_INLINE Vec round_even(Vec a) {
   return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// a * 2^n for integral n within the normal range.
+// a * 2^n for integral n in [-120, 128]; overflows to infinity.
 CASVIT_INLINE Vec scale_by_power(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 
 CASVIT_INLINE Vec load_as_float(const float* p) { return load(p); }

@@ -58,7 +58,13 @@ CASVIT_INLINE float power_of_two(float n) {
   std::memcpy(&f, &bits, sizeof f);
   return f;
 }
-CASVIT_INLINE Vec scale_by_power(Vec a, Vec n) { CASVIT_LANES(a.v[i] * power_of_two(n.v[i])); }
+CASVIT_INLINE Vec scale_by_power(Vec a, Vec n) {
+  // Half of it first: 2^128 is no float, although its product with a may be one.
+  Vec power;
+  for (int i = 0; i < VL; ++i) power.v[i] = power_of_two(n.v[i] - 1.0f);
+  const Vec half = mul(a, power);
+  return add(half, half);
+}
 
 CASVIT_INLINE float as_float(uint32_t bits) {
   float f;
