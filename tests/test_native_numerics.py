@@ -1,5 +1,8 @@
 """Where the native kernels' float arithmetic could leave PyTorch's: the edges of its range."""
 
+import os
+import signal
+
 import pytest
 import torch
 from conftest import require_native
@@ -96,3 +99,43 @@ def test_gates_down_to_the_last_subnormal_number(instruction_set):
     assert (found[overflows & (logits < -88.7229)] == 0.0).all()
     torch.testing.assert_close(found[~overflows], expected[~overflows], rtol=4e-7, atol=3e-45)
     assert torch.equal(found[logits > -1e-3], expected[logits > -1e-3])
+
+
+def step(mixer, x, grad):
+    """The gradients of x and of everything that a step trains."""
+    mixer.zero_grad()
+    x = x.detach().requires_grad_()
+    mixer(x).backward(grad)
+    return [x.grad, *(p.grad for p in mixer.parameters() if p.grad is not None)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("frozen", [False, True], ids=["batch", "frozen"])
+@pytest.mark.parametrize("attn_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_training_step_in_a_forked_child(layout, dtype, attn_bias, frozen, instruction_set):
+    """PyTorch's threads do not survive a fork: whoever asks OpenMP for them in the child, hangs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    mixer = FusedCATM(96, attn_bias=attn_bias, backend="cpu").to(dtype).train()
+    for module in mixer.modules():
+        if frozen and isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    x = torch.randn(4, 96, 20, 20).to(dtype).contiguous(memory_format=layout)
+    # Of the same layout as x, of another one, and without any.
+    grads = [torch.randn(x.shape).to(dtype), torch.randn(1, 96, 1, 1).to(dtype).expand(x.shape)]
+    expected = [t for grad in grads for t in step(mixer, x, grad)]
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        found = [t for grad in grads for t in step(mixer, x, grad)]
+        torch.set_num_threads(1)  # the comparison is PyTorch's, and must not hang either
+        close = [
+            torch.allclose(f.float(), e.float(), rtol=1e-2, atol=1e-3 * e.abs().max().item())
+            for f, e in zip(found, expected, strict=True)
+        ]
+        os._exit(0 if all(close) else 1)
+    _, status = os.waitpid(child, 0)
+    torch.set_num_threads(threads)
+    assert status == 0, "it hung" if status == signal.SIGALRM else f"status {status}"

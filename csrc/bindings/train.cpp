@@ -132,25 +132,26 @@ std::tuple<Tensor, Tensor> backward_depthwise(const Tensor& qkv, IntHeaderOnlyAr
   return {weight, bias};
 }
 
-std::tuple<Tensor, Tensor> project_backward(const Tensor& grad_qkv, const Tensor& x,
-                                            const Tensor& qkv_weight, ScalarType dtype, bool need_x,
-                                            bool need_weight) {
+std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad_qkv, const Tensor& x,
+                                                    const Tensor& qkv_weight, ScalarType dtype,
+                                                    bool need_x, bool need_weight, bool need_bias) {
   const casvit::Precision precision = precision_for(dtype);
   const casvit::Input input = input_of(x, "x");
   const Shape shape = shape_of(x.sizes(), qkv_weight);
   const int64_t C = shape.C;
   const casvit::Source weight = source(qkv_weight, "qkv_weight", 3 * C * C, 4);
   const casvit::TrainingProblem problem = shape.problem();
-  STD_TORCH_CHECK(problem.kernels.qkv_backward.input && !shape.empty(),
-                  "cpu_project_backward: expected kernels that have it, and pixels");
+  STD_TORCH_CHECK(!shape.empty(), "cpu_project_backward: expected pixels");
   const float* grad = read(grad_qkv, "grad_qkv", shape.B * shape.H * shape.W * 3 * C);
   Tensor grad_x = need_x ? empty_output(x, x.scalar_type()) : empty({0});
   Tensor grad_weight = empty({need_weight ? 3 * C : 0, C});
+  Tensor grad_bias = empty({need_bias ? 3 * C : 0});
   const casvit::Output output = output_of(grad_x, x);
-  casvit::qkv_backward(problem, grad,
-                       {&weight, precision, &input, need_x ? &output : nullptr,
-                        need_weight ? write(grad_weight) : nullptr});
-  return {grad_x, grad_weight};
+  casvit::qkv_backward(
+      problem, grad,
+      {&weight, precision, &input, need_x ? &output : nullptr,
+       need_weight ? write(grad_weight) : nullptr, need_bias ? write(grad_bias) : nullptr});
+  return {grad_x, grad_weight, grad_bias};
 }
 
 }  // namespace

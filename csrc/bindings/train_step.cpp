@@ -49,9 +49,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, WEIG
   return {out, used, spatial, pooled, channel};
 }
 
-// needed: bit i stands for x (0) and the weights in the order of the schema. Returns the needed
-// gradients of the weights from the gates on; before them, where kernels have these, those of x and
-// of the qkv weight. grad_qkv holds what the others need.
+// needed: bit i stands for x (0) and the weights in the order of the schema. Returns the gradients
+// of those, in order.
 std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, WEIGHT_PARAMETERS, bool batch_q,
                              bool batch_k, ScalarType dtype, const Tensor& statistics,
                              const Tensor& spatial, const Tensor& pooled, const Tensor& channel,
@@ -84,7 +83,6 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, WEIGHT_PARAMET
                               any_of_gates({AT_q_depthwise_weight, AT_q_depthwise_bias});
   const bool need_gate =
       need_depthwise || any_of_gates({AT_q_norm_weight, AT_q_norm_bias, AT_q_spatial_weight});
-  const bool products = problem.kernels.qkv_backward.input;
   std::vector<Tensor> found(GRADIENTS);
   auto make = [&](int index, Sizes sizes) {
     found[static_cast<size_t>(index)] = empty(sizes);
@@ -134,24 +132,24 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, WEIGHT_PARAMET
       Tensor factors = empty({2, 3, C});
       casvit::coefficients(problem, sources, write(sums), {batch_q, batch_k}, write(factors));
       casvit::Output output{};
-      casvit::QkvGradients qkv_gradients{&sources.qkv_weight, precision, &input, nullptr, nullptr};
-      if (products && any({AT_x})) {
+      casvit::QkvGradients qkv_gradients{
+          &sources.qkv_weight, precision, &input, nullptr, nullptr, nullptr};
+      if (any({AT_x})) {
         found[AT_x] = empty_output(x, x.scalar_type());
         output = output_of(found[AT_x], x);
         qkv_gradients.grad_x = &output;
       }
-      if (products && any({AT_qkv_weight}))
-        qkv_gradients.grad_weight = make(AT_qkv_weight, {3 * C, C});
-      casvit::backward_depthwise(problem, gates, write(qkv), from_spatial, from_channel,
-                                 write(shift), write(logit), write(factors), write(grad_sum),
-                                 of_depthwise,
-                                 products && any({AT_x, AT_qkv_weight}) ? &qkv_gradients : nullptr);
+      if (any({AT_qkv_weight})) qkv_gradients.grad_weight = make(AT_qkv_weight, {3 * C, C});
+      if (any({AT_qkv_bias})) qkv_gradients.grad_bias = make(AT_qkv_bias, {3 * C});
+      casvit::backward_depthwise(
+          problem, gates, write(qkv), from_spatial, from_channel, write(shift), write(logit),
+          write(factors), write(grad_sum), of_depthwise,
+          any({AT_x, AT_qkv_weight, AT_qkv_bias}) ? &qkv_gradients : nullptr);
     }
   }
   std::vector<Tensor> result;
   for (int i = 0; i < GRADIENTS; ++i)
-    if (any({i}) && (i > AT_qkv_bias || (products && i != AT_qkv_bias)))
-      result.push_back(found[static_cast<size_t>(i)]);
+    if (any({i})) result.push_back(found[static_cast<size_t>(i)]);
   return result;
 }
 

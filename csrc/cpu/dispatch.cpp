@@ -140,11 +140,6 @@ extern "C" {
 
 CASVIT_EXPORT const char* casvit_cpu_isa_active() { return casvit::active_kernels().name; }
 
-// Whether they compute the gradients of the qkv GEMM.
-CASVIT_EXPORT int casvit_cpu_has_product_gradients() {
-  return casvit::active_kernels().qkv_backward.input != nullptr;
-}
-
 // Comma-separated, best first; also those that could not be built.
 CASVIT_EXPORT const char* casvit_cpu_isa_known() {
   static const std::string known = casvit::names(",");

@@ -67,13 +67,14 @@ void backward_gate(const TrainingProblem&, const TrainingGates&, const float* qk
 void coefficients(const TrainingProblem&, const Sources&, const float* sums, const bool (&batch)[2],
                   float* to);
 
-// The gradients of the qkv GEMM, from what the phases leave in grad_qkv; where kernels have them.
+// The gradients of the qkv GEMM, from what the phases leave in grad_qkv.
 struct QkvGradients {
   const Source* weight;  // (3C, C)
   Precision precision;
   const Input* x;
   const Output* grad_x;  // or null
   float* grad_weight;    // [3C][C], or null
+  float* grad_bias;      // [3C], or null
 };
 void qkv_backward(const TrainingProblem&, const float* grad_qkv, const QkvGradients&);
 

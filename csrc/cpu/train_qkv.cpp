@@ -9,6 +9,7 @@ namespace casvit {
 namespace {
 
 thread_local Buffer qkv_buffer;
+constexpr int64_t BIAS_PIXELS = 1024;
 
 void clear_borders(const Geometry& g, float* plane) {
   const size_t row = sizeof(float) * static_cast<size_t>(g.row);
@@ -58,13 +59,17 @@ QkvBackward::QkvBackward(const TrainingProblem& p, const float* grad, const QkvG
   const int64_t packed_bytes =
       to.grad_x ? p.kernels.qkv_backward.input_weight_bytes(g.C, to.precision) : 0;
   const int64_t scales = padded_k_scales(rows());
+  units_of_image_ = divide_up(g.pixels(), BIAS_PIXELS);
+  const int64_t bias_sums = to.grad_bias ? p.images * units_of_image_ * rows() : 0;
   Arrays arrays(Arrays::bytes<float>(to.grad_x ? square : 0) + Arrays::bytes<char>(packed_bytes) +
-                    Arrays::bytes<float>(scales) + Arrays::bytes<float>(summed * square),
+                    Arrays::bytes<float>(scales) + Arrays::bytes<float>(summed * square) +
+                    Arrays::bytes<double>(bias_sums),
                 qkv_buffer);
   k_scale_ = arrays.take<float>(scales);
   packed_ = arrays.take<char>(packed_bytes);
   float* scratch = arrays.take<float>(to.grad_x ? square : 0);
   sums_ = parts_ > 1 ? arrays.take<float>(summed * square) : to.grad_weight;
+  bias_sums_ = arrays.take<double>(bias_sums);
   if (!to.grad_x) return;
   const float* matrix = matrix_ = dense_matrix(*to.weight, 3 * g.C, g.C, scratch);
   if (p.kernels.qkv.scales_k) {
@@ -92,6 +97,7 @@ bool QkvBackward::goes_by_images(const TrainingProblem& p) {
 void QkvBackward::image(int64_t i) const {
   input(i * part_, (i + 1) * part_);
   weight(i, 0, rows());
+  for (int64_t unit = 0; unit < units_of_image_; ++unit) bias(i * units_of_image_ + unit);
 }
 // What `image` leaves to do when all are done, or everything.
 void QkvBackward::finish() const {
@@ -106,6 +112,14 @@ void QkvBackward::finish() const {
       const int64_t row = i % bands * band;
       weight(i / bands, row, row + band < rows() ? row + band : rows());
     });
+    if (to_.grad_bias)
+      parallel_for(p_.pool, p_.images * units_of_image_, [&](int64_t unit) { bias(unit); });
+  }
+  for (int64_t row = 0; row < rows() && to_.grad_bias; ++row) {
+    double sum = 0.0;
+    for (int64_t unit = 0; unit < p_.images * units_of_image_; ++unit)
+      sum += bias_sums_[unit * rows() + row];
+    to_.grad_bias[row] = static_cast<float>(sum);
   }
   if (parts_ == 1 || !to_.grad_weight) return;
   const int64_t size = rows() * p_.geometry.C, threads = p_.pool.threads;
@@ -133,6 +147,29 @@ void QkvBackward::weight(int64_t part, int64_t row, int64_t row_end) const {
   p_.kernels.qkv_backward.weight(p_.geometry, grad_, *to_.x, to_.precision, begin,
                                  end < pixels() ? end : pixels(), row, row_end,
                                  sums_ + part * rows() * C, task_scratch(bytes));
+}
+
+// Sums the columns of grad over one unit: up to 16 pixels in float, these in double.
+void QkvBackward::bias(int64_t unit) const {
+  if (!to_.grad_bias) return;
+  const int64_t pixels = p_.geometry.pixels(), columns = rows();
+  const int64_t first = unit % units_of_image_ * BIAS_PIXELS;
+  const int64_t count = pixels - first < BIAS_PIXELS ? pixels - first : BIAS_PIXELS;
+  const float* grad = grad_ + (unit / units_of_image_ * pixels + first) * columns;
+  double* to = bias_sums_ + unit * columns;
+  for (int64_t c = 0; c < columns; ++c) to[c] = 0.0;
+  for (int64_t pixel = 0; pixel < count; pixel += 16) {
+    const int64_t some = count - pixel < 16 ? count - pixel : 16;
+    for (int64_t begin = 0; begin < columns; begin += 64) {
+      const int64_t width = columns - begin < 64 ? columns - begin : 64;
+      float sum[64] = {};
+      for (int64_t i = 0; i < some; ++i) {
+        const float* row = grad + (pixel + i) * columns + begin;
+        for (int64_t c = 0; c < width; ++c) sum[c] += row[c];
+      }
+      for (int64_t c = 0; c < width; ++c) to[begin + c] += static_cast<double>(sum[c]);
+    }
+  }
 }
 
 void qkv_backward(const TrainingProblem& p, const float* grad_qkv, const QkvGradients& to) {

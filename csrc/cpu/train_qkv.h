@@ -23,6 +23,7 @@ class QkvBackward {
   int64_t rows() const { return 3 * p_.geometry.C; }
   void input(int64_t begin, int64_t end) const;
   void weight(int64_t part, int64_t row, int64_t row_end) const;
+  void bias(int64_t unit) const;
 
   const TrainingProblem& p_;
   const float* grad_;
@@ -33,6 +34,9 @@ class QkvBackward {
   char* packed_;
   float* k_scale_;  // [3C, padded], where kernels use it
   float* sums_;     // [parts][3C][C]
+  // The gradient of the bias is summed in units of pixels that are cut by the shape alone.
+  int64_t units_of_image_;
+  double* bias_sums_;  // [images][units of an image][3C]
 };
 
 }  // namespace casvit

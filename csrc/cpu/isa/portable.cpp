@@ -5,11 +5,7 @@
 namespace casvit {
 
 const Kernels& portable_kernels() {
-  static const Kernels kernels = [] {
-    Kernels k = portable::vector_kernels("portable");
-    k.qkv_backward = {};
-    return k;
-  }();
+  static const Kernels kernels = portable::vector_kernels("portable");
   return kernels;
 }
 
