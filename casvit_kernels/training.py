@@ -57,11 +57,11 @@ def backward(
 ) -> list[Tensor]:
     """The gradients of x and of each weight that are needed, those alone; see `ops.mix_backward`."""
     phases = _phases(s.backend)
-    grad = grad.contiguous(memory_format=ops.output_memory_format(x))
     if x.shape[0] and not s.group and isinstance(phases, WholeStep):
         eps, batch, small = (s.eps_q, s.eps_k), (s.batch_q, s.batch_k), (saved[0], *saved[2:])
         found = phases.backward(grad, x, w, eps, batch, s.dtype or x.dtype, small, needed)
     else:
+        grad = grad.contiguous(memory_format=ops.output_memory_format(x))
         found = _backward_by_phases(phases, grad, x, w, s, saved, needed)
     of_x = [found[0].to(x.dtype)] if needed[0] else []
     weights = [t for t, n in zip(ops.flatten(w), needed[1:], strict=True) if n]
