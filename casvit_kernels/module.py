@@ -296,11 +296,10 @@ def _tracks(norm: Any) -> bool:
 
 def _momentum(norm: Any) -> Any:
     """Weight of this batch in the running statistics."""
-    if not isinstance(norm, _BatchNorm):
-        return 0.0
-    if norm.momentum is not None:
+    if isinstance(norm, _BatchNorm) and norm.momentum is not None:
         return norm.momentum
-    return 1 / (norm._buffers["num_batches_tracked"] + 1) if _tracks(norm) else 0.0
+    counted: Any = norm._buffers["num_batches_tracked"] if _tracks(norm) else None
+    return 0.0 if counted is None else 1 / (counted + 1)
 
 
 def _group(norms: tuple[Any, Any]) -> str:

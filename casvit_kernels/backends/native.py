@@ -49,4 +49,5 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(library, f"casvit_cpu_{name}_floats")
         function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * 4
     library.casvit_build_info.restype = ctypes.c_char_p
+    library.casvit_mixer_weights.restype = ctypes.c_char_p
     return library
