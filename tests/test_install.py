@@ -92,7 +92,7 @@ def build(out: Path, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_wheel_built_with_one_torch_passes_parity_under_another(tmp_path: Path) -> None:
     version = OTHER_TORCH.partition("==")[2]
     if torch.__version__.startswith(version):
@@ -121,7 +121,7 @@ print(json.dumps([torch.__version__, triton.__version__, len(rows), failures]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="torch brings triton on x86-64")
 def test_the_oldest_torch_and_its_triton(tmp_path: Path) -> None:
     """Parity of the CPU's kernels and, in the interpreter, of Triton's; folding and ONNX."""
@@ -179,7 +179,7 @@ def old_compiler(folder: Path, unknown: str) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other CPUs have one instruction set")
 @pytest.mark.parametrize(
     ("unknown", "missing"),
