@@ -8,14 +8,20 @@ EXTRAS ?= test,lint
 NATIVE := $(shell find csrc -type f)
 SOURCES := $(filter %.cpp %.h,$(NATIVE))
 
-.PHONY: demo test setup bench parity lint format gpu clean
+.PHONY: demo test test-long setup bench parity lint format gpu clean
 .DEFAULT_GOAL := test
+# Two processes: one test's threads, compilers and waiting leave a second core free.
+PYTEST := CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 demo: setup
 	$(BIN)/python -m casvit_kernels demo $(ARGS)
 
 test: setup
-	CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
+
+# What builds environments, starts many processes or sweeps.
+test-long: setup
+	$(PYTEST) -m long $(ARGS)
 
 bench: setup
 	$(BIN)/python -m pytest bench/ --benchmark-only --json-dir bench/results $(ARGS)

@@ -63,7 +63,9 @@ def test_every_instruction_set_of_this_cpu(name, choice):
     active, count, failures = json.loads(done.stdout)
     assert active == name
     assert count >= 60
-    assert failures == [], f"again: CASVIT_KERNELS_CPU_ISA={name} casvit-kernels parity --backend cpu"
+    assert failures == [], (
+        f"again: CASVIT_KERNELS_CPU_ISA={name} casvit-kernels parity --backend cpu"
+    )
 
 
 # Proof that a fault is seen. Each of these computes the mixer with one thing wrong.
@@ -307,7 +309,9 @@ def _faults():
     for i, fault in enumerate(EVERYWHERE):
         for j, (dtype, shape) in enumerate(itertools.product(dtypes, shapes)):
             marks = () if j == i % 6 else pytest.mark.long
-            yield pytest.param(fault, dtype, shape, marks=marks, id=f"{fault.__name__}-{dtype}-{shape}")
+            yield pytest.param(
+                fault, dtype, shape, marks=marks, id=f"{fault.__name__}-{dtype}-{shape}"
+            )
 
 
 @pytest.mark.parametrize(("fault", "dtype", "shape"), _faults())
