@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import io
 import logging
 import os
@@ -167,16 +166,6 @@ def resized(
         return (x * normalize.top).contiguous()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return ((x - mean) / std).contiguous()
-
-
-def require(package: str) -> Any:
-    """Import an optional package, or say how to get it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(
-            f"this export needs {package}: pip install casvit-kernels[export]"
-        ) from error
 
 
 def prepare(

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from ._common import ExportError, require
+from .._optional import need
+from ._common import ExportError
 
 if TYPE_CHECKING:
     import numpy
@@ -22,7 +23,7 @@ class Graph:
     """A model's graph with the look-ups that rewriting needs."""
 
     def __init__(self, model: Any) -> None:
-        self.onnx = require("onnx")
+        self.onnx = need("onnx", "export")
         self.model = model
         self.graph = model.graph
         self.index()
@@ -190,7 +191,7 @@ def _weights(graph: Graph, node: Any) -> list[numpy.ndarray[Any, Any]] | None:
     """Constant weight and bias of a linear layer; exporters leave out a bias of zeros."""
     found = [graph.value(name) for name in node.input[1:]]
     if len(found) == 1 and found[0] is not None:
-        found.append(require("numpy").zeros_like(found[0], shape=found[0].shape[0]))
+        found.append(need("numpy", "export").zeros_like(found[0], shape=found[0].shape[0]))
     arrays = [value for value in found if value is not None]
     return arrays if len(arrays) == 2 else None
 
@@ -213,7 +214,7 @@ def _copy(node: Any) -> Any:
 
 
 def _attributes(node: Any) -> dict[str, Any]:
-    helper = require("onnx").helper
+    helper = need("onnx", "export").helper
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
@@ -223,7 +224,7 @@ def convert(model: Any, opset: int) -> Any:
     Raises:
         ExportError: an operator is not known in it.
     """
-    onnx = require("onnx")
+    onnx = need("onnx", "export")
     if version(model) == opset:
         return model
     if opset >= version(model):
@@ -236,7 +237,7 @@ def convert(model: Any, opset: int) -> Any:
 
 def _to_17(model: Any) -> Any:
     """From 18. Two kinds of operators changed; any other that did is an error."""
-    onnx = require("onnx")
+    onnx = need("onnx", "export")
     graph = Graph(model)
     for node in graph.graph.node:
         if node.op_type == "Split":

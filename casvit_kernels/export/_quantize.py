@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .._optional import MissingExtra
+from .._optional import MissingExtra, need
 from ..demo import images as photographs
 from . import _graph
-from ._common import ExportError, Prepared, quiet, require, resized
+from ._common import ExportError, Prepared, quiet, resized
 
 if TYPE_CHECKING:
     import numpy
@@ -64,8 +64,8 @@ def _number(count: int) -> str:
 
 def half(model: Any) -> Any:
     """Float16 but for means, which would lose digits over a large map, and input and outputs."""
-    float16 = require("onnxruntime.transformers.float16")
-    onnx_model = require("onnxruntime.transformers.onnx_model")
+    float16 = need("onnxruntime.transformers.float16", "export")
+    onnx_model = need("onnxruntime.transformers.onnx_model", "export")
     with quiet():
         made = float16.convert_float_to_float16(
             model,
@@ -84,7 +84,7 @@ def static(model: Any, calibration: Tensor, folder: Path) -> tuple[Any, str]:
     multiplies a whole map by what an error of theirs becomes, stay in float32, and so does what lies
     between the convolutions.
     """
-    onnx, quantization = require("onnx"), require("onnxruntime.quantization")
+    onnx, quantization = need("onnx", "export"), need("onnxruntime.quantization", "export")
     kept = set(_graph.gates(model))
     source, target = folder / "float.onnx", folder / "quantised.onnx"
     try:

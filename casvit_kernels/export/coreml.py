@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._optional import need
 from .._version import __version__
 from ..surgery.fold import plain_copy
 from ._common import (
@@ -27,7 +28,6 @@ from ._common import (
     culprit,
     prepare,
     quiet,
-    require,
     staged,
 )
 from .coreml_check import Check, Errors, compressed_constants, predicted
@@ -195,7 +195,7 @@ def _coremltools() -> Any:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        return require("coremltools")
+        return need("coremltools", "export")
     finally:
         logging.disable(disabled)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._optional import need
 from . import _graph, _quantize
 from ._common import (
     ExportError,
@@ -24,7 +25,6 @@ from ._common import (
     culprit,
     prepare,
     quiet,
-    require,
     staged,
 )
 
@@ -89,7 +89,7 @@ def to_onnx(
             failed its check; it is removed.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        require(package)
+        need(package, "export")
     _check_arguments(batch, opset, precision, calibration)
     with staged(path, ".onnx", overwrite) as (final, draft):
         if final.is_dir():
@@ -163,7 +163,7 @@ def _check_arguments(batch: Any, opset: Any, precision: Any, calibration: Any) -
 @functools.cache
 def newest_opset() -> int:
     """The newest opset that the installed onnx writes and the installed ONNX Runtime runs."""
-    onnx, runtime = require("onnx"), require("onnxruntime")
+    onnx, runtime = need("onnx", "export"), need("onnxruntime", "export")
     for opset in range(onnx.defs.onnx_opset_version(), _EXPORTER, -1):
         values = [onnx.helper.make_tensor_value_info(n, 1, [1]) for n in ("x", "y")]
         graph = onnx.helper.make_graph(
@@ -261,7 +261,7 @@ def _name_dimensions(model: Any, dynamic: _Dynamic) -> None:
 
 
 def _save(model: Any, draft: Path, metadata: dict[str, str]) -> None:
-    onnx = require("onnx")
+    onnx = need("onnx", "export")
     for node in model.graph.node:  # stack traces with the paths of this machine
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
@@ -274,7 +274,7 @@ def _save(model: Any, draft: Path, metadata: dict[str, str]) -> None:
 
 
 def _check_graph(draft: Path, opset: int) -> None:
-    onnx = require("onnx")
+    onnx = need("onnx", "export")
     try:
         onnx.checker.check_model(str(draft), full_check=True)
     except Exception as error:
@@ -353,7 +353,7 @@ def _verify(
     calibration: Tensor | None,
     notes: list[str],
 ) -> _Found:
-    runtime = require("onnxruntime")
+    runtime = need("onnxruntime", "export")
     try:
         session = runtime.InferenceSession(
             str(draft), _options(), providers=["CPUExecutionProvider"]
@@ -411,7 +411,7 @@ def _noise(prepared: Prepared, dynamic: _Dynamic) -> Iterable[Tensor]:
 
 
 def _options() -> Any:
-    options = require("onnxruntime").SessionOptions()
+    options = need("onnxruntime", "export").SessionOptions()
     options.log_severity_level = 4  # fatal: what else goes wrong is raised
     options.intra_op_num_threads = torch.get_num_threads()
     return options
