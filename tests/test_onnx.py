@@ -11,8 +11,7 @@ from test_export import fused_mixer, reference
 from test_folding import statistics
 from torch import nn
 
-from casvit_kernels import AdditiveTokenMixer, FusedCATM, fuse
-from casvit_kernels.demo import images
+from casvit_kernels import AdditiveTokenMixer, FusedCATM, fuse, photographs
 from casvit_kernels.export import ExportError, Normalization, UntrainedWeights, to_onnx
 from casvit_kernels.export import onnx as onnx_module
 from casvit_kernels.models import Config, RCViT
@@ -233,7 +232,7 @@ def test_normalisation_inside(tmp_path, top):
     normalize = True if top == 1.0 else Normalization(top=255.0)
     report = to_onnx(model, tmp_path / "m.onnx", 64, normalize=normalize)
     pixels = torch.rand(1, 3, 64, 64)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (images.MEAN, images.STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (photographs.MEAN, photographs.STD))
     (got,) = run_onnx(report.path, pixels * top)
     (wanted,) = expected(model, (pixels - mean) / std)
     torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from .. import photographs
 from .._optional import MissingExtra
 from .._version import __version__
-from ..demo import images
-from ..demo.images import MEAN, STD
 from ..models.checkpoint import config_of
 from ..models.rcvit import CONFIGS
+from ..photographs import MEAN, STD
 from ..surgery.fold import FoldReport, fold_for_inference, plain_copy
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Prepared:
         if self.example.dim() != 4 or self.example.shape[1] != 3:
             return None, "checked on random input: photographs need 3 channels"
         try:
-            found = images.load(None)
+            found = photographs.load(None)
         except (MissingExtra, ValueError) as error:
             return None, f"checked on random input alone, without photographs: {error}"
         x = resized(found.pixels, self.example.shape[2:], self.normalize)

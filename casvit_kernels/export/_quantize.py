@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .. import photographs
 from .._optional import MissingExtra, need
-from ..demo import images as photographs
 from . import _graph
 from ._common import ExportError, Prepared, quiet, resized
 
@@ -48,9 +48,8 @@ def images(
             "pictures have 3 channels"
         )
     try:
-        found = photographs.load(None if calibration is None else Path(calibration))
-    except ValueError as error:
-        raise ValueError(str(error).replace("--images", "calibration")) from None
+        folder = None if calibration is None else Path(calibration)
+        found = photographs.load(folder, "calibration")
     except MissingExtra as error:
         raise ValueError(f"calibration: expected images of your own: {error}") from None
     x = resized(found.pixels, shape[1:], prepared.normalize)
