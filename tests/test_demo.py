@@ -16,7 +16,7 @@ import torch
 from test_cli import refused, run
 from torch import nn
 
-from casvit_kernels import benchmark, models, photographs
+from casvit_kernels import _files, benchmark, models, photographs
 from casvit_kernels.ops.mixer.dispatch import ReferenceKernels
 
 for package in ("matplotlib", "numpy", "PIL", "skimage", "sklearn", "tqdm"):
@@ -24,7 +24,7 @@ for package in ("matplotlib", "numpy", "PIL", "skimage", "sklearn", "tqdm"):
 
 from PIL import Image  # noqa: E402
 
-from casvit_kernels.demo import check, files, gates, network, plots, speed  # noqa: E402
+from casvit_kernels.demo import check, gates, network, plots, speed  # noqa: E402
 from casvit_kernels.demo import training as train  # noqa: E402
 
 
@@ -239,14 +239,14 @@ def test_what_cannot_be_built_is_reported_with_its_reason(monkeypatch):
 
 def test_written_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "r.html"
-    files.write_whole(path, "old")
+    _files.write_text(path, "old")
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        files.write_whole(path, "new")
+        _files.write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

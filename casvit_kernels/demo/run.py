@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import __version__, benchmark, photographs
+from .. import __version__, _files, benchmark, photographs
 from .._optional import need
 from ..backends import Problem, select
 from ..surgery import fuse
-from . import check, files, gates, network, report, results, speed, training
+from . import check, gates, network, report, results, speed, training
 from .progress import phase
 
 
@@ -43,7 +43,7 @@ class Demo:
     def __init__(self, options: Options) -> None:
         for package in ("matplotlib", "numpy", "PIL", "skimage", "sklearn", "tqdm"):
             need(package)
-        files.check_writable(options.output, "--output")
+        _files.check_writable(options.output, "--output")
         if options.threads is not None:
             if options.threads < 1:
                 raise ValueError(f"--threads: expected at least 1, got {options.threads}")
@@ -95,7 +95,7 @@ class Demo:
             gates=[results.GateRange(g.mixer, _range(g.q), _range(g.k)) for g in maps],
             report=str(options.output),
         )
-        files.write_whole(options.output, report.render(found, pictures.pixels, maps))
+        _files.write_text(options.output, report.render(found, pictures.pixels, maps))
         return found
 
     def _facts(self, mixers: int) -> results.ModelFacts:

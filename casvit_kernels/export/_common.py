@@ -6,8 +6,6 @@ import contextlib
 import copy
 import io
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -365,48 +363,6 @@ def _noise(shape: tuple[int, ...], normalize: Normalization | None) -> Tensor:
     if normalize is None:
         return torch.randn(shape, generator=generator)
     return torch.rand(shape, generator=generator) * normalize.top
-
-
-@contextlib.contextmanager
-def staged(
-    path: str | os.PathLike[str], suffix: str, overwrite: bool
-) -> Iterator[tuple[Path, Path]]:
-    """The final path, and one beside it to write to, moved there when the block ends without error.
-
-    Raises:
-        ValueError: ``path`` does not end in ``suffix``.
-        FileExistsError: ``path`` exists and ``overwrite`` is False.
-        OSError: the directory is missing or cannot be written to.
-    """
-    final = Path(path)
-    if final.suffix != suffix:
-        raise ValueError(f"path: expected a name that ends in {suffix}, got {str(path)!r}")
-    if final.exists() and not overwrite:
-        raise FileExistsError(f"path: {final} exists already: pass overwrite=True to replace it")
-    if not final.parent.is_dir():
-        raise NotADirectoryError(f"path: expected an existing directory, got {final.parent}")
-    try:
-        folder = tempfile.TemporaryDirectory(prefix=".casvit-export-", dir=final.parent)
-    except OSError as error:
-        raise type(error)(
-            error.errno,
-            f"path: cannot write into the directory ({error.strerror})",
-            str(final.parent),
-        ) from error
-    with folder as name:
-        draft = Path(name, f"draft{suffix}")
-        yield final, draft
-        aside = Path(name, "replaced")
-        try:
-            if final.exists() and not overwrite:
-                raise FileExistsError(f"path: {final} appeared during the export: it is kept")
-            if final.is_dir():  # a directory with content cannot be replaced in one step
-                final.rename(aside)
-            draft.replace(final)
-        except BaseException:
-            if aside.exists():
-                aside.rename(final)
-            raise
 
 
 def culprit(

@@ -28,10 +28,10 @@ from ._common import (
     culprit,
     prepare,
     quiet,
-    staged,
 )
 from .coreml_check import Check, Errors, compressed_constants, predicted
 from .coreml_compress import PRECISIONS, compress, oldest_target
+from .files import staged
 from .mil import Program, Unsupported
 from .neural_engine import NeuralEngineReport, examine
 from .padding import padded

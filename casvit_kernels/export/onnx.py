@@ -25,8 +25,8 @@ from ._common import (
     culprit,
     prepare,
     quiet,
-    staged,
 )
+from .files import staged
 
 OLDEST_OPSET = 17
 _EXPORTER = 18  # the oldest that torch's exporter writes
