@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._optional import need
+from ...._optional import need
 
 Value = Any  # Tensor, str, or a list of these
 

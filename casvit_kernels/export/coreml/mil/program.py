@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._optional import need
+from ...._optional import need
 from .operations import CONSTANT, FUNCTIONS, Arguments
 from .values import TORCH_DTYPES, TensorType, Unsupported, Value, Values, tensor_type
 

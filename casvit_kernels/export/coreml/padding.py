@@ -1,8 +1,8 @@
-"""The same network with channels padded by zeros to a multiple of what hardware likes.
+"""Pads the channels of a network with zeros to a multiple of 8: the same function, aligned maps.
 
 A padded channel is zero in every map: its weights and biases are zero, a normalisation maps zero to
-zero, and ReLU, GELU and the gates' products keep zero. So nothing else in the network changes, but
-for the order in which sums are rounded.
+zero, and ReLU, GELU and the gates' products keep zero. So the other channels keep their values, up to
+the order in which sums are rounded.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.checkpoint import config_of
-from ..models.rcvit import Config, RCViT
-from ..ops.mixer.reference import AdditiveTokenMixer
+from ...models.checkpoint import config_of
+from ...models.rcvit import Config, RCViT
+from ...ops.mixer.reference import AdditiveTokenMixer
 
 MULTIPLE = 8
 

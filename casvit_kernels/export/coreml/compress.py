@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._optional import need
-from ._common import ExportError, quiet
+from ..._optional import need
+from ..converters import quiet
+from ..report import ExportError
 from .mil import Operation, Program
 
 PRECISIONS = ("fp16", "fp32", "int8", "palettized")
