@@ -1,7 +1,7 @@
 """Parity for users and tests: `cases.py` what is checked, `parity.py` checks, `numerics.py` judges."""
 
 from .cases import BACKENDS, INPUTS, LAYOUTS, MODES, Case, cases, lay_out, real_cases, set_mode
-from .numerics import FACTOR, GRADIENT_FACTOR, VANISHING_FACTOR, poisoned
+from .numerics import FACTOR, GRADIENT_FACTOR, VANISHING_FACTOR, against_truth, poisoned
 from .parity import Row, check, run, verdict
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "VANISHING_FACTOR",
     "Case",
     "Row",
+    "against_truth",
     "cases",
     "check",
     "lay_out",

@@ -13,12 +13,17 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..._optional import need
+from ...testing.numerics import against_truth, rms_of
 from ..prepare import Prepared
 from ..report import ExportError
 from . import quantize
 from .runtime import session_options
 from .write import Dynamic
 
+# An fp32 or fp16 file may be off by this many times what PyTorch itself loses in float32 ...
+FACTOR = 10.0
+# ... or by about a hundred roundings of float32, ten of float16, of the largest output.
+FLOORS = {"fp32": 1e-5, "fp16": 1e-2}
 MOST = 32  # images of the calibration that an 8-bit file is checked on
 
 
@@ -185,7 +190,7 @@ def compare(
                 f"{name}: expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
             )
         difference = (got.double() - expected).abs()
-        _judge(name, difference, own, expected, precision)
+        _judge(name, got, own, expected, precision)
         found.worst = max(found.worst or 0.0, float(difference.max()))
         found.total += float(difference.sum())
         found.count += difference.numel()
@@ -194,22 +199,16 @@ def compare(
             found.same += int((got.argmax(1) == expected.argmax(1))[:images].sum())
 
 
-def _judge(name: str, difference: Tensor, own: Tensor, expected: Tensor, precision: str) -> None:
-    if precision == "int8":  # a single value says little: the error of all, against their spread
+def _judge(name: str, got: Tensor, own: Tensor, expected: Tensor, precision: str) -> None:
+    if (
+        precision == "int8"
+    ):  # a single value says little: rms over all outputs, against their spread
         spread = expected.std() if expected.numel() > 1 else expected.abs().max()
-        error, bound = (
-            float(difference.square().mean().sqrt()),
-            float(spread) * quantize.INT8_ERROR,
-        )
-        what = "root mean square "
+        error = rms_of(got.double() - expected)
+        bound, what = float(spread) * quantize.INT8_ERROR, "root mean square "
     else:
-        largest = float(expected.abs().max())
-        # Ten times what PyTorch itself loses in float32, or about a hundred roundings; of half
-        # precision, ten.
-        rounding = {"fp32": 1e-5, "fp16": 1e-2}[precision] * largest
-        error, bound = float(difference.max()), rounding
-        bound = max(bound, 10 * float((own.double() - expected).abs().max()))
-        what = ""
+        found = against_truth(got, own, expected)
+        error, bound, what = found.largest, found.bound(FACTOR, FLOORS[precision]), ""
     if not error <= bound:
         raise ExportError(
             f"{name}: the exported file differs from the float64 reference by {what}{error:.3g}, "
