@@ -98,7 +98,8 @@ def fold_for_inference(model: nn.Module, example_input: Tensor | None = None) ->
         raise TypeError(f"example_input: expected a floating tensor, got {x!r:.60}")
     x = x.detach().to("cpu", torch.float64)
 
-    folded = copy.deepcopy(model).eval()
+    folded = copy.deepcopy(model)
+    folded.eval()  # not chained: overridden in published code, it returns None
     probe = plain_copy(folded).double()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
