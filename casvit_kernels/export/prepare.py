@@ -118,7 +118,8 @@ def prepare(
         )
     notes = _remarks(model)
 
-    source = plain_copy(model).eval()
+    source = plain_copy(model)
+    source.eval()  # not chained: overridden in published code, it returns None
     source.requires_grad_(False)
     plain = Flat(copy.deepcopy(source).float(), inside)
     truth = Flat(copy.deepcopy(source).double(), inside)
