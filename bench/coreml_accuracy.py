@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from casvit_kernels import models
-from casvit_kernels.demo import images, network
+from casvit_kernels import models, photographs
+from casvit_kernels.demo import network
 from casvit_kernels.demo.training import BATCH, CONFIG, RATE, STEPS, Digits
 from casvit_kernels.export import to_coreml
 from casvit_kernels.export.mil import Program
@@ -38,10 +38,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @torch.no_grad()
-def differing(name: str, photographs: Tensor) -> nn.Module:
+def differing(name: str, pictures: Tensor) -> nn.Module:
     """The model with statistics of photographs and class scores that depend on the image."""
     model = network.build(name, None, 0)
-    network.calibrate(model, photographs)
+    network.calibrate(model, pictures)
     for head in (model.head, model.dist_head):
         assert isinstance(head, nn.Linear)
         head.weight.mul_(20)
@@ -116,7 +116,7 @@ def measure(
 
 
 def main() -> None:
-    photographs = images.load(None).batch()
+    pictures = photographs.load(None).batch()
     digits = Digits(0)
     result: dict[str, Any] = {
         "torch": torch.__version__,
@@ -124,8 +124,8 @@ def main() -> None:
     }
     for name in ("rcvit_xs", "rcvit_s", "rcvit_m", "rcvit_t"):
         cases = CASES if name == "rcvit_xs" else ("fp16",)
-        model = differing(name, photographs)
-        result[f"{name}, 224x224"] = measure(model, photographs, None, photographs, cases)
+        model = differing(name, pictures)
+        result[f"{name}, 224x224"] = measure(model, pictures, None, pictures, cases)
     result["digits, trained"] = measure(
         trained(digits), digits.test_x, digits.test_y, digits.x[:256]
     )

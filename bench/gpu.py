@@ -44,7 +44,7 @@ import test_training_speed
 import torch
 from measure import GPU_CHOICE, Choice
 
-from casvit_kernels import backends, benchmark, testing
+from casvit_kernels import _files, backends, benchmark, testing
 from casvit_kernels.backends import Problem, get
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,16 +115,14 @@ class Store:
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name(f".{self.path.name}.part")
-        part.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, self.path)
+        _files.write_text(self.path, json.dumps(self.document, indent=1) + "\n")
 
 
 @functools.cache
 def version() -> str:
     """A hash of what the numbers depend on."""
     files = [*(ROOT / "casvit_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]
-    files = [p for p in files if not {"demo", "export"} & set(p.parts)]
+    files = [p for p in files if not {"demo", "export", "cli", "_files.py"} & set(p.parts)]
     digest = hashlib.sha256()
     for path in sorted([*files, ROOT / "bench" / "measure.py"]):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from casvit_kernels import fuse, models
-from casvit_kernels.demo.images import MEAN, STD
 from casvit_kernels.export import to_onnx
+from casvit_kernels.photographs import MEAN, STD
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "int8_accuracy.json"

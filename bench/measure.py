@@ -7,7 +7,6 @@ import gc
 import json
 import math
 import operator
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from saved_bytes import kept_by
 from torch import Tensor, nn
 
-from casvit_kernels import benchmark
+from casvit_kernels import _files, benchmark
 from casvit_kernels.benchmark import Timing
 from casvit_kernels.testing import FACTOR, GRADIENT_FACTOR
 
@@ -360,9 +359,7 @@ def write(folder: Path, measured: list[Measured], settings: Settings) -> list[Pa
             "settings": vars(settings),
             "cases": [m.as_json() for m in cases],
         }
-        part = folder / f".{name}.part"
-        part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, folder / name)
+        _files.write_text(folder / name, json.dumps(document, indent=1) + "\n")
     return [folder / name for name in files]
 
 

@@ -22,7 +22,13 @@ def need(name: str, extra: str = "demo") -> Any:
     """
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
+        if extra == "export":
+            raise MissingExtra(
+                f"this export needs {name}: pip install casvit-kernels[export]"
+            ) from error
+        if not isinstance(error, ModuleNotFoundError):
+            raise  # it is installed and broken: its own message says more
         raise MissingExtra(
             f"{error.name} is needed and not installed: pip install 'casvit-kernels[{extra}]'"
         ) from None

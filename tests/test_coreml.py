@@ -12,12 +12,13 @@ from torch import nn
 
 from casvit_kernels import AdditiveTokenMixer, FusedCATM, fuse
 from casvit_kernels.demo.network import calibrate
-from casvit_kernels.export import ExportError, Normalization, UntrainedWeights, coreml, to_coreml
-from casvit_kernels.export import coreml_check as check_module
-from casvit_kernels.export.coreml_compress import gate_convolutions
+from casvit_kernels.export import ExportError, Normalization, UntrainedWeights, to_coreml
+from casvit_kernels.export.coreml import convert, verify
+from casvit_kernels.export.coreml import export as coreml_module
+from casvit_kernels.export.coreml.compress import gate_convolutions
+from casvit_kernels.export.coreml.neural_engine import examine
+from casvit_kernels.export.coreml.padding import padded
 from casvit_kernels.export.mil import Program, Unsupported
-from casvit_kernels.export.neural_engine import examine
-from casvit_kernels.export.padding import padded
 from casvit_kernels.models import Config, RCViT
 from casvit_kernels.models.rcvit import CONFIGS
 
@@ -404,12 +405,12 @@ def test_an_operation_in_no_published_network(exported):
 
 
 def corrupted(change):
-    """Another `_converted`, for a model that differs from the one that is compared with."""
-    convert = coreml._converted
+    """Another `convert.to_program`, for a model that differs from the one that is compared with."""
+    to_program = convert.to_program
 
     def converted(coremltools, prepared, options):
         wrong = copy.deepcopy(prepared)
-        return convert(coremltools, change(wrong) or wrong, options)
+        return to_program(coremltools, change(wrong) or wrong, options)
 
     return converted
 
@@ -461,7 +462,7 @@ def test_a_wrong_program_is_not_kept(tmp_path, monkeypatch, change, precision):
     path = tmp_path / "m.mlpackage"
     path.mkdir()
     (path / "earlier").write_text("kept")
-    monkeypatch.setattr(coreml, "_converted", corrupted(change))
+    monkeypatch.setattr(convert, "to_program", corrupted(change))
     with pytest.raises(ExportError, match="output: the exported program differs"):
         to_coreml(network(), path, input_size=SIZE, precision=precision, overwrite=True)
     assert [file.name for file in tmp_path.iterdir()] == ["m.mlpackage"]
@@ -469,7 +470,7 @@ def test_a_wrong_program_is_not_kept(tmp_path, monkeypatch, change, precision):
 
 
 def test_a_subtle_change_in_fp32(tmp_path, monkeypatch):
-    monkeypatch.setattr(coreml, "_converted", corrupted(slightly))
+    monkeypatch.setattr(convert, "to_program", corrupted(slightly))
     with pytest.raises(ExportError, match="differs from the float64 reference"):
         to_coreml(network(), tmp_path / "m.mlpackage", input_size=SIZE, precision="fp32")
     assert list(tmp_path.iterdir()) == []
@@ -477,14 +478,14 @@ def test_a_subtle_change_in_fp32(tmp_path, monkeypatch):
 
 def test_a_classifier_is_compared_before_its_softmax(tmp_path, monkeypatch):
     """The same number added to all scores leaves the probabilities as they are."""
-    monkeypatch.setattr(coreml, "_converted", corrupted(shifted_scores))
+    monkeypatch.setattr(convert, "to_program", corrupted(shifted_scores))
     with pytest.raises(ExportError, match="output: the exported program differs"):
         to_coreml(network(), tmp_path / "m.mlpackage", input_size=SIZE, class_labels=list("abcde"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_swapped_outputs(tmp_path, monkeypatch):
-    monkeypatch.setattr(coreml, "_converted", corrupted(swapped_outputs))
+    monkeypatch.setattr(convert, "to_program", corrupted(swapped_outputs))
     with pytest.raises(ExportError, match="output0: the exported program differs"):
         to_coreml(as_trained(Twins()), tmp_path / "m.mlpackage", input_size=6)
     assert list(tmp_path.iterdir()) == []
@@ -512,16 +513,16 @@ def test_a_wrong_compressed_weight_is_not_kept(exported):
     _, _, original = exported("fp16")
     for precision in ("int8", "palettized"):
         program = copy.copy(exported(precision)[2])
-        check_module.compressed_constants(program, original, precision)
+        verify.compressed_constants(program, original, precision)
         program.constants = dict(program.constants)
         name = next(op.outputs[0][0] for op in program.operations if "constexpr" in op.type)
         program.constants[name] = program.constants[name].flip(0)
         with pytest.raises(ExportError, match=f"compressed constant {name}"):
-            check_module.compressed_constants(program, original, precision)
+            verify.compressed_constants(program, original, precision)
 
 
 def test_a_program_that_cannot_be_evaluated_is_not_kept(tmp_path, monkeypatch):
-    from casvit_kernels.export.mil import operations
+    from casvit_kernels.export.coreml.mil import operations
 
     monkeypatch.delitem(operations.FUNCTIONS, "gelu")
     with pytest.raises((ExportError, Unsupported), match="operation gelu"):
@@ -530,7 +531,7 @@ def test_a_program_that_cannot_be_evaluated_is_not_kept(tmp_path, monkeypatch):
 
 
 def test_without_verification(tmp_path, monkeypatch):
-    monkeypatch.setattr(coreml, "_converted", corrupted(one_weight))
+    monkeypatch.setattr(convert, "to_program", corrupted(one_weight))
     report = to_coreml(network(), tmp_path / "m.mlpackage", input_size=SIZE, verify=False)
     assert report.max_error is None
     assert any("not verified" in note for note in report.notes)
@@ -541,15 +542,19 @@ def test_without_verification(tmp_path, monkeypatch):
     "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
 )
 def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, moment, error):
-    name = {"convert": "_converted", "save": "_saved", "check": "_reload"}[moment]
-    real = getattr(coreml, name)
+    module, name = {
+        "convert": (convert, "to_program"),
+        "save": (convert, "save"),
+        "check": (coreml_module, "check_description"),
+    }[moment]
+    real = getattr(module, name)
 
     def interrupted(*arguments):
         if moment == "save":
             real(*arguments)
         raise error
 
-    monkeypatch.setattr(coreml, name, interrupted)
+    monkeypatch.setattr(module, name, interrupted)
     with pytest.raises(type(error)):
         to_coreml(as_trained(FusedCATM(4)), tmp_path / "m.mlpackage", input_size=4)
     assert list(tmp_path.iterdir()) == []
@@ -576,7 +581,7 @@ def test_replacing_a_package(tmp_path):
 def test_predictions_on_a_mac_are_compared(tmp_path, monkeypatch, factor):
     import coremltools
 
-    monkeypatch.setattr(check_module.sys, "platform", "darwin")
+    monkeypatch.setattr(verify.sys, "platform", "darwin")
 
     class Mac:
         def __init__(self, path):

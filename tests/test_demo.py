@@ -16,7 +16,7 @@ import torch
 from test_cli import refused, run
 from torch import nn
 
-from casvit_kernels import benchmark, models
+from casvit_kernels import _files, benchmark, models, photographs
 from casvit_kernels.ops.mixer.dispatch import ReferenceKernels
 
 for package in ("matplotlib", "numpy", "PIL", "skimage", "sklearn", "tqdm"):
@@ -24,7 +24,7 @@ for package in ("matplotlib", "numpy", "PIL", "skimage", "sklearn", "tqdm"):
 
 from PIL import Image  # noqa: E402
 
-from casvit_kernels.demo import check, files, gates, images, network, plots, speed  # noqa: E402
+from casvit_kernels.demo import check, gates, network, plots, speed  # noqa: E402
 from casvit_kernels.demo import training as train  # noqa: E402
 
 
@@ -49,7 +49,7 @@ def image(path, size=(40, 30), colour=(200, 100, 50)):
 
 
 def test_report_path_is_judged_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "load", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(photographs, "load", lambda *_: pytest.fail("work began"))
     assert "--output" in refused("demo", "--output", tmp_path / "missing" / "r.html")
     assert "directory" in refused("demo", "--output", tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -98,13 +98,16 @@ def test_own_photographs(tmp_path):
     image(tmp_path / "b.png", (500, 300), (0, 0, 0))
     image(tmp_path / "a.JPG", (300, 500), (255, 255, 255))
     (tmp_path / "notes.txt").write_text("no image")
-    found = images.load(tmp_path)
+    found = photographs.load(tmp_path)
     assert found.names == ("a", "b")
     x = found.batch(5)
     assert x.shape == (5, 3, 224, 224)
     assert torch.equal(x[0], x[2])
     for c in range(3):
-        black, white = -images.MEAN[c] / images.STD[c], (1 - images.MEAN[c]) / images.STD[c]
+        black, white = (
+            -photographs.MEAN[c] / photographs.STD[c],
+            (1 - photographs.MEAN[c]) / photographs.STD[c],
+        )
         assert x[1, c].unique().item() == pytest.approx(black, rel=1e-5)
         assert x[0, c].mean().item() == pytest.approx(white, rel=1e-2)
 
@@ -115,22 +118,22 @@ def test_photographs_stand_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # taken upside down
     picture.save(tmp_path / "a.png", exif=exif)
-    pixels = images.load(tmp_path).pixels[0]
+    pixels = photographs.load(tmp_path).pixels[0]
     assert pixels[5, 112, 0] == 0
     assert pixels[-5, 112, 0] == 255
 
 
 def test_large_directory_is_cut_and_said(tmp_path):
-    names = [f"{i:03}" for i in range(images.MOST + 3)]
+    names = [f"{i:03}" for i in range(photographs.MOST + 3)]
     for name in random.Random(0).sample(names, len(names)):
         image(tmp_path / f"{name}.png", (8, 8))
-    found = images.load(tmp_path)
-    assert list(found.names) == names[: images.MOST]
-    assert found.found == images.MOST + 3
+    found = photographs.load(tmp_path)
+    assert list(found.names) == names[: photographs.MOST]
+    assert found.found == photographs.MOST + 3
 
 
 def test_shipped_photographs():
-    found = images.load(None)
+    found = photographs.load(None)
     assert len(found.names) == 8
     assert "china" in found.names
     assert found.pixels.float().std() > 30
@@ -236,14 +239,14 @@ def test_what_cannot_be_built_is_reported_with_its_reason(monkeypatch):
 
 def test_written_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "r.html"
-    files.write_whole(path, "old")
+    _files.write_text(path, "old")
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        files.write_whole(path, "new")
+        _files.write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

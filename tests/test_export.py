@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from casvit_kernels import AdditiveTokenMixer, FusedCATM
+from casvit_kernels import AdditiveTokenMixer, FusedCATM, benchmark, unfuse
 from casvit_kernels.backends.cpu import CpuBackend
 from casvit_kernels.export import to_coreml, to_onnx
 from casvit_kernels.ops.mixer.cpu import CpuKernels
@@ -218,3 +218,54 @@ def test_a_missing_package_names_the_extra(function, name, package, tmp_path, mo
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(ImportError, match=rf"{package}: pip install casvit-kernels\[export\]"):
         function(FusedCATM(4), tmp_path / name)
+
+
+# Models that are written otherwise than ours
+
+
+class _ReturnsNothing(nn.Module):
+    """As the backbones written for mmdetection and mmsegmentation: ``train`` returns None."""
+
+    def __init__(self, dim=8):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, dim, 3, 1, 1), nn.BatchNorm2d(dim))
+        self.mixer = fused_mixer(dim)
+        nn.init.normal_(self.stem[1].running_mean)
+
+    def forward(self, x):
+        return self.mixer(self.stem(x))
+
+    def train(self, mode=True):
+        super().train(mode)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_train_may_return_none(export, training):
+    function, path = export
+    model = _ReturnsNothing()
+    model.train(training)
+    report = function(model, path, 6)
+    assert report.max_error is not None
+    assert model.training is training
+
+
+def test_train_may_return_none_where_channels_are_padded():
+    pytest.importorskip("coremltools")
+    from casvit_kernels.export.coreml.padding import padded
+
+    class Mixer(AdditiveTokenMixer):
+        def train(self, mode=True):
+            super().train(mode)
+
+    for dim in (8, 12):
+        wide, report = padded(Mixer(dim))
+        assert report.after == (-(-dim // 8) * 8,)
+        assert not any(m.training for m in wide.modules())
+
+
+def test_train_may_return_none_where_candidates_are_timed():
+    model = _ReturnsNothing()
+    unfuse(model)
+    x = torch.randn(1, 3, 6, 6)
+    candidates = benchmark.model_candidates(model, x, include=("eager", "fused"))
+    assert all(call().shape == (1, 8, 6, 6) for call in candidates.values())

@@ -241,7 +241,7 @@ def test_operation(saved, name, dtype):
 
 
 def test_every_operation_is_tested():
-    from casvit_kernels.export.mil.operations import FUNCTIONS
+    from casvit_kernels.export.coreml.mil.operations import FUNCTIONS
 
     elsewhere = {name for name in FUNCTIONS if name.startswith("constexpr_")}
     elsewhere |= {"cast", "quantize", "dequantize", "classify"}
@@ -430,7 +430,7 @@ def test_the_unknown_is_named(saved, function, message):
 
 
 def test_a_parameter_that_is_not_read_is_named(saved, monkeypatch):
-    from casvit_kernels.export.mil import operations
+    from casvit_kernels.export.coreml.mil import operations
 
     monkeypatch.setitem(operations.FUNCTIONS, "softmax", lambda a: a.tensor("x").softmax(1))
     program = Program(saved(lambda mb, x: mb.softmax(x=x, axis=0), (2, 3)))
@@ -439,7 +439,7 @@ def test_a_parameter_that_is_not_read_is_named(saved, monkeypatch):
 
 
 def test_a_result_of_another_shape_than_declared(saved, monkeypatch):
-    from casvit_kernels.export.mil import operations
+    from casvit_kernels.export.coreml.mil import operations
 
     monkeypatch.setitem(operations.FUNCTIONS, "relu", lambda a: a.tensor("x")[:1])
     program = Program(saved(lambda mb, x: mb.relu(x=x), (2, 3)))

@@ -11,10 +11,10 @@ from test_export import fused_mixer, reference
 from test_folding import statistics
 from torch import nn
 
-from casvit_kernels import AdditiveTokenMixer, FusedCATM, fuse
-from casvit_kernels.demo import images
+from casvit_kernels import AdditiveTokenMixer, FusedCATM, fuse, photographs
 from casvit_kernels.export import ExportError, Normalization, UntrainedWeights, to_onnx
-from casvit_kernels.export import onnx as onnx_module
+from casvit_kernels.export.onnx import newest_opset, quantize, verify, write
+from casvit_kernels.export.prepare import prepare
 from casvit_kernels.models import Config, RCViT
 
 onnx = pytest.importorskip("onnx")
@@ -138,7 +138,7 @@ def operators(path):
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
-@pytest.mark.parametrize("opset", range(17, onnx_module.newest_opset() + 1))
+@pytest.mark.parametrize("opset", range(17, newest_opset() + 1))
 def test_opsets(tmp_path, opset):
     model = classifier(fused=True)
     report = to_onnx(model, tmp_path / "m.onnx", 64, opset=opset, batch="dynamic")
@@ -202,13 +202,13 @@ def test_no_path_of_this_machine_is_in_the_file(tmp_path):
 
 
 def test_a_file_that_appears_during_the_export_is_kept(tmp_path, monkeypatch):
-    save = onnx_module._save
+    save = write.save
 
     def meanwhile(model, draft, metadata):
         save(model, draft, metadata)
         (tmp_path / "m.onnx").write_text("somebody else's")
 
-    monkeypatch.setattr(onnx_module, "_save", meanwhile)
+    monkeypatch.setattr(write, "save", meanwhile)
     with pytest.raises(FileExistsError, match="appeared during the export"):
         to_onnx(fused_mixer(), tmp_path / "m.onnx", input_size=5)
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
@@ -233,7 +233,7 @@ def test_normalisation_inside(tmp_path, top):
     normalize = True if top == 1.0 else Normalization(top=255.0)
     report = to_onnx(model, tmp_path / "m.onnx", 64, normalize=normalize)
     pixels = torch.rand(1, 3, 64, 64)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (images.MEAN, images.STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (photographs.MEAN, photographs.STD))
     (got,) = run_onnx(report.path, pixels * top)
     (wanted,) = expected(model, (pixels - mean) / std)
     torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
@@ -274,20 +274,20 @@ def test_half_precision_that_overflows(tmp_path):
 def test_photographs_alone_count_for_the_top_class(tmp_path):
     pytest.importorskip("skimage")
     pytest.importorskip("sklearn")
-    found, _ = onnx_module.prepare(classifier(), 64, 1, None).pictures()
+    found, _ = prepare(classifier(), 64, 1, None).pictures()
     report = to_onnx(classifier(), tmp_path / "m.onnx", 64, batch="dynamic")
     assert report.images == len(found)
 
 
 def test_int8_is_judged_at_every_batch_and_size(tmp_path, monkeypatch):
     seen = []
-    compare = onnx_module._compare
+    compare = verify.compare
 
     def record(prepared, session, x, *rest):
         seen.append(tuple(x.shape))
         compare(prepared, session, x, *rest)
 
-    monkeypatch.setattr(onnx_module, "_compare", record)
+    monkeypatch.setattr(verify, "compare", record)
     images = torch.randn(2, 3, 64, 64)
     to_onnx(
         classifier(), tmp_path / "m.onnx", 64, precision="int8", calibration=images,
@@ -353,7 +353,7 @@ def test_without_photographs_the_report_says_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_bad_file_in_fewer_bits_is_not_kept(tmp_path, monkeypatch, precision):
     tool = {"fp16": "half", "int8": "static"}[precision]
-    made = getattr(onnx_module._quantize, tool)
+    made = getattr(quantize, tool)
 
     def spoiled(model, *arguments):
         result = made(model, *arguments)
@@ -364,7 +364,7 @@ def test_a_bad_file_in_fewer_bits_is_not_kept(tmp_path, monkeypatch, precision):
         graph.node.append(onnx.helper.make_node("Add", ["unspoiled", "unspoiled"], [name]))
         return result
 
-    monkeypatch.setattr(onnx_module._quantize, tool, spoiled)
+    monkeypatch.setattr(quantize, tool, spoiled)
     with pytest.raises(ExportError, match="output: the exported file differs"):
         to_onnx(classifier(), tmp_path / "m.onnx", 64, precision=precision)
     assert list(tmp_path.iterdir()) == []
@@ -436,14 +436,14 @@ def test_a_dynamic_size_of_what_has_none(tmp_path):
 
 
 def test_a_wrong_file_is_not_kept(tmp_path, monkeypatch):
-    write = onnx_module._write
+    build = write.build
 
     def write_another(prepared, *arguments):
         wrong = copy.deepcopy(prepared)
         wrong.exported.model.dwc.weight.data[0] += 1e-3
-        return write(wrong, *arguments)
+        return build(wrong, *arguments)
 
-    monkeypatch.setattr(onnx_module, "_write", write_another)
+    monkeypatch.setattr(write, "build", write_another)
     (tmp_path / "m.onnx").write_text("earlier")
     with pytest.raises(ExportError, match=r"output: the exported file differs .* expected at most"):
         to_onnx(fused_mixer(), tmp_path / "m.onnx", input_size=5, overwrite=True)
@@ -456,7 +456,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
         draft.write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(onnx_module, "_save", interrupted)
+    monkeypatch.setattr(write, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         to_onnx(fused_mixer(), tmp_path / "m.onnx", input_size=5)
     assert list(tmp_path.iterdir()) == []

@@ -228,7 +228,8 @@ def _candidates(
     def build(name: str) -> Call:
         words = name.split()
         layout = torch.channels_last if "channels_last" in words else torch.contiguous_format
-        own = copy.deepcopy(module).train(training is not None)
+        own = copy.deepcopy(module)
+        own.train(training is not None)  # not chained: overridden, it may return None
         if words[0] == "fused":
             own = fused(own)
         own = own.to(memory_format=layout)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..testing import FACTOR
+from ..testing import FACTOR, against_truth
+from ..testing.numerics import divide
 from . import network
 
 
@@ -47,14 +47,17 @@ class Parity:
 
 def deviation(name: str, truth: Tensor, reference: Tensor, fused: Tensor) -> Deviation:
     """Judge `fused` by `truth` (float64) and by the error that `reference` makes itself."""
-    largest = truth.abs().max().item()
-    reference_error = (reference.double() - truth).abs().max().item()
-    fused_error = (fused.double() - truth).abs().max().item()
-    own = max(reference_error, torch.finfo(fused.dtype).eps * largest)
-    ratio = fused_error / own if own > 0 else (0.0 if fused_error == 0 else math.inf)
-    passed = ratio <= FACTOR  # NaN fails
-    shape = tuple(truth.shape)
-    return Deviation(name, shape, largest, reference_error, fused_error, ratio, passed)
+    found = against_truth(fused, reference, truth)
+    ratio = divide(found.largest, found.bound(1.0, torch.finfo(fused.dtype).eps))
+    return Deviation(
+        name=name,
+        shape=tuple(truth.shape),
+        largest_output=found.scale,
+        reference_error=found.own_largest,
+        fused_error=found.largest,
+        ratio=ratio,
+        passed=ratio <= FACTOR,  # NaN fails
+    )
 
 
 @torch.no_grad()

@@ -38,7 +38,8 @@ def build(
             raise ValueError(
                 f"--classes: expected the checkpoint's number, got {classes} ({key}: {why})"
             )
-    return model.eval()
+    model.eval()
+    return model
 
 
 @torch.no_grad()

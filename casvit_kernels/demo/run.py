@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import __version__, benchmark
+from .. import __version__, _files, benchmark, photographs
 from .._optional import need
 from ..backends import Problem, select
 from ..surgery import fuse
-from . import check, files, gates, images, network, report, results, speed, training
+from . import check, gates, network, report, results, speed, training
 from .progress import phase
 
 
@@ -43,7 +43,7 @@ class Demo:
     def __init__(self, options: Options) -> None:
         for package in ("matplotlib", "numpy", "PIL", "skimage", "sklearn", "tqdm"):
             need(package)
-        files.check_writable(options.output, "--output")
+        _files.check_writable(options.output, "--output")
         if options.threads is not None:
             if options.threads < 1:
                 raise ValueError(f"--threads: expected at least 1, got {options.threads}")
@@ -51,13 +51,13 @@ class Demo:
         self.options = options
         # The default choice may be set to one that cannot run here.
         self.backend = select(None, Problem("cpu", torch.float32)).name
-        self.photographs = images.load(options.images)
+        self.photographs = photographs.load(options.images)
         self.reference = network.build(options.model, options.checkpoint, options.seed)
 
     def run(self) -> results.Results:
         """All steps; the report is written unless parity failed."""
-        options, photographs = self.options, self.photographs
-        x = photographs.batch()
+        options, pictures = self.options, self.photographs
+        x = pictures.batch()
         if options.checkpoint is None:
             network.calibrate(self.reference, x)
         fused = copy.deepcopy(self.reference)
@@ -72,8 +72,8 @@ class Demo:
             version=__version__,
             environment=benchmark.environment(),
             quick=options.quick,
-            photographs=list(photographs.names),
-            photographs_found=photographs.found,
+            photographs=list(pictures.names),
+            photographs_found=pictures.found,
             model=self._facts(len(inputs)),
             parity=parity,
         )
@@ -81,7 +81,7 @@ class Demo:
             return found
 
         maps = gates.of_stages(self.reference, inputs)
-        batch = photographs.batch(speed.BATCH)
+        batch = pictures.batch(speed.BATCH)
         batch_inputs = network.mixer_inputs(self.reference, batch)
         measured = speed.measure(self.reference, batch, batch_inputs, options.quick)
         trained = None
@@ -95,7 +95,7 @@ class Demo:
             gates=[results.GateRange(g.mixer, _range(g.q), _range(g.k)) for g in maps],
             report=str(options.output),
         )
-        files.write_whole(options.output, report.render(found, photographs.pixels, maps))
+        _files.write_text(options.output, report.render(found, pictures.pixels, maps))
         return found
 
     def _facts(self, mixers: int) -> results.ModelFacts:

@@ -99,7 +99,7 @@ def fold_for_inference(model: nn.Module, example_input: Tensor | None = None) ->
     x = x.detach().to("cpu", torch.float64)
 
     folded = copy.deepcopy(model)
-    folded.eval()  # which returns None in detection code
+    folded.eval()  # not chained: overridden in published code, it returns None
     probe = plain_copy(folded)
     probe.double()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

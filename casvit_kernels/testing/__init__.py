@@ -12,7 +12,7 @@ from .cases import (
     real_cases,
     set_mode,
 )
-from .numerics import FACTOR, GRADIENT_FACTOR, VANISHING_FACTOR, poisoned
+from .numerics import FACTOR, GRADIENT_FACTOR, VANISHING_FACTOR, against_truth, poisoned
 from .parity import Row, check, run, verdict
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "VANISHING_FACTOR",
     "Case",
     "Row",
+    "against_truth",
     "cases",
     "check",
     "cover",

@@ -170,3 +170,36 @@ def divide(a: float, b: float, nothing: float = 0.0) -> float:
     if b == 0:
         return nothing if a == 0 else math.inf
     return a / b
+
+
+class AgainstTruth(NamedTuple):
+    """Absolute errors of a result and of plain PyTorch's, both against the same float64 truth."""
+
+    scale: float  # largest absolute value of the truth
+    largest: float
+    mean: float
+    own_largest: float  # plain PyTorch's
+    own_mean: float
+
+    def bound(self, factor: float, floor: float) -> float:
+        """`factor` times PyTorch's own largest error, and at least `floor` times the scale."""
+        return max(floor * self.scale, factor * self.own_largest)
+
+    def mean_bound(self, factor: float, floor: float) -> float:
+        """The same for the mean error."""
+        return max(floor * self.scale, factor * self.own_mean)
+
+
+def against_truth(got: Tensor, own: Tensor, truth: Tensor) -> AgainstTruth:
+    """Compare a result with what plain PyTorch computes, `own`, by the float64 `truth`.
+
+    For whole models, where only sizes of errors are compared; `judge` looks closer.
+    """
+    error, own_error = ((t.double() - truth).abs() for t in (got, own))
+    return AgainstTruth(
+        truth.abs().max().item(),
+        error.max().item(),
+        error.mean().item(),
+        own_error.max().item(),
+        own_error.mean().item(),
+    )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._optional import need
+from ._optional import need
 
 SIZE = 224  # pixels, the published input size
 MOST = 32  # photographs used of a directory; more would only take longer
@@ -42,44 +42,45 @@ class Photographs(NamedTuple):
         return ((x - mean) / std).contiguous()
 
 
-def load(folder: Path | None) -> Photographs:
+def load(folder: Path | None, argument: str = "--images") -> Photographs:
     """All images of `folder` (sorted by name, the first `MOST`), or those that ship with packages.
 
     Raises:
-        ValueError: `folder` is no directory, holds no image, or an image cannot be read.
+        ValueError: `folder` is no directory, holds no image, or an image cannot be read; the message
+            begins with `argument`, the name under which the caller was given the folder.
         MissingExtra: a package is missing.
     """
-    paths = _shipped() if folder is None else _images_of(folder)
+    paths = _shipped(argument) if folder is None else _images_of(folder, argument)
     chosen = paths[:MOST]
-    pixels = torch.stack([_read(path) for path in chosen])
+    pixels = torch.stack([_read(path, argument) for path in chosen])
     return Photographs(tuple(path.stem for path in chosen), pixels, len(paths))
 
 
-def _shipped() -> list[Path]:
+def _shipped(argument: str) -> list[Path]:
     for package in ("sklearn", "skimage"):
         need(package)
     paths = [Path(str(resources.files(package) / name)) for package, name in _SHIPPED]
     present = [path for path in paths if path.is_file()]
     if not present:
         raise ValueError(
-            "--images: scikit-learn and scikit-image carry no photographs here; give a directory"
+            f"{argument}: scikit-learn and scikit-image carry no photographs here; give a directory"
         )
     return present
 
 
-def _images_of(folder: Path) -> list[Path]:
+def _images_of(folder: Path, argument: str) -> list[Path]:
     if not folder.is_dir():
-        raise ValueError(f"--images: expected a directory with images, got {folder}")
+        raise ValueError(f"{argument}: expected a directory with images, got {folder}")
     known = need("PIL.Image").registered_extensions()
     paths = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in known)
     if not paths:
         raise ValueError(
-            f"--images: expected at least one image (jpg, png, ...) in {folder}, got none"
+            f"{argument}: expected at least one image (jpg, png, ...) in {folder}, got none"
         )
     return paths
 
 
-def _read(path: Path) -> Tensor:
+def _read(path: Path, argument: str) -> Tensor:
     """``(224, 224, 3)`` uint8: the short side scaled to the size, the middle cut out."""
     image, ops = need("PIL.Image"), need("PIL.ImageOps")
     try:
@@ -87,6 +88,6 @@ def _read(path: Path) -> Tensor:
             upright: Any = ops.exif_transpose(opened).convert("RGB")
     # Pillow's decoders raise far more than OSError on a damaged file.
     except Exception as error:
-        raise ValueError(f"--images: expected a readable image, got {path} ({error})") from None
+        raise ValueError(f"{argument}: expected a readable image, got {path} ({error})") from None
     fitted = ops.fit(upright, (SIZE, SIZE), image.Resampling.BICUBIC)
     return torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._common import require
+from ...._optional import need
 
 Value = Any  # Tensor, str, or a list of these
 
@@ -62,7 +62,7 @@ def tensor_type(spec: Any) -> TensorType:
     if kind != "tensorType":
         raise Unsupported(f"a value of {kind} where a tensor is expected")
     tensor = spec.tensorType
-    dtype = require("coremltools").proto.MIL_pb2.DataType.Name(tensor.dataType)
+    dtype = need("coremltools", "export").proto.MIL_pb2.DataType.Name(tensor.dataType)
     if dtype not in TORCH_DTYPES:
         raise Unsupported(f"tensors of {dtype}")
     if tensor.rank != len(tensor.dimensions):
@@ -114,7 +114,7 @@ class Values:
     def _from_file(self, spec: Any) -> Tensor:
         name = Path(spec.blobFileValue.fileName).name
         if name not in self._files:
-            storage = require("coremltools.libmilstoragepython")
+            storage = need("coremltools.libmilstoragepython", "export")
             self._files[name] = storage._BlobStorageReader(str(self._weights / name))
         dtype = tensor_type(spec.type).dtype
         reader = _READERS.get(dtype, f"read_{dtype.lower().replace('float', 'fp')}_data")

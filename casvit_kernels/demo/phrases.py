@@ -203,7 +203,7 @@ _LABELS = {
 
 
 def facts(environment: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """`timing.environment()` as lines of a list."""
+    """`benchmark.environment()` as name and value."""
     for name, value in environment.items():
         if value is not None:
             yield _LABELS.get(name, name), str(value)

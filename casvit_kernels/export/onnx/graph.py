@@ -1,6 +1,7 @@
-"""Rewrites of an exported ONNX graph: equal numbers, quicker in ONNX Runtime, or another opset.
+"""Rewrites of an exported ONNX graph: same numbers, faster in ONNX Runtime, or another opset.
 
-May touch: onnx, numpy. Works on patterns of operators alone, so whoever wrote the model.
+Each rewrite matches a pattern of operators, so the classes of the model do not matter. May touch: onnx,
+numpy.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from ._common import ExportError, require
+from ..._optional import need
+from ..report import ExportError
 
 if TYPE_CHECKING:
     import numpy
@@ -22,17 +24,17 @@ class Graph:
     """A model's graph with the look-ups that rewriting needs."""
 
     def __init__(self, model: Any) -> None:
-        self.onnx = require("onnx")
+        self.onnx = need("onnx", "export")
         self.model = model
         self.graph = model.graph
         self.index()
 
     def index(self) -> None:
-        self.readers: dict[str, list[Any]] = {}
-        self.makers = {out: node for node in self.graph.node for out in node.output}
+        self.consumers: dict[str, list[Any]] = {}
+        self.producers = {out: node for node in self.graph.node for out in node.output}
         for node in self.graph.node:
             for name in node.input:
-                self.readers.setdefault(name, []).append(node)
+                self.consumers.setdefault(name, []).append(node)
         self.returned = {out.name for out in self.graph.output}
         self.constants = {t.name: t for t in self.graph.initializer}
         for node in self.graph.node:
@@ -41,10 +43,10 @@ class Graph:
                     if attribute.name == "value":
                         self.constants[node.output[0]] = attribute.t
 
-    def only_reader(self, name: str) -> Any | None:
-        """The node that alone reads a tensor which the model does not return."""
-        readers = self.readers.get(name, [])
-        return readers[0] if len(readers) == 1 and name not in self.returned else None
+    def only_consumer(self, name: str) -> Any | None:
+        """The single consumer of a tensor that is no output of the model, else None."""
+        consumers = self.consumers.get(name, [])
+        return consumers[0] if len(consumers) == 1 and name not in self.returned else None
 
     def value(self, name: str) -> numpy.ndarray[Any, Any] | None:
         """The value of a constant, None if it is none."""
@@ -66,7 +68,7 @@ class Graph:
         self.drop_unread()
 
     def drop_unread(self) -> None:
-        """Remove constants that nobody reads."""
+        """Remove initializers without a consumer."""
         read = {name for node in self.graph.node for name in node.input} | self.returned
         for tensor in [t for t in self.graph.initializer if t.name not in read]:
             self.graph.initializer.remove(tensor)
@@ -74,7 +76,7 @@ class Graph:
 
 
 def simplify(model: Any) -> int:
-    """Take apart convolutions that are split at once, join two heads, tidy GELUs; how many places."""
+    """Split qkv convolutions, merge the two heads, reorder GELUs; the number of rewrites made."""
     graph = Graph(model)
     changed = 0
     while any(rewrite(graph) for rewrite in (_split_convolution, _join_heads, _reorder_gelu)):
@@ -89,8 +91,8 @@ def _split_convolution(graph: Graph) -> bool:
     plain layout, was copied in three parts, and two of them were blocked again.
     """
     for split in graph.graph.node:
-        conv = graph.makers.get(split.input[0]) if split.op_type == "Split" else None
-        if conv is None or conv.op_type != "Conv" or graph.only_reader(conv.output[0]) is None:
+        conv = graph.producers.get(split.input[0]) if split.op_type == "Split" else None
+        if conv is None or conv.op_type != "Conv" or graph.only_consumer(conv.output[0]) is None:
             continue
         settings = _attributes(split)
         weight = graph.value(conv.input[1])
@@ -128,8 +130,8 @@ def _join_heads(graph: Graph) -> bool:
     for add in graph.graph.node:
         if add.op_type != "Add":
             continue
-        one, other = (graph.makers.get(name) for name in add.input)
-        divide = graph.only_reader(add.output[0])
+        one, other = (graph.producers.get(name) for name in add.input)
+        divide = graph.only_consumer(add.output[0])
         if not (_is_linear(graph, one) and _is_linear(graph, other)) or divide is None:
             continue
         if divide.op_type not in ("Div", "Mul") or divide.input[0] != add.output[0]:
@@ -167,13 +169,13 @@ def _reorder_gelu(graph: Graph) -> bool:
         if halve.op_type != "Mul" or graph.value(halve.input[0]) is None:
             continue
         factor = graph.value(halve.input[0])
-        add = graph.makers.get(halve.input[1])
-        times = graph.only_reader(halve.output[0])
+        add = graph.producers.get(halve.input[1])
+        times = graph.only_consumer(halve.output[0])
         if factor is None or factor.size != 1 or float(factor.reshape(())) != 0.5:
             continue
         if add is None or add.op_type != "Add" or times is None or times.op_type != "Mul":
             continue
-        erf = [graph.makers.get(name) for name in add.input]
+        erf = [graph.producers.get(name) for name in add.input]
         if not any(node is not None and node.op_type == "Erf" for node in erf):
             continue
         x = next(name for name in times.input if name != halve.output[0])
@@ -190,7 +192,7 @@ def _weights(graph: Graph, node: Any) -> list[numpy.ndarray[Any, Any]] | None:
     """Constant weight and bias of a linear layer; exporters leave out a bias of zeros."""
     found = [graph.value(name) for name in node.input[1:]]
     if len(found) == 1 and found[0] is not None:
-        found.append(require("numpy").zeros_like(found[0], shape=found[0].shape[0]))
+        found.append(need("numpy", "export").zeros_like(found[0], shape=found[0].shape[0]))
     arrays = [value for value in found if value is not None]
     return arrays if len(arrays) == 2 else None
 
@@ -202,7 +204,7 @@ def _is_linear(graph: Graph, node: Any) -> bool:
         node is not None
         and node.op_type == "Gemm"
         and {**plain, **_attributes(node)} == {**plain, "transB": 1}
-        and graph.only_reader(node.output[0]) is not None
+        and graph.only_consumer(node.output[0]) is not None
     )
 
 
@@ -213,7 +215,7 @@ def _copy(node: Any) -> Any:
 
 
 def _attributes(node: Any) -> dict[str, Any]:
-    helper = require("onnx").helper
+    helper = need("onnx", "export").helper
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
@@ -223,7 +225,7 @@ def convert(model: Any, opset: int) -> Any:
     Raises:
         ExportError: an operator is not known in it.
     """
-    onnx = require("onnx")
+    onnx = need("onnx", "export")
     if version(model) == opset:
         return model
     if opset >= version(model):
@@ -236,7 +238,7 @@ def convert(model: Any, opset: int) -> Any:
 
 def _to_17(model: Any) -> Any:
     """From 18. Two kinds of operators changed; any other that did is an error."""
-    onnx = require("onnx")
+    onnx = need("onnx", "export")
     graph = Graph(model)
     for node in graph.graph.node:
         if node.op_type == "Split":
@@ -280,7 +282,7 @@ def version(model: Any) -> int:
 
 
 def gates(model: Any) -> Iterator[str]:
-    """Names of the nodes that compute gates: what is read by nothing but a Sigmoid in the end."""
+    """Names of the nodes that compute gates: all their consumers lead to a Sigmoid."""
     graph = Graph(model)
     inside: set[str] = set()
     unread = [node for node in graph.graph.node if node.op_type == "Sigmoid"]
@@ -290,7 +292,7 @@ def gates(model: Any) -> Iterator[str]:
             continue
         inside.add(node.name)
         for name in node.input:
-            maker = graph.makers.get(name)
-            if maker is not None and graph.only_reader(name) is not None:
-                unread.append(maker)
+            producer = graph.producers.get(name)
+            if producer is not None and graph.only_consumer(name) is not None:
+                unread.append(producer)
     yield from sorted(inside)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._common import require
+from ...._optional import need
 from .operations import CONSTANT, FUNCTIONS, Arguments
 from .values import TORCH_DTYPES, TensorType, Unsupported, Value, Values, tensor_type
 
@@ -173,7 +173,7 @@ def _open(path: str | os.PathLike[str]) -> Any:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # coremltools logs the versions it was not tested with
     try:
-        return require("coremltools").models.MLModel(os.fspath(path), skip_model_load=True)
+        return need("coremltools", "export").models.MLModel(os.fspath(path), skip_model_load=True)
     finally:
         logging.disable(disabled)
 

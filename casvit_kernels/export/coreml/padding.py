@@ -1,8 +1,8 @@
-"""The same network with channels padded by zeros to a multiple of what hardware likes.
+"""Pads the channels of a network with zeros to a multiple of 8: the same function, aligned maps.
 
 A padded channel is zero in every map: its weights and biases are zero, a normalisation maps zero to
-zero, and ReLU, GELU and the gates' products keep zero. So nothing else in the network changes, but
-for the order in which sums are rounded.
+zero, and ReLU, GELU and the gates' products keep zero. So the other channels keep their values, up to
+the order in which sums are rounded.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.checkpoint import config_of
-from ..models.rcvit import Config, RCViT
-from ..ops.mixer.reference import AdditiveTokenMixer
+from ...models.checkpoint import config_of
+from ...models.rcvit import Config, RCViT
+from ...ops.mixer.reference import AdditiveTokenMixer
 
 MULTIPLE = 8
 
@@ -87,7 +87,7 @@ def padded(model: nn.Module, multiple: int = MULTIPLE) -> tuple[nn.Module, PadRe
     a, b, c, d = (_up(dim, multiple) for dim in config.dims)
     report = PadReport(config.dims, (a, b, c, d))
     if not report.changed:
-        return copy.deepcopy(model).eval(), report
+        return _copied(model), report
     dense = "norm.weight" not in state
     classes = state["head.weight"].shape[0] if "head.weight" in state else 0
     wide = RCViT(
@@ -107,13 +107,19 @@ def _padded_mixer(mixer: AdditiveTokenMixer, multiple: int) -> tuple[nn.Module, 
     dim = mixer.qkv.in_channels
     report = PadReport((dim,), (_up(dim, multiple),))
     if not report.changed:
-        return copy.deepcopy(mixer).eval(), report
+        return _copied(mixer), report
     bias = mixer.qkv.bias is not None
     wide = AdditiveTokenMixer(report.after[0], attn_bias=bias)
     wide.qkv = nn.Conv2d(dim, 3 * report.after[0], 1, bias=bias)  # of the input as it is
     _fill(wide, mixer.state_dict(), "pad_channels: the mixer's state dict")
     _take_eps(wide, mixer)
     return Cropped(wide.eval(), (dim,)).eval(), report
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    same = copy.deepcopy(model)
+    same.eval()  # not chained: overridden in published code, it returns None
+    return same
 
 
 @torch.no_grad()

@@ -1,98 +1,31 @@
-"""What every export shares: the arguments, the copies to export and to compare with, the file."""
+"""`prepare`: checks the arguments and copies the model, once to export and twice to compare with."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
-import io
-import logging
-import os
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from .. import photographs
 from .._optional import MissingExtra
 from .._version import __version__
-from ..demo import images
-from ..demo.images import MEAN, STD
 from ..models.checkpoint import config_of
 from ..models.rcvit import CONFIGS
 from ..surgery.fold import FoldReport, fold_for_inference, plain_copy
-
-if TYPE_CHECKING:
-    from .neural_engine import NeuralEngineReport
+from .inputs import Normalization, noise, resized
+from .report import UntrainedWeights
 
 UNTRAINED = (
     "the weights look untrained: every BatchNorm has its initial mean of 0 "
     "(was a checkpoint loaded?)"
 )
-
-
-class ExportError(RuntimeError):
-    """A file was written that fails its check (and was removed), or could not be written at all."""
-
-
-class UntrainedWeights(UserWarning):
-    """The exported model looks as if it had never been trained."""
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written and how far it is from the float64 reference.
-
-    ``max_error`` and ``mean_error`` are absolute, over all outputs, for random input and photographs;
-    None where the numbers were not checked. ``top1`` is the share of the ``images`` (photographs, or
-    the caller's own) whose largest output is the same as in float64, None where the model gives no
-    class scores. ``notes`` say what was done to the model, and what the caller may not expect.
-    """
-
-    path: Path
-    format: str
-    bytes: int
-    max_error: float | None
-    mean_error: float | None
-    notes: tuple[str, ...]
-    top1: float | None = None
-    images: int = 0
-    neural_engine: NeuralEngineReport | None = None  # of a Core ML package
-
-    def __str__(self) -> str:
-        lines = [f"{self.path} ({self.format}, {self.bytes / 1e6:.1f} MB)"]
-        if self.max_error is not None and self.mean_error is not None:
-            lines.append(
-                f"  error against float64: max {self.max_error:.2g}, mean {self.mean_error:.2g}"
-            )
-        if self.top1 is not None:
-            lines.append(f"  same top class as float64: {self.top1:.1%} of {self.images} images")
-        lines += [f"  {note}" for note in self.notes]
-        if self.neural_engine is not None:
-            lines += [f"  {line}" for line in str(self.neural_engine).splitlines()]
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """``(pixel / top - mean) / std`` by channel, done inside the file; its input is 0 to ``top``."""
-
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
-    top: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.mean or len(self.mean) != len(self.std) or min(*self.std, self.top) <= 0:
-            raise ValueError(
-                "normalize: expected as many means as standard deviations, these and top above 0, "
-                f"got {self.mean}, {self.std} and {self.top}"
-            )
 
 
 class Flat(nn.Module):
@@ -139,44 +72,18 @@ class Prepared:
 
     def noise(self, *shape: int) -> Tensor:
         """Random float32 input; within the range of pixels where the file normalises."""
-        return _noise(shape, self.normalize)
+        return noise(shape, self.normalize)
 
     def pictures(self) -> tuple[Tensor | None, str]:
         """Photographs as an input, ``(N, 3, H, W)``, and a note; None and why there are none."""
         if self.example.dim() != 4 or self.example.shape[1] != 3:
             return None, "checked on random input: photographs need 3 channels"
         try:
-            found = images.load(None)
+            found = photographs.load(None)
         except (MissingExtra, ValueError) as error:
             return None, f"checked on random input alone, without photographs: {error}"
         x = resized(found.pixels, self.example.shape[2:], self.normalize)
         return x, f"checked on random input and {len(x)} photographs"
-
-
-def resized(
-    pixels: Tensor, size: tuple[int, ...] | torch.Size, normalize: Normalization | None
-) -> Tensor:
-    """uint8 ``(N, h, w, 3)`` to the model's input ``(N, 3, H, W)``, float32.
-
-    Normalised as in the published training, or 0 to ``normalize.top`` where the file does that.
-    """
-    x = pixels.permute(0, 3, 1, 2).float() / 255
-    if tuple(x.shape[2:]) != tuple(size):
-        x = F.interpolate(x, size=tuple(size), mode="bilinear", antialias=True)
-    if normalize is not None:
-        return (x * normalize.top).contiguous()
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return ((x - mean) / std).contiguous()
-
-
-def require(package: str) -> Any:
-    """Import an optional package, or say how to get it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(
-            f"this export needs {package}: pip install casvit-kernels[export]"
-        ) from error
 
 
 def prepare(
@@ -211,12 +118,13 @@ def prepare(
         )
     notes = _remarks(model)
 
-    source = plain_copy(model).eval()
+    source = plain_copy(model)
+    source.eval()  # not chained: overridden in published code, it returns None
     source.requires_grad_(False)
     plain = Flat(copy.deepcopy(source).float(), inside)
     truth = Flat(copy.deepcopy(source).double(), inside)
     try:
-        with _strides_fit(truth), torch.no_grad():
+        with strides_fit(truth), torch.no_grad():
             outputs = truth(example.double())
     except _TooSmall as error:
         raise ValueError(
@@ -248,7 +156,7 @@ def prepare(
 
 
 def _folded(model: nn.Module, example: Tensor) -> nn.Module:
-    """Folded by a probe of a size that tells a mean from a pixel, or else of the example's."""
+    """Folded with the default probe, whose maps have more than one pixel; else with the example."""
     try:
         return fold_for_inference(model)
     except ValueError:  # the model takes its own size alone
@@ -307,14 +215,14 @@ def _metadata(
 
 
 class _TooSmall(Exception):
-    pass
+    """An input with fewer pixels than the model's strides need."""
 
 
 @contextlib.contextmanager
-def _strides_fit(model: nn.Module) -> Iterator[None]:
+def strides_fit(model: nn.Module) -> Iterator[None]:
     """Inside, a convolution raises `_TooSmall` if its stride is larger than its input.
 
-    It would compute, from padding mostly: five strides of 2 need more than 16 pixels.
+    PyTorch would compute it, mostly from padding: five strides of 2 need more than 16 pixels.
     """
 
     def check(conv: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -364,113 +272,8 @@ def _example(
             "model: expected a Conv2d to read the number of input channels from, got none: "
             "pass example_input"
         )
-    return _noise((batch, first.in_channels, *size), normalize)
+    return noise((batch, first.in_channels, *size), normalize)
 
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _noise(shape: tuple[int, ...], normalize: Normalization | None) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    if normalize is None:
-        return torch.randn(shape, generator=generator)
-    return torch.rand(shape, generator=generator) * normalize.top
-
-
-@contextlib.contextmanager
-def staged(
-    path: str | os.PathLike[str], suffix: str, overwrite: bool
-) -> Iterator[tuple[Path, Path]]:
-    """The final path, and one beside it to write to, moved there when the block ends without error.
-
-    Raises:
-        ValueError: ``path`` does not end in ``suffix``.
-        FileExistsError: ``path`` exists and ``overwrite`` is False.
-        OSError: the directory is missing or cannot be written to.
-    """
-    final = Path(path)
-    if final.suffix != suffix:
-        raise ValueError(f"path: expected a name that ends in {suffix}, got {str(path)!r}")
-    if final.exists() and not overwrite:
-        raise FileExistsError(f"path: {final} exists already: pass overwrite=True to replace it")
-    if not final.parent.is_dir():
-        raise NotADirectoryError(f"path: expected an existing directory, got {final.parent}")
-    try:
-        folder = tempfile.TemporaryDirectory(prefix=".casvit-export-", dir=final.parent)
-    except OSError as error:
-        raise type(error)(
-            error.errno,
-            f"path: cannot write into the directory ({error.strerror})",
-            str(final.parent),
-        ) from error
-    with folder as name:
-        draft = Path(name, f"draft{suffix}")
-        yield final, draft
-        aside = Path(name, "replaced")
-        try:
-            if final.exists() and not overwrite:
-                raise FileExistsError(f"path: {final} appeared during the export: it is kept")
-            if final.is_dir():  # a directory with content cannot be replaced in one step
-                final.rename(aside)
-            draft.replace(final)
-        except BaseException:
-            if aside.exists():
-                aside.rename(final)
-            raise
-
-
-def culprit(
-    model: nn.Module,
-    example: Tensor,
-    attempt: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], object],
-) -> str:
-    """The smallest submodule that ``attempt`` alone fails on, for an error message.
-
-    ``attempt`` takes a module and the arguments it is called with. ``model`` is a `Flat`.
-    """
-    inputs: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    handles = [
-        m.register_forward_pre_hook(
-            lambda m, args, kwargs: inputs.setdefault(m, (args, kwargs)) and None, with_kwargs=True
-        )
-        for m in model.modules()
-    ]
-    with torch.no_grad():
-        model(example)
-    for handle in handles:
-        handle.remove()
-
-    def fails(module: nn.Module) -> bool:
-        try:
-            with quiet(), torch.no_grad():
-                attempt(module, *inputs[module])
-        except Exception:
-            return True
-        return False
-
-    path, module = "", model.get_submodule("model")
-    while True:
-        for name, child in module.named_children():
-            if child in inputs and fails(child):
-                path, module = f"{path}.{name}".lstrip("."), child
-                break
-        else:
-            return f"{path or 'the model'} ({type(module).__name__})"
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep back progress bars, log lines and warnings of an exporter; its exceptions pass."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

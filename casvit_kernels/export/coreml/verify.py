@@ -1,4 +1,4 @@
-"""Is a saved Core ML package the model it was made from? By evaluating its program on the CPU."""
+"""Compares a saved Core ML package with its model by evaluating the program on the CPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._common import ExportError, Flat, Prepared
+from ...testing.numerics import AgainstTruth, against_truth
+from ..converters import quiet
+from ..prepare import Flat, Prepared
+from ..report import ExportError
 from .mil import Operation, Program
+from .options import Options
 
 # A compressed program may differ from the model by this much of the outputs' size (root mean
 # square). A wrong program differs by about 1; what is usual is in docs/coreml.md.
@@ -170,9 +174,7 @@ class Check:
             if precision in LOOSEST:
                 self._bound_size(name, difference, expected, precision)
             else:
-                self._bound(
-                    name, difference, (eager.double() - expected).abs(), expected, precision
-                )
+                self._bound(name, against_truth(got, eager, expected), precision)
             worst = max(worst, float(difference.max()))
             total, count = total + float(difference.sum()), count + difference.numel()
         if photographs and self._classifies(truth):
@@ -197,17 +199,14 @@ class Check:
         return len(truth) == 1 and truth[0].dim() == 2 and truth[0].shape[1] > 1
 
     @staticmethod
-    def _bound(
-        name: str, difference: Tensor, own: Tensor, expected: Tensor, precision: str
-    ) -> None:
-        size = float(expected.abs().max())
-        step = torch.finfo(torch.float16 if precision == "fp16" else torch.float32).eps
-        # Roundings differ in order from PyTorch's; a wrong number anywhere moves the mean further.
-        for what, got, least in (
-            ("at most", float(difference.max()), 10 * float(own.max())),
-            ("on average", float(difference.mean()), 3 * float(own.mean())),
+    def _bound(name: str, found: AgainstTruth, precision: str) -> None:
+        # Sums are rounded in another order than PyTorch's: a single output may be off by far more, the
+        # mean may not. Two units in the last place of the largest output pass in any case.
+        floor = 2 * torch.finfo(torch.float16 if precision == "fp16" else torch.float32).eps
+        for what, got, bound in (
+            ("at most", found.largest, found.bound(10, floor)),
+            ("on average", found.mean, found.mean_bound(3, floor)),
         ):
-            bound = max(least, 2 * step * size)
             if not got <= bound:
                 raise ExportError(
                     f"{name}: the exported program differs from the float64 reference by {got:.3g} "
@@ -268,7 +267,55 @@ def compressed_constants(program: Program, original: Program, precision: str) ->
             )
 
 
-def predicted(coremltools: Any, draft: Path, x: Tensor, names: list[str]) -> list[Tensor] | None:
+def check_description(coremltools: Any, prepared: Prepared, options: Options, draft: Path) -> None:
+    """Read the package as an application would, and hold its description to what was asked for."""
+    with quiet():
+        try:
+            package = coremltools.models.MLModel(str(draft), skip_model_load=True)
+        except Exception as error:
+            raise ExportError(f"the exported package cannot be reloaded: {error}") from error
+    spec = package.get_spec()
+    got = {
+        feature.name: tuple(feature.type.multiArrayType.shape)
+        for feature in (*spec.description.input, *spec.description.output)
+        if feature.type.WhichOneof("Type") == "multiArrayType"
+    }
+    wanted = {} if options.image_input else {"input": tuple(prepared.example.shape)}
+    if options.labels is None:
+        wanted |= dict(zip(prepared.output_names, prepared.outputs, strict=True))
+    fixed = options.batch[0] == options.batch[1] and len(options.sizes) == 1
+    if set(got) != set(wanted) or (fixed and got != wanted):
+        raise ExportError(f"the exported package: expected inputs and outputs {wanted}, got {got}")
+    if spec.specificationVersion > options.target.value:
+        raise ExportError(
+            f"deployment_target: asked for {options.target.name}, coremltools wrote "
+            f"specification {spec.specificationVersion}, expected {options.target.value} at most"
+        )
+
+
+def check_prediction(coremltools: Any, prepared: Prepared, options: Options, draft: Path) -> str:
+    """Compare Core ML's own prediction, on a Mac; a note on what was done."""
+    if options.image_input or options.labels is not None:
+        return "not predicted by Core ML itself: only tensor inputs and outputs are compared there"
+    results = _predicted(coremltools, draft, prepared.example, prepared.output_names)
+    if results is None:
+        return "not predicted by Core ML itself, which needs a Mac"
+    with torch.no_grad():
+        truth = prepared.truth(prepared.example.double())
+    worst = 0.0
+    for name, got, expected in zip(prepared.output_names, results, truth, strict=True):
+        worst = float((got.reshape(expected.shape) - expected).abs().max())
+        size = float(expected.abs().max())
+        allowed = size * {"fp32": 1e-3, "fp16": 0.1}.get(options.precision, 1.0)
+        if not worst <= allowed:
+            raise ExportError(
+                f"{name}: Core ML's prediction differs from the float64 reference by {worst:.3g}, "
+                f"expected at most {allowed:.3g}"
+            )
+    return f"Core ML on this Mac: max error {worst:.2g}"
+
+
+def _predicted(coremltools: Any, draft: Path, x: Tensor, names: list[str]) -> list[Tensor] | None:
     """What Core ML itself computes, on a Mac; None elsewhere. Tensors in and out only."""
     if sys.platform != "darwin":
         return None

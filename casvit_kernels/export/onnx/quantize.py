@@ -2,70 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .._optional import MissingExtra
-from ..demo import images as photographs
-from . import _graph
-from ._common import ExportError, Prepared, quiet, require, resized
+from ..._optional import need
+from ..converters import quiet
+from ..report import ExportError
+from . import graph
 
 if TYPE_CHECKING:
     import numpy
 
 INT8_ERROR = 0.3  # of the standard deviation of the outputs
-FEW = 32  # fewer images than this are pointed out
-
-
-def images(
-    prepared: Prepared, calibration: Tensor | str | os.PathLike[str] | None
-) -> tuple[Tensor, str]:
-    """What to calibrate with, as an input of the model, and a note.
-
-    Raises:
-        TypeError, ValueError: they do not fit the model, or none are at hand.
-    """
-    shape = tuple(prepared.example.shape[1:])
-    if isinstance(calibration, Tensor):
-        x = calibration.detach().cpu()
-        if not x.dtype.is_floating_point or tuple(x.shape[1:]) != shape or not len(x):
-            raise ValueError(
-                f"calibration: expected floating images of shape (N, {', '.join(map(str, shape))}), "
-                f"got {x.dtype} of shape {tuple(x.shape)}"
-            )
-        return x.float(), f"calibrated with {_number(len(x))}"
-    if calibration is not None and not isinstance(calibration, (str, os.PathLike)):
-        raise TypeError(
-            f"calibration: expected a tensor or a directory, got {type(calibration).__name__}"
-        )
-    if len(shape) != 3 or shape[0] != 3:
-        raise ValueError(
-            f"calibration: expected a tensor for a model of input shape {shape}: "
-            "pictures have 3 channels"
-        )
-    try:
-        found = photographs.load(None if calibration is None else Path(calibration))
-    except ValueError as error:
-        raise ValueError(str(error).replace("--images", "calibration")) from None
-    except MissingExtra as error:
-        raise ValueError(f"calibration: expected images of your own: {error}") from None
-    x = resized(found.pixels, shape[1:], prepared.normalize)
-    of = "photographs that ship with packages" if calibration is None else str(calibration)
-    return x, f"calibrated with {_number(len(x))} of {of}"
-
-
-def _number(count: int) -> str:
-    return f"{count} images" + (" (some hundred are better)" if count < FEW else "")
 
 
 def half(model: Any) -> Any:
-    """Float16 but for means, which would lose digits over a large map, and input and outputs."""
-    float16 = require("onnxruntime.transformers.float16")
-    onnx_model = require("onnxruntime.transformers.onnx_model")
+    """Float16, except for means (long sums over a map), the input and the outputs."""
+    float16 = need("onnxruntime.transformers.float16", "export")
+    onnx_model = need("onnxruntime.transformers.onnx_model", "export")
     with quiet():
         made = float16.convert_float_to_float16(
             model,
@@ -80,12 +37,11 @@ def half(model: Any) -> Any:
 def static(model: Any, calibration: Tensor, folder: Path) -> tuple[Any, str]:
     """Quantised by ONNX Runtime's static post-training quantisation, and a note.
 
-    Weights for each output channel and symmetric, activations for each tensor. Gates, whose sigmoid
-    multiplies a whole map by what an error of theirs becomes, stay in float32, and so does what lies
-    between the convolutions.
+    Weights for each output channel and symmetric, activations for each tensor. Gates stay in float32,
+    because their sigmoid scales whole maps, and so do the elementwise operators between convolutions.
     """
-    onnx, quantization = require("onnx"), require("onnxruntime.quantization")
-    kept = set(_graph.gates(model))
+    onnx, quantization = need("onnx", "export"), need("onnxruntime.quantization", "export")
+    kept = set(graph.gates(model))
     source, target = folder / "float.onnx", folder / "quantised.onnx"
     try:
         onnx.save(model, str(source))

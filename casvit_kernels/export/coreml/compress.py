@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import ExportError, quiet, require
+from ..._optional import need
+from ..converters import quiet
+from ..report import ExportError
 from .mil import Operation, Program
 
 PRECISIONS = ("fp16", "fp32", "int8", "palettized")
@@ -37,7 +39,7 @@ def compress(
     Returns:
         The compressed model, and a note about it.
     """
-    optimize = require("coremltools.optimize.coreml")
+    optimize = need("coremltools.optimize.coreml", "export")
     if not draft.exists():
         with quiet():
             package.save(str(draft))
@@ -124,10 +126,10 @@ def activation_ranges(program: Program, images: Tensor) -> dict[str, dict[str, A
 @contextlib.contextmanager
 def _calibrated_by(ranges: dict[str, dict[str, Any]]) -> Iterator[None]:
     """coremltools' activation quantisation takes these ranges: its own predicts, on a Mac only."""
-    tool = require("coremltools.optimize.coreml._post_training_quantization")
+    tool = need("coremltools.optimize.coreml._post_training_quantization", "export")
     name = "_get_activation_calibration_stats"
     if not hasattr(tool, name):
-        version = require("coremltools").__version__
+        version = need("coremltools", "export").__version__
         raise ExportError(f"calibration: coremltools {version} measures activations in another way")
     own = getattr(tool, name)
     setattr(tool, name, lambda *arguments: ranges)

@@ -1,0 +1,73 @@
+"""Runs one verb: its result on stdout, everything else on stderr, and the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from .. import __version__
+from ..demo.results import finite
+from ..export import ExportError
+from . import bench, demo, export, info, parity
+from .arguments import Outcome, Parser, Refused
+
+INTERRUPTED = 130  # exit status
+EXIT_STATUS = (
+    "exit status: 0 fine; 1 a check failed; 2 wrong usage or input, said in one line on stderr; "
+    "130 interrupted"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; its exit status. Ctrl-C ends the process with status 130."""
+    status = _run(argv)
+    if status == INTERRUPTED:
+        # The compiler's threads would first finish the work they have queued, for minutes.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    arguments = _parser().parse_args(argv)
+    name = f"casvit-kernels {arguments.name}"
+    try:
+        # Libraries print and warn as they like; stdout is for the one result.
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(?!casvit_kernels)")
+            logging.getLogger("torch").setLevel(logging.ERROR)
+            outcome: Outcome = arguments.verb(arguments)
+    except Refused as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ExportError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    if arguments.json:
+        print(json.dumps(finite(outcome.document), indent=2, allow_nan=False))
+    else:
+        print(outcome.text)
+    return 0 if outcome.passed else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="casvit-kernels",
+        description="Fused kernels for CAS-ViT: see them work, check them, time them, export.",
+        epilog=EXIT_STATUS,
+    )
+    parser.add_argument("--version", action="version", version=f"casvit-kernels {__version__}")
+    verbs = parser.add_subparsers(dest="name", metavar="VERB", required=True, parser_class=Parser)
+    for verb in (demo, info, parity, bench, export):
+        verb.add(verbs)
+    return parser
