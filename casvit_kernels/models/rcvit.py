@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Concatenate, NamedTuple, ParamSpec
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..module import FusedCATM
 from ..ops.mixer.reference import AdditiveTokenMixer
@@ -298,6 +298,8 @@ class RCViT(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
+            if isinstance(x, fx.Proxy):  # symbolic tracing: no dtype, no sizes, nothing to check yet
+                return
             raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"x: expected 4 dimensions (B, C, H, W), got shape {tuple(x.shape)}")
