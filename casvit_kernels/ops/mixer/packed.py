@@ -87,7 +87,7 @@ class Entry:
     """Packed weights; the weights that they were made of live as long."""
 
     packed: Any
-    _identities: list[int] | None = None  # of the registered tensors of a structure, see `holds`
+    _registered: list[dict[str, Tensor | None]] | None = None  # as they were, see `holds`
 
     def __init__(self, sources: tuple[Tensor | None, ...], alike: bool) -> None:
         self.alike = alike  # False: such weights are fine under autocast only
@@ -112,15 +112,21 @@ class Entry:
 
     def holds(self, structure: Structure) -> bool:
         """As `is_current`, of the tensors registered in a mixer's modules."""
-        found = structure.identities()
-        if found != self._identities:
-            sources = flatten(structure.weights())
-            if not all(map(operator.is_, sources, self._sources)):
+        registered = structure.registered()
+        try:
+            # Compares identities, in C. Only of a tensor that was exchanged the values are looked at:
+            # one element that is equal is as good, more cannot be true or false.
+            same = registered == self._registered
+        except Exception:
+            same = False
+        if not same:
+            if not all(map(operator.is_, flatten(structure.weights()), self._sources)):
                 return False
-            # Only of registered ones the identities tell when one is exchanged.
-            if not set(map(id, self._present)) <= {*found, *map(id, structure.neutral())}:
+            # What is not registered, or computed, may be exchanged unseen.
+            seen = [*map(id, structure.neutral()), *(id(t) for d in registered for t in d.values())]
+            if not set(map(id, self._present)) <= set(seen):
                 return False
-            self._identities = found
+            self._registered = [dict(d) for d in registered]
         return self._is_fresh()
 
     def _is_fresh(self) -> bool:

@@ -8,7 +8,6 @@ May import: torch, weights.py, reference.py.
 from __future__ import annotations
 
 import copy
-import itertools
 import operator
 from typing import Any, NamedTuple
 
@@ -39,8 +38,10 @@ _settings = operator.itemgetter(*_SETTINGS)
 _children = operator.itemgetter("_modules")
 _parameters = operator.attrgetter("_parameters")
 _buffers = operator.attrgetter("_buffers")
-_hooks = operator.itemgetter("_forward_hooks", "_forward_pre_hooks")
-_backward_hooks = operator.itemgetter("_backward_hooks", "_backward_pre_hooks")
+_forward_hooks = operator.itemgetter("_forward_hooks")
+_forward_pre_hooks = operator.itemgetter("_forward_pre_hooks")
+_backward_hooks = operator.itemgetter("_backward_hooks")
+_backward_pre_hooks = operator.itemgetter("_backward_pre_hooks")
 
 
 # The containers in the published gates.
@@ -96,10 +97,11 @@ class Structure:
 
     def hooked(self) -> bool:
         """Whether somebody waits for the call of a child, or of every module there is."""
-        if any(itertools.chain.from_iterable(map(_hooks, self._inside))):
+        inside = self._inside
+        if any(map(_forward_hooks, inside)) or any(map(_forward_pre_hooks, inside)):
             return True
-        if torch.is_grad_enabled() and any(
-            itertools.chain.from_iterable(map(_backward_hooks, self._inside))
+        if torch.is_grad_enabled() and (
+            any(map(_backward_hooks, inside)) or any(map(_backward_pre_hooks, inside))
         ):
             return True
         return watched_globally()
@@ -107,7 +109,12 @@ class Structure:
     def hooked_child(self) -> str:
         """The first child with hooks, by its path; "" where only global hooks are there."""
         for name, d in zip(self._names(), self._inside, strict=True):
-            if any(_hooks(d)) or any(_backward_hooks(d)):
+            if (
+                _forward_hooks(d)
+                or _forward_pre_hooks(d)
+                or _backward_hooks(d)
+                or _backward_pre_hooks(d)
+            ):
                 return name
         return ""
 
@@ -120,10 +127,9 @@ class Structure:
         """The tensors as they are now."""
         return weights_of(self.owners, self._of_identity)
 
-    def identities(self) -> list[int]:
-        """Which tensors the owners have registered, in one pass through C."""
-        stores = itertools.chain(map(_parameters, self.owners), map(_buffers, self.norms))
-        return list(map(id, itertools.chain.from_iterable(map(dict.values, stores))))
+    def registered(self) -> list[dict[str, Tensor | None]]:
+        """The dictionaries in which the owners keep their tensors."""
+        return [*map(_parameters, self.owners), *map(_buffers, self.norms)]
 
     def neutral(self) -> list[Tensor]:
         """The statistics that stand for an Identity so far."""
