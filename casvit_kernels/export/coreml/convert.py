@@ -19,6 +19,7 @@ from ...surgery.fold import plain_copy
 from ..converters import culprit, quiet
 from ..prepare import Flat, Prepared, prepare
 from ..report import ExportError, UntrainedWeights
+from .compress import disk_errors
 from .options import Options
 from .padding import padded
 
@@ -99,7 +100,7 @@ def to_program(coremltools: Any, prepared: Prepared, options: Options) -> Any:
         else (coremltools.precision.FLOAT16)
     )
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), disk_errors():
             return coremltools.convert(
                 _traced(model, prepared, options),
                 convert_to="mlprogram",
@@ -162,6 +163,6 @@ def save(coremltools: Any, package: Any, prepared: Prepared, options: Options, d
     package.short_description = f"{metadata['model']}, input {metadata['input range']}"
     package.version = __version__
     package.user_defined_metadata.update(metadata)
-    with quiet():
+    with quiet(), disk_errors():
         package.save(str(draft))
     return draft
