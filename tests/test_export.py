@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from casvit_kernels import AdditiveTokenMixer, FusedCATM, benchmark, unfuse
+from casvit_kernels import AdditiveTokenMixer, FusedCATM, benchmark, fuse, unfuse
 from casvit_kernels.backends.cpu import CpuBackend
 from casvit_kernels.export import ExportError, Normalization, prepare, to_coreml, to_onnx
 from casvit_kernels.ops.mixer.cpu import CpuKernels
@@ -439,3 +439,70 @@ def test_autocast_of_the_caller_is_no_difference(export):
     model = nn.Sequential(nn.Conv2d(3, 8, 1), fused_mixer()).eval()
     with torch.autocast("cpu", torch.bfloat16):
         assert_exported(function, path, model, torch.randn(1, 3, 6, 6))
+
+
+class _Adapter(nn.Module):
+    """A low-rank branch beside a convolution, as peft puts it there."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, channels = base, base.in_channels
+        self.a = nn.Conv2d(channels, 4, 1, bias=False)
+        self.b = nn.Conv2d(4, base.out_channels, 1, bias=False)
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+class _Wrapper(nn.Module):
+    """Without the attributes of what it wraps."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("child", "wrapper"),
+    [("qkv", _Adapter), ("proj", _Wrapper), ("oper_q", _Wrapper), ("proj_drop", _Wrapper)],
+)
+def test_children_that_are_no_published_ones(export, child, wrapper, fused):
+    """Put there after fuse: the file computes what they say, or there is none."""
+    function, path = export
+    plain = AdditiveTokenMixer(8)
+    plain.load_state_dict(fused_mixer().state_dict())
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), plain).eval()
+    if fused:
+        fuse(model)
+    setattr(model[1], child, wrapper(getattr(model[1], child)))
+    said = refusal(function, path, model, torch.randn(1, 3, 6, 6))
+    if fused:
+        assert said is None or "computes something else" in said or "cannot compute" in said
+    else:
+        assert said is None
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_channels_of_an_adapted_model_are_not_padded(tmp_path, verify):
+    """A padded network is built from the state dict: hooks and other children would be lost."""
+    pytest.importorskip("coremltools")
+    path = tmp_path / "m.mlpackage"
+    options = {"pad_channels": True, "example_input": torch.randn(1, 12, 6, 6), "verify": verify}
+    mixer = fused_mixer(12)
+    mixer.register_forward_hook(lambda m, args, out: 2 * out)
+    with pytest.raises(
+        ExportError, match=r"output: .* with padded channels it is another function"
+    ):
+        to_coreml(mixer, path, **options)
+    mixer = AdditiveTokenMixer(12).eval()
+    mixer.qkv = _Adapter(mixer.qkv)
+    with pytest.raises(ValueError, match=r"pad_channels: .*whose qkv is a _Adapter"):
+        to_coreml(mixer, path, **options)
+    assert list(tmp_path.iterdir()) == []

@@ -40,7 +40,8 @@ class Flat(nn.Module):
         self.model = model
         self.normalized = normalize is not None
         if normalize is not None:
-            like = next(iter(model.parameters()))
+            tensors = (*model.parameters(), *model.buffers())
+            like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
             mean, std = (
                 torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
                 for values in (normalize.mean, normalize.std)
@@ -239,6 +240,8 @@ def strides_fit(model: nn.Module) -> Iterator[None]:
     """
 
     def check(conv: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if not arguments:  # called by keyword
+            return
         stride, size = conv.stride, tuple(arguments[0].shape[-2:])
         if any(s > n for s, n in zip(stride, size, strict=True)):  # type: ignore[arg-type]
             strided = sum(isinstance(m, nn.Conv2d) and max(m.stride) > 1 for m in model.modules())

@@ -125,7 +125,7 @@ def to_coreml(
         )
         check_input(prepared, options)
         chosen = None if calibration is None else calibration_images(prepared, calibration)
-        prepared, done = convert.for_neural_engine(prepared, model, options, fold, pad_channels)
+        prepared, done = convert.for_neural_engine(prepared, options, fold, pad_channels)
         package = convert.to_program(coremltools, prepared, options)
         notes = [*prepared.notes]
         errors, check = None, None
