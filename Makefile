@@ -5,15 +5,23 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch
 # What the demo and the tests need beyond the package; pyproject.toml names the versions.
 EXTRAS ?= test,lint
+NATIVE := $(shell find csrc -type f)
+SOURCES := $(filter %.cpp %.h,$(NATIVE))
 
-.PHONY: demo test setup bench parity lint format gpu clean
+.PHONY: demo test test-long setup bench parity lint format gpu clean
 .DEFAULT_GOAL := test
+# Two processes: one test's threads, compilers and waiting leave a second core free.
+PYTEST := CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 demo: setup
 	$(BIN)/python -m casvit_kernels demo $(ARGS)
 
 test: setup
-	CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
+
+# What builds environments, starts many processes or sweeps.
+test-long: setup
+	$(PYTEST) -m long $(ARGS)
 
 bench: setup
 	$(BIN)/python -m pytest bench/ --benchmark-only --json-dir bench/results $(ARGS)
@@ -26,7 +34,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/python bench/report.py --check
 	$(BIN)/python bench/triton_kernels.py --check
 	$(BIN)/python bench/triton_traffic.py --check
@@ -34,7 +42,7 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+	$(BIN)/clang-format -i $(SOURCES)
 
 # Needs no network: where a Python that is there sees a GPU with its torch, that one runs it. Again to go on.
 gpu:
@@ -53,11 +61,11 @@ setup: $(VENV)/.packages $(VENV)/.native
 # The packages; again when the list of them changes.
 $(VENV)/.packages: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH) "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet $(TORCH) "setuptools>=77" wheel "cmake>=3.24" ninja
 	CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
 	touch $@
 
-# The native library; again when a source of it changes.
-$(VENV)/.native: $(VENV)/.packages setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+# The native library; again when a source of it changes, and then only what depends on that.
+$(VENV)/.native: $(VENV)/.packages setup.py $(NATIVE)
 	CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@

@@ -1,20 +1,20 @@
-"""Builds csrc/ into casvit_kernels/_C.so, one library for every supported torch.
+"""Builds csrc/ into casvit_kernels/_C.so with CMake and Ninja; how is in csrc/CMakeLists.txt.
 
 The library uses torch's stable ABI only and links libtorch_cpu only, so a wheel built with one
 torch runs with any other from 2.11 on, CPU or CUDA build alike, and with any Python 3.
-Without a C++ compiler the install succeeds without it; the package then says so when used. An
-instruction set that the compiler is too old for is left out; `casvit-kernels info` says so.
+Without a C++ compiler, CMake or Ninja the install succeeds without it; the package then says so when
+used. An instruction set that the compiler is too old for is left out; `casvit-kernels info` says so.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import platform
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -22,25 +22,6 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest supported
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-SOURCES = [
-    "csrc/register.cpp",
-    "csrc/register_training.cpp",
-    "csrc/cpu/pack.cpp",
-    "csrc/cpu/forward.cpp",
-    "csrc/cpu/training.cpp",
-    "csrc/cpu/mixer_portable.cpp",
-]
-CHOICE = "csrc/cpu/isa.cpp"  # compiled last: it is told which instruction sets there are
-# csrc/cpu/mixer_<set>.cpp, each built upon those before it.
-X86_SETS = {
-    "avx2": AVX2,
-    "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
-    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
-}
 
 
 def native_is_required() -> bool:
@@ -51,23 +32,94 @@ def say(text: str) -> None:
     print(f"casvit_kernels: {text}", file=sys.stderr)
 
 
+class NotBuilt(Exception):
+    """The reason why there is no library."""
+
+
+def tool(name: str) -> str:
+    """The environment's own, which pip installs, else the one on PATH."""
+    found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    if found is None:
+        raise NotBuilt(f"the native library is built with CMake and Ninja, and there is no {name}")
+    return found
+
+
+def run(*command: str) -> str:
+    """What it printed."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+        raise NotBuilt(f"the native library did not build:\n{said}")
+    return done.stdout + done.stderr
+
+
+def compile_library(folder: Path) -> Path:
+    """The library, built in a folder that is kept: what has not changed is not compiled again."""
+    try:
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError as error:
+        raise NotBuilt(f"the native library needs torch at build time: {error}") from error
+    compiler = os.environ.get("CXX", "c++").split()
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise NotBuilt(
+            f"no C++ compiler found ({''.join(compiler[:1])!r} is not there; CXX names another)"
+        )
+    cmake, ninja = tool("cmake"), tool("ninja")
+    options = {
+        "CMAKE_MAKE_PROGRAM": ninja,
+        "CASVIT_TORCH_INCLUDE": ";".join(include_paths()),
+        "CASVIT_TORCH_LIB": ";".join(library_paths()),
+        "CASVIT_REQUIRE_NATIVE": "ON" if native_is_required() else "OFF",
+    }
+    # CMake keeps the compiler and its flags of the first time: where these change, it starts anew.
+    made_with = json.dumps(
+        [str(ROOT), run(cmake, "--version"), run(*compiler, "--version"), compiler]
+        + [os.environ.get(name) for name in ("CXXFLAGS", "LDFLAGS")]
+    )
+    stamp = folder / "made_with.json"
+    if not stamp.exists() or stamp.read_text() != made_with:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    defined = [f"-D{name}={value}" for name, value in options.items()]
+    said = run(cmake, "-S", str(ROOT / "csrc"), "-B", str(folder), "-G", "Ninja", *defined)
+    stamp.write_text(made_with)
+    for line in said.splitlines():
+        if line.startswith("casvit_kernels: "):
+            print(line, file=sys.stderr)
+    # A compiler takes up to 500 MB: not one for each of many cores, unless asked.
+    jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(min(4, os.cpu_count() or 1))
+    run(cmake, "--build", str(folder), "--parallel", jobs)
+    return folder / "_C.so"
+
+
 class BuildNative(build_ext):
+    def finalize_options(self) -> None:
+        if self.build_temp is None:
+            self.build_temp = str(ROOT / "build")
+        super().finalize_options()
+
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"  # no Python in it, so no Python tag
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
-        reason = self._compile(target)
-        if reason is None:
+        try:
+            library = compile_library(Path(self.build_temp).resolve() / "native")
+        except NotBuilt as reason:
+            if native_is_required():
+                raise
+            target.unlink(missing_ok=True)
+            say(str(reason))
+            say(
+                "installing without the native library; the mixer will run on its plain PyTorch "
+                "reference path."
+            )
             return
-        if native_is_required():
-            raise RuntimeError(reason)
-        target.unlink(missing_ok=True)
-        say(reason)
-        say(
-            "installing without the native library; the mixer will run on its plain PyTorch "
-            "reference path."
-        )
+        # Moved into place when whole: an interrupted build leaves no half file.
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            copy = shutil.copy(library, scratch)
+            os.replace(copy, target)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]
@@ -77,75 +129,6 @@ class BuildNative(build_ext):
         for ext in self.extensions:  # what did not build now must not survive from an earlier build
             if not os.path.exists(os.path.join(self.build_lib, ext._file_name)):
                 (ROOT / ext._file_name).unlink(missing_ok=True)
-
-    def _compile(self, target: Path) -> str | None:
-        """Build the library; the reason why not, or None."""
-        try:
-            from torch.utils.cpp_extension import include_paths, library_paths
-        except ImportError as error:
-            return f"the native library needs torch at build time: {error}"
-        compiler = os.environ.get("CXX", "c++").split()
-        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        # GCC 12's own AVX-512 headers trip these two.
-        flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-        flags += [f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
-        flags += os.environ.get("CXXFLAGS", "").split()
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
-        for path in include_paths():
-            flags += ["-isystem", path]
-        temporary = Path(self.build_temp)
-        temporary.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-
-        def run(command: list[str]) -> None:
-            subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-
-        def compile_one(source: str, extra: Iterable[str] = ()) -> str:
-            out = str((temporary / (Path(source).stem + ".o")).resolve())
-            run([*compiler, *flags, *extra, "-c", source, "-o", out])
-            return out
-
-        def knows(extra: list[str]) -> bool:
-            try:
-                run([*compiler, *extra, "-x", "c++", "-E", os.devnull])
-            except subprocess.CalledProcessError:
-                return False
-            return True
-
-        try:
-            with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:
-                sets = {
-                    name: pool.submit(compile_one, f"csrc/cpu/mixer_{name}.cpp", extra)
-                    for name, extra in (X86_SETS.items() if x86 else ())
-                }
-                # First: of what every source has, the linker takes the one that any CPU can run.
-                objects = list(pool.map(compile_one, SOURCES))
-            built: list[str] = []
-            for name, result in sets.items():
-                try:
-                    objects.append(result.result())
-                except subprocess.CalledProcessError as error:
-                    if native_is_required() and knows(X86_SETS[name]):
-                        raise  # a fault of the source, not of the compiler's age
-                    missing = ", ".join(n for n in sets if n not in built)
-                    why = next((x for x in error.stderr.splitlines() if "error" in x), error.stderr)
-                    say(f"building without {missing}, which this compiler cannot: {why}")
-                    break
-                built.append(name)
-            objects.append(compile_one(CHOICE, [f"-DCASVIT_HAVE_{n.upper()}" for n in built]))
-            link = ["-shared", "-pthread", *(f"-L{path}" for path in library_paths())]
-            if sys.platform == "darwin":
-                link += ["-undefined", "dynamic_lookup"]
-            # Moved into place when whole: an interrupted build leaves no half file.
-            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                library = Path(scratch) / target.name
-                run([*compiler, *objects, *link, "-ltorch_cpu", "-o", str(library.resolve())])
-                os.replace(library, target)
-        except FileNotFoundError:
-            return f"no C++ compiler found ({compiler[0]!r} is not there; CXX names another)"
-        except subprocess.CalledProcessError as error:
-            return f"the native library did not build:\n{' '.join(error.cmd)}\n{error.stderr}"
-        return None
 
 
 class PlatformWheel(bdist_wheel):
@@ -160,7 +143,7 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    # Optional: an install without the library is complete.
-    ext_modules=[Extension("casvit_kernels._C", [*SOURCES, CHOICE], optional=True)],
+    # Optional: an install without the library is complete. Its sources are for CMake to know.
+    ext_modules=[Extension("casvit_kernels._C", [], optional=True)],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )

@@ -3,7 +3,7 @@
 from ._version import __version__
 from .backends import BackendStatus, BackendUnavailable, backends, use_backend
 from .functional import GateWeights, MixerWeights, catm
-from .module import FusedCATM
+from .module import FusedCATM, UnfusedWarning
 from .ops.mixer.reference import AdditiveTokenMixer
 from .surgery import (
     Fold,
@@ -30,6 +30,7 @@ __all__ = [
     "Refusal",
     "Unfolded",
     "UnfuseReport",
+    "UnfusedWarning",
     "__version__",
     "backends",
     "catm",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .backends import check_name
 from .ops.mixer import matching, reference
@@ -13,15 +15,23 @@ from .ops.mixer.cpu import infer
 from .ops.mixer.dispatch import check, group_name, train, trains
 from .ops.mixer.packed import PackedWeights, fast_path
 from .ops.mixer.reference import AdditiveTokenMixer
-from .ops.mixer.weights import (
-    BUFFERS,
-    ENTRIES,
-    MixerWeights,
-    check_alike,
-    unflatten,
+from .ops.mixer.structure import (
+    PUBLISHED_INNER,
+    Roles,
+    Structure,
+    eps_of,
+    examine,
+    hooked_child,
+    norms_of,
+    weights_of,
 )
+from .ops.mixer.weights import MixerWeights, check_alike
 
 ORIGINAL = "_original"  # on a FusedCATM: the mixer it stands for; a plain attribute, no submodule
+
+
+class UnfusedWarning(UserWarning):
+    """A fused mixer's children are no longer what it fused: it runs them one by one."""
 
 
 class FusedCATM(AdditiveTokenMixer):
@@ -48,13 +58,22 @@ class FusedCATM(AdditiveTokenMixer):
     through ``.data`` is invisible to PyTorch's version counters: call `refresh` after it. (On the CPU a
     fingerprint of the values recognises it, but may miss single elements of a 1x1 convolution.)
 
-    A forward or backward hook on a child that has weights (``torch.nn.utils.prune`` adds one) makes
-    the call run the children one by one, unfused, whatever the backend. Hooks on the other children
-    (containers, activations, the dropout in eval) do not run.
+    **It computes what its children say.** Each call looks at them: a norm may be exchanged for a frozen
+    one (torchvision's, timm's) or, folded into its convolution, for an Identity, and weights may be
+    parametrized, all of which run fused. Where a child is anything else than was fused (an adapter
+    around ``qkv``, another activation or setting, a replaced forward), or somebody hooked a child
+    (containers and activations included), the call runs the children one by one, whatever the backend,
+    and warns once with `UnfusedWarning`. Hooks on all modules, as `torch.utils.flop_counter` registers
+    them, do the same without a warning.
 
     Raises:
         ValueError: a constructor argument is out of range (named in the message).
     """
+
+    _roles = Roles()
+    _inner = PUBLISHED_INNER  # of each container in a gate its class; see `structure.examine`
+    _structure: Structure | None = None
+    _warned: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -80,26 +99,49 @@ class FusedCATM(AdditiveTokenMixer):
             ValueError: the module does not compute the published mixer, with the reason.
         """
         check_name(backend, "backend")
-        reason = refusal(mixer)
-        if reason is not None:
-            raise ValueError(f"mixer: expected the published CATM, got one where {reason}")
-        return share(cls, mixer, backend)
+        if not isinstance(mixer, nn.Module):
+            raise TypeError(f"mixer: expected a torch.nn.Module, got {type(mixer).__name__}")
+        found = (
+            "it is a FusedCATM already" if isinstance(mixer, FusedCATM) else matching.match(mixer)
+        )
+        if isinstance(found, str):
+            raise ValueError(f"mixer: expected the published CATM, got one where {found}")
+        return share(cls, mixer, backend, found)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, C, H, W)``; raises as `casvit_kernels.catm` does."""
-        owners = _owners(self)
-        dropout: Any = self._modules["proj_drop"]
-        if not torch.compiler.is_compiling():  # a compiler follows the long way
-            found = fast_path(x, self.backend, owners, dropout, self._packed)
-            if found is not None:
-                return infer(x, found.packed)
-        w = _weights(owners)
+        if isinstance(x, fx.Proxy):
+            return self._traced(x)
+        if torch.compiler.is_compiling():  # it follows what it can guard: the children themselves
+            difference, owners, dropout = examine(self, self._roles, self._inner)
+            if difference is None:
+                difference = hooked_child(owners)
+            if difference is not None:
+                _warn_unfused(difference)
+                return self._unfused(x)
+            w = weights_of(owners)
+        else:
+            structure = self._structure
+            if structure is None or not structure.unchanged(self):
+                structure = self._structure = Structure(self, self._roles, self._inner)
+            if structure.difference is not None:
+                self._warn_once(structure.difference)
+                return self._unfused(x)
+            hooked = structure.hooked()
+            if not hooked:
+                found = fast_path(x, self.backend, structure, self._packed)
+                if found is not None:
+                    return infer(x, found.packed)
+            w, owners, dropout = structure.weights(), structure.owners, structure.dropout
+            if hooked:
+                check(x, w, self.backend)
+                child = structure.hooked_child()
+                if child:
+                    self._warn_once(f"{child}: has hooks, which run only where it is called")
+                return self._unfused(x)
         chosen, dtype = check(x, w, self.backend)
-        if _hooked(owners):
-            return super().forward(x)
-        norm_q, norm_k = owners[2], owners[6]
-        norms = norm_q, norm_k
-        eps = (norm_q.eps, norm_k.eps)
+        norms = norm_q, norm_k = norms_of(owners)
+        eps = (eps_of(norm_q), eps_of(norm_k))
         batch = (_uses_batch_statistics(norm_q), _uses_batch_statistics(norm_k))
         if True in batch:  # without, the packed weights see to it
             check_alike(w)
@@ -116,12 +158,36 @@ class FusedCATM(AdditiveTokenMixer):
             out = chosen.project_and_mix(x, w, eps, packed)
         return dropout(out) if dropout.training else out
 
+    def _unfused(self, x: Tensor) -> Tensor:
+        """The children one by one, as the mixer that this one replaced calls them."""
+        original = vars(self).get(ORIGINAL)
+        if original is None:
+            return super().forward(x)
+        original.training = self.training
+        out: Tensor = original.forward(x)
+        return out
+
+    def _traced(self, x: fx.Proxy) -> Any:
+        """A leaf of a `torch.fx` graph, which calls this module; at its root the formulas."""
+        try:
+            path = x.tracer.path_of_module(self)  # type: ignore[attr-defined]
+        except NameError:
+            path = ""
+        if not path:
+            return self._unfused(x)  # type: ignore[arg-type]
+        return x.tracer.create_proxy("call_module", path, (x,), {})
+
+    def _warn_once(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned = self._warned | {reason}
+            _warn_unfused(reason)
+
     def train(self, mode: bool = True) -> FusedCATM:
         """As `nn.Module.train`; on a GPU, a change of mode forgets the packed weights.
 
         There a training step may be replayed as a CUDA graph, which writes weights unseen.
         """
-        if mode != self.training and self.qkv.weight.is_cuda:
+        if mode != self.training and any(p.is_cuda for p in self.parameters()):
             self.refresh()
         return super().train(mode)
 
@@ -134,12 +200,15 @@ class FusedCATM(AdditiveTokenMixer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights are derived from the parameters and tied to this machine's CPU.
-        return {**self.__dict__, "_packed": PackedWeights()}
+        return {**self.__dict__, "_packed": PackedWeights(), "_structure": None}
 
 
 def mixer_weights(mixer: FusedCATM) -> MixerWeights:
     """The weights as `casvit_kernels.catm` takes them."""
-    return _weights(_owners(mixer))
+    difference, owners, _ = examine(mixer, mixer._roles, mixer._inner)
+    if difference is not None:
+        raise ValueError(f"mixer: expected the children of the published CATM, got {difference}")
+    return weights_of(owners)
 
 
 def refusal(mixer: nn.Module) -> str | None:
@@ -156,15 +225,19 @@ def refusal(mixer: nn.Module) -> str | None:
         raise TypeError(f"mixer: expected a torch.nn.Module, got {type(mixer).__name__}")
     if isinstance(mixer, FusedCATM):
         return "it is a FusedCATM already"
-    return matching.difference(mixer)
+    found = matching.match(mixer)
+    return found if isinstance(found, str) else None
 
 
-def share(cls: type[FusedCATM], mixer: nn.Module, backend: str | None) -> FusedCATM:
-    """A `FusedCATM` in place of ``mixer``, unchecked: same children, hooks and training mode."""
+def share(
+    cls: type[FusedCATM], mixer: nn.Module, backend: str | None, found: matching.Match
+) -> FusedCATM:
+    """A `FusedCATM` in place of a mixer that was matched: same children, hooks and training mode."""
     fused = cls.__new__(cls)
     _share(mixer, fused)
     fused.backend = backend
     fused._packed = PackedWeights()
+    fused._roles, fused._inner = found
     vars(fused)[ORIGINAL] = mixer
     return fused
 
@@ -179,6 +252,11 @@ def unfused(fused: nn.Module) -> nn.Module:
     return mixer
 
 
+def has_own_forward(mixer: nn.Module) -> bool:
+    """Whether a `FusedCATM` computes something else than the mixer: in a subclass, or replaced on it."""
+    return type(mixer).forward is not FusedCATM.forward or "forward" in vars(mixer)
+
+
 def _share(source: nn.Module, target: nn.Module) -> None:
     # The dictionaries themselves (children, hooks) are shared: what is added to or removed from one
     # of the two later, also through a hook's handle, holds for both; copies and pickles keep that.
@@ -186,62 +264,31 @@ def _share(source: nn.Module, target: nn.Module) -> None:
         vars(target)[name] = vars(source)[name]
 
 
-# Below, look-ups in the dictionaries of nn.Module: its attributes and the indexing of nn.Sequential
-# cost up to a microsecond each, and a call makes dozens.
-
-
-def _owners(mixer: nn.Module) -> tuple[Any, ...]:
-    """The modules of `weights.OWNERS`, in order."""
-    children: Any = mixer._modules
-    q, k = _gate(children["oper_q"]), _gate(children["oper_k"])
-    return (children["qkv"], *q, *k, children["dwc"], children["proj"])
-
-
-def _gate(operation: Any) -> tuple[Any, ...]:
-    """The modules of `weights.GATE` of one gate."""
-    parts = operation._modules
-    spatial = parts["0"]._modules["block"]._modules
-    return spatial["0"], spatial["1"], spatial["3"], parts["1"]._modules["block"]._modules["1"]
-
-
-def _weights(owners: tuple[Any, ...]) -> MixerWeights:
-    return unflatten(
-        [
-            _running(owners[i], name) if name in BUFFERS else _get(owners[i], name)
-            for i, name in ENTRIES
-        ]
+def _warn_unfused(reason: str) -> None:
+    warnings.warn(
+        f"a fused mixer runs its children one by one, unfused: {reason}. It is right and slower; to run "
+        "fused, undo the change, or call casvit_kernels.unfuse(model) before such changes and "
+        "fuse(model) after them",
+        UnfusedWarning,
+        stacklevel=3,
     )
 
 
-def _running(norm: Any, name: str) -> Any:
-    """None where a training BatchNorm tracks no statistics."""
-    return norm._buffers[name] if not norm.training or norm.track_running_stats else None
-
-
-def _get(module: Any, name: str) -> Any:
-    parameters = module._parameters
-    # Parametrized or pruned, it is a property or a plain attribute.
-    return parameters[name] if name in parameters else getattr(module, name)
-
-
-def _hooked(modules: tuple[Any, ...]) -> bool:
-    backward = torch.is_grad_enabled()  # only then hooks of the backward can run
-    for m in modules:
-        if m._forward_pre_hooks or m._forward_hooks:
-            return True
-        if backward and (m._backward_hooks or m._backward_pre_hooks):
-            return True
-    return False
+# A compiler calls it while it compiles; see `ops/mixer/dispatch.py`.
+_warn_unfused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _uses_batch_statistics(norm: Any) -> bool:
+    if not isinstance(norm, _BatchNorm):  # frozen, or folded
+        return False
     return norm.training or norm._buffers["running_mean"] is None
 
 
 def _tracks(norm: Any) -> bool:
     """Whether this call counts as a batch of the norm."""
     return (
-        norm.training
+        isinstance(norm, _BatchNorm)
+        and norm.training
         and norm.track_running_stats
         and norm._buffers["num_batches_tracked"] is not None
     )
@@ -249,14 +296,15 @@ def _tracks(norm: Any) -> bool:
 
 def _momentum(norm: Any) -> Any:
     """Weight of this batch in the running statistics."""
-    if norm.momentum is not None:
+    if isinstance(norm, _BatchNorm) and norm.momentum is not None:
         return norm.momentum
-    return 1 / (norm._buffers["num_batches_tracked"] + 1) if _tracks(norm) else 0.0
+    counted: Any = norm._buffers["num_batches_tracked"] if _tracks(norm) else None
+    return 0.0 if counted is None else 1 / (counted + 1)
 
 
 def _group(norms: tuple[Any, Any]) -> str:
     """The process group over which batch statistics are taken, by name; "" for none."""
-    names = {_group_of(norm) for norm in norms if norm.training}
+    names = {_group_of(norm) for norm in norms if _uses_batch_statistics(norm)}
     if len(names) > 1:
         raise ValueError(
             "oper_q and oper_k: expected BatchNorms synchronised over the same processes, "

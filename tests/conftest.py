@@ -41,6 +41,15 @@ def _require_native():
     require_native()
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Under the failures: how to run each of them alone."""
+    failed = [r.nodeid for kind in ("failed", "error") for r in terminalreporter.getreports(kind)]
+    if failed:
+        terminalreporter.section("again, alone")
+        for nodeid in dict.fromkeys(failed):
+            terminalreporter.write_line(f"""make test ARGS="'{nodeid}' -n 0 -m ''" """.rstrip())
+
+
 def pytest_configure():
     # Small tensors: more threads only make the tests slower. A test may set its own number.
     torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -3,6 +3,7 @@
 A phase may err at most four times as much as it does in float32 PyTorch.
 """
 
+import itertools
 import math
 
 import phases
@@ -359,22 +360,21 @@ def product_gradients(grad, x, weight):
 )
 def test_gradients_of_the_product(shape, layout, dtype, instruction_set):
     """As exact as PyTorch's; in bf16, where the CPU multiplies that, of rounded operands."""
-    if not kernels.has_product_gradients():
-        pytest.skip(f"{instruction_set}: library products")
     B, C, H, W = shape
     x = as_laid_out(torch.randn(shape).to(dtype), layout)
     grad, weight = torch.randn(B * H * W, 3 * C), torch.randn(3 * C, C, 1, 1) / C**0.5
-    found = OPS.cpu_project_backward(grad, x, weight, dtype, True, True)
+    found = OPS.cpu_project_backward(grad, x, weight, dtype, True, True, True)
     assert found[0].dtype == dtype
     assert found[1].dtype == torch.float32
     of_x = found[0].permute(0, 2, 3, 1).reshape(-1, C)
     rounds = dtype == torch.bfloat16 and instruction_set in ("avx512_bf16", "amx")
     used = torch.bfloat16 if rounds else torch.float32  # operands, but no sums
     operands = [t.to(used).float() for t in (grad, x, weight)]
-    truth = product_gradients(*(t.double() for t in operands))
-    plain = product_gradients(*operands)
-    singles = (plain[0].to(dtype), plain[1])
-    for name, f, t, s in zip(("x", "weight"), (of_x, found[1]), truth, singles, strict=True):
+    truth = (*product_gradients(*(t.double() for t in operands)), grad.double().sum(0))
+    plain = (*product_gradients(*operands), grad.sum(0))
+    singles = (plain[0].to(dtype), *plain[1:])
+    names = ("x", "weight", "bias")
+    for name, f, t, s in zip(names, (of_x, *found[1:]), truth, singles, strict=True):
         error = (f.double() - t).abs().max().item()
         ulp = torch.finfo(torch.float32).eps * t.abs().max().item()
         allowed = FACTOR * max((s.double() - t).abs().max().item(), ulp)
@@ -383,16 +383,12 @@ def test_gradients_of_the_product(shape, layout, dtype, instruction_set):
 
 def test_a_part_of_the_products_gradients(instruction_set):
     """What is not asked for is not computed, and what is has the same bits."""
-    if not kernels.has_product_gradients():
-        pytest.skip(f"{instruction_set}: library products")
     x, grad, weight = torch.randn(2, 20, 5, 7), torch.randn(70, 60), torch.randn(60, 20, 1, 1)
-    both = OPS.cpu_project_backward(grad, x, weight, torch.float32, True, True)
-    of_x, none = OPS.cpu_project_backward(grad, x, weight, torch.float32, True, False)
-    assert none.numel() == 0
-    assert torch.equal(of_x, both[0])
-    none, of_weight = OPS.cpu_project_backward(grad, x, weight, torch.float32, False, True)
-    assert none.numel() == 0
-    assert torch.equal(of_weight, both[1])
+    every = OPS.cpu_project_backward(grad, x, weight, torch.float32, True, True, True)
+    for needed in itertools.product((False, True), repeat=3):
+        found = OPS.cpu_project_backward(grad, x, weight, torch.float32, *needed)
+        for f, e, need in zip(found, every, needed, strict=True):
+            assert torch.equal(f, e) if need else f.numel() == 0
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4, 3), (2, 5, 0, 3)], ids=str)

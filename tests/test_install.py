@@ -92,7 +92,7 @@ def build(out: Path, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_wheel_built_with_one_torch_passes_parity_under_another(tmp_path: Path) -> None:
     version = OTHER_TORCH.partition("==")[2]
     if torch.__version__.startswith(version):
@@ -121,7 +121,7 @@ print(json.dumps([torch.__version__, triton.__version__, len(rows), failures]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="torch brings triton on x86-64")
 def test_the_oldest_torch_and_its_triton(tmp_path: Path) -> None:
     """Parity of the CPU's kernels and, in the interpreter, of Triton's; folding and ONNX."""
@@ -179,7 +179,7 @@ def old_compiler(folder: Path, unknown: str) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other CPUs have one instruction set")
 @pytest.mark.parametrize(
     ("unknown", "missing"),
@@ -228,18 +228,67 @@ def test_a_fault_in_one_instruction_set_is_not_taken_for_an_old_compiler(tmp_pat
     broken = tmp_path / "compiler"
     broken.write_text(
         "#!/bin/sh\n"
-        'case "$*" in *mixer_avx512.cpp*) echo "error: a fault" >&2; exit 1;; *" -E "*) exit 0;; esac\n'
-        'while [ "$1" != -o ]; do shift; done\n'
-        ': > "$2"\n'
+        'case "$*" in *isa/avx512.cpp*) echo "error: a fault" >&2; exit 1;; esac\n'
+        f'exec {os.environ.get("CXX", "c++")} "$@"\n'
     )
     broken.chmod(0o755)
-    done = build(tmp_path, CXX=str(broken))
+    done = build(tmp_path, CXX=str(broken), CXXFLAGS="-O0")
     assert done.returncode != 0
     assert "a fault" in done.stderr
-    assert "mixer_avx512.cpp" in done.stderr
+    assert "isa/avx512.cpp" in done.stderr
 
 
 def test_a_compiler_error_stops_a_build_that_requires_the_native_library(tmp_path: Path) -> None:
     done = build(tmp_path, CXX="/no/such/compiler")
     assert done.returncode != 0
     assert "no C++ compiler found ('/no/such/compiler'" in done.stderr
+
+
+def without(tmp_path: Path, name: str) -> dict[str, str]:
+    """An environment in which a tool is nowhere to be found."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for other in {"c++", "cmake", "ninja"} - {name}:
+        found = shutil.which(other, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        assert found is not None
+        (tools / other).symlink_to(found)
+    python = f"import sysconfig; sysconfig.get_path = lambda *a, **k: {str(tools)!r}"
+    (tmp_path / "sitecustomize.py").write_text(python)
+    return {"PATH": str(tools), "PYTHONPATH": str(tmp_path)}
+
+
+@pytest.mark.parametrize("name", ["cmake", "ninja"])
+def test_without_a_build_tool_the_reason_is_said(tmp_path: Path, name: str) -> None:
+    env = without(tmp_path, name)
+    done = build(tmp_path, **env)
+    assert done.returncode != 0
+    assert f"there is no {name}" in done.stderr
+    done = build(tmp_path, CASVIT_KERNELS_REQUIRE_NATIVE="0", **env)
+    assert done.returncode == 0
+    assert f"there is no {name}" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_build_is_incremental_and_links_what_any_cpu_can_run_first(tmp_path: Path) -> None:
+    """Of an inline function in several objects the linker takes the first: it must not be AVX's."""
+    assert build(tmp_path, CXXFLAGS="-O0").returncode == 0
+    folder = tmp_path / "native"
+    (link,) = [
+        line
+        for line in (folder / "build.ninja").read_text().splitlines()
+        if line.startswith("build _C.so:")
+    ]
+    objects = [word for word in link.split() if word.endswith(".o")]
+    sets = [o for o in objects if "/isa/" in o and "portable" not in o]
+    assert objects[len(objects) - len(sets) :] == sets
+    assert json.loads((folder / "compile_commands.json").read_text())
+    before = {o: (folder / o).stat().st_mtime_ns for o in objects}
+    changed = ROOT / "csrc" / "cpu" / "k_scale.h"
+    os.utime(changed)
+    assert build(tmp_path, CXXFLAGS="-O0").returncode == 0
+    after = {o: (folder / o).stat().st_mtime_ns for o in objects}
+    compiled = {Path(o).name for o in objects if before[o] != after[o]}
+    assert compiled == {"k_scale.cpp.o", "packed_layout.cpp.o", "train_qkv.cpp.o"}
+    # Other flags: everything anew.
+    assert build(tmp_path, CXXFLAGS="-O0 -DOTHER").returncode == 0
+    assert all((folder / o).stat().st_mtime_ns > after[o] for o in objects)

@@ -118,9 +118,9 @@ STRUCTURES = {
     "GELU": (_replace("oper_q.0.block.2", lambda c: nn.GELU()), "block.2: .*ReLU, got .*GELU"),
     "Hardsigmoid": (_replace("oper_k.0.block.4", lambda c: nn.Hardsigmoid()), "Sigmoid, got"),
     "GroupNorm": (_replace("oper_q.0.block.1", lambda c: nn.GroupNorm(1, c)), "BatchNorm2d"),
-    "norm without affine": (
-        _replace("oper_q.0.block.1", lambda c: nn.BatchNorm2d(c, affine=False)),
-        "oper_q.0.block.1: expected a weight",
+    "half a norm": (
+        _replace("oper_q.0.block.1", lambda c: nn.BatchNorm2d(c + 1)),
+        "oper_q.0.block.1.weight: expected shape",
     ),
     "max pool": (_replace("oper_q.1.block.0", lambda c: nn.AdaptiveMaxPool2d(1)), "AdaptiveAvg"),
     "pool to 2": (_replace("oper_q.1.block.0", lambda c: nn.AdaptiveAvgPool2d(2)), "output_size"),
@@ -129,7 +129,7 @@ STRUCTURES = {
     "no proj_drop": (lambda m: m._modules.pop("proj_drop"), "expected the children .*proj_drop"),
     "gates swapped": (
         lambda m: m._modules.update(oper_q=nn.Sequential(m.oper_q[1], m.oper_q[0])),
-        "oper_q.0.block: expected the children",
+        "oper_q.0.block.2: expected a plain ReLU, got .*Sigmoid",
     ),
     "parametrized": (lambda m: parametrizations.weight_norm(m.qkv), "qkv: .*parametrized"),
     "spectral norm": (lambda m: nn.utils.spectral_norm(m.dwc), "dwc: has a parameter weight_orig"),
@@ -674,7 +674,7 @@ def test_no_mixer_is_no_error():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
     report = fuse(model)
     assert (report.swapped, report.refused, report.already) == ((), (), ())
-    assert str(report) == "no mixer found"
+    assert str(report).startswith("no mixer found: looked for a 1x1 convolution from C to 3C")
     assert unfuse(model).restored == ()
 
 

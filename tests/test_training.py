@@ -19,10 +19,10 @@ from torch import nn
 from torch.func import functional_call
 
 from casvit_kernels import FusedCATM, catm
-from casvit_kernels.backends import get
+from casvit_kernels.ops.mixer import autograd as steps
 from casvit_kernels.ops.mixer import reference
-from casvit_kernels.ops.mixer import training as steps
 from casvit_kernels.ops.mixer.autograd import mix_training
+from casvit_kernels.ops.mixer.kernels import get
 from casvit_kernels.ops.mixer.schema import Settings
 from casvit_kernels.ops.mixer.weights import GateWeights, MixerWeights, flatten, unflatten
 
@@ -812,8 +812,8 @@ def test_the_whole_step_computes_what_its_phases_do(batch, images, monkeypatch):
         every[index] = False
 
     def step(needed):
-        out, saved = steps.forward(x, w, settings)
-        return [out, *saved, *steps.backward(grad, x, w, settings, saved, needed)]
+        found = steps._forward(x, *flatten(w), *settings)
+        return [*found, *steps._backward(grad, x, *flatten(w), *settings, *found[1:], needed)]
 
     for needed in (every, [n and i > 2 for i, n in enumerate(every)]):
         whole = step(needed)

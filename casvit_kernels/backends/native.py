@@ -32,7 +32,9 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"the native library does not load with torch {torch.__version__}: {error}"
     forced = os.environ.get(ISA_ENVIRONMENT)
     if forced:
-        reason = library.casvit_cpu_isa_select(forced.encode()).decode()
+        # Bytes that are no UTF-8 come as surrogates; they name no instruction set either.
+        name = forced.encode("utf-8", "backslashreplace")
+        reason = library.casvit_cpu_isa_select(name).decode("utf-8", "replace")
         if reason:
             return None, f"{ISA_ENVIRONMENT}={forced!r} cannot be used: {reason}"
     return library, None
@@ -47,4 +49,5 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(library, f"casvit_cpu_{name}_floats")
         function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * 4
     library.casvit_build_info.restype = ctypes.c_char_p
+    library.casvit_mixer_weights.restype = ctypes.c_char_p
     return library

@@ -1,6 +1,6 @@
 """The RCViT family of CAS-ViT and its checkpoints; known to timm when that is installed."""
 
-from . import _timm
+from . import timm
 from .checkpoint import CheckpointError, LoadReport, load_checkpoint
 from .rcvit import CONFIGS, Config, RCViT, rcvit_m, rcvit_s, rcvit_t, rcvit_xs
 
@@ -17,4 +17,4 @@ __all__ = [
     "rcvit_xs",
 ]
 
-_timm.register()
+timm.register()

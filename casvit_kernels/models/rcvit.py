@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from typing import Concatenate, NamedTuple, ParamSpec
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..module import FusedCATM
 from ..ops.mixer.reference import AdditiveTokenMixer
@@ -136,21 +136,32 @@ class RCViT(nn.Module):
         config: blocks and channels per stage; the named sizes are in `CONFIGS`.
         num_classes: outputs of the classifier; 0 leaves it out and returns pooled features.
         in_chans: channels of the input image.
-        fork_feat: build a dense backbone: no classifier, returns the four stage outputs normed.
+        fork_feat: build a dense backbone: no classifier, returns the stage outputs normed.
         distillation: a second classifier `dist_head`; the pair is returned in training, its average
             in eval.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
         drop_rate: dropout after each mixer and inside each Mlp.
         fused: build `FusedCATM` mixers in place of the published ones; same weights, same keys.
         backend: backend of the fused mixers, None to choose per call.
+        out_indices: stages that a dense backbone returns, 0 to 3 or negative from the end, or how
+            many of the last stages; None for all four. The model is built without what the others
+            need alone: later stages and their own norms.
 
     Input: ``(B, in_chans, H, W)``, a floating dtype. Output, with C the last stage's channels:
     ``(B, num_classes)``; in training with distillation two of them; with ``num_classes=0``
-    ``(B, C)``; with ``fork_feat`` a list of four maps with strides 4, 8, 16 and 32.
+    ``(B, C)``; with ``fork_feat`` a list of maps ``(B, C_i, ceil(H/s), ceil(W/s))`` with strides s
+    of 4, 8, 16 and 32, or those of ``out_indices``, fine to coarse.
+
+    ``feature_info`` describes the four stages as timm's models do: a list of channels
+    (``num_chs``), strides (``reduction``) and names (``module``).
 
     Raises:
         ValueError: an argument is out of range (named in the message).
     """
+
+    # Of models pickled before these were attributes.
+    global_pool = "avg"
+    out_indices: tuple[int, ...] = (0, 1, 2, 3)
 
     def __init__(
         self,
@@ -164,6 +175,7 @@ class RCViT(nn.Module):
         drop_rate: float = 0.0,
         fused: bool = False,
         backend: str | None = None,
+        out_indices: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         _check_count("num_classes", num_classes, 0)
@@ -175,12 +187,20 @@ class RCViT(nn.Module):
                 f"backend: expected None with fused=False (plain mixers have no backend), "
                 f"got {backend!r}"
             )
+        if out_indices is not None and not fork_feat:
+            raise ValueError(
+                f"out_indices: expected None with fork_feat=False (one output), got {out_indices!r}"
+            )
         self.config = config
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.fork_feat = fork_feat
         self.distillation = distillation
         self.num_features = config.dims[-1]
+        self.feature_info: Any = [
+            {"num_chs": dim, "reduction": 4 << index, "module": f"network.{2 * index}"}
+            for index, dim in enumerate(config.dims)
+        ]
 
         def mixer(dim: int) -> nn.Module:
             if fused:
@@ -212,8 +232,9 @@ class RCViT(nn.Module):
         if fork_feat:
             for index, dim in enumerate(dims):
                 self.add_module(f"norm{2 * index}", nn.BatchNorm2d(dim))
+            self._prune(self._take("out_indices", out_indices, distinct=True))
         else:
-            self.norm = nn.BatchNorm2d(dims[-1])
+            self.norm: nn.Module = nn.BatchNorm2d(dims[-1])
             self._make_heads(num_classes)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor] | list[Tensor]:
@@ -228,27 +249,120 @@ class RCViT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
-        """The outputs of the four stages, normed when ``fork_feat``."""
-        self._check_input(x)
-        x = self.patch_embed(x)
-        outputs = []
-        for index, part in enumerate(self.network):
-            x = part(x)
-            if index % 2 == 0:
-                outputs.append(getattr(self, f"norm{index}")(x) if self.fork_feat else x)
-        return outputs
+        """The outputs of all stages; of a dense backbone those of ``out_indices``, normed."""
+        if not self.fork_feat:
+            return self._run_stages(x, range(self._stages()))[1]
+        maps = self._run_stages(x, self.out_indices)[1]
+        return [
+            self._normed(map_, index) for map_, index in zip(maps, self.out_indices, strict=True)
+        ]
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map ``(B, C, ceil(H/32), ceil(W/32))``, normed."""
-        last = self.forward_stages(x)[-1]
+        last, _ = self._run_stages(x, ())
+        return self._normed(last, self._stages() - 1)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The outputs of stages, with the contract of timm's models.
+
+        Args:
+            x: as for the model.
+            indices: stages, negative from the end; or how many of the last; None for all.
+            norm: norm the maps that the model has a norm for: the last of a classifier's, in a dense
+                backbone those of ``out_indices``.
+            stop_early: compute no stage behind the last one asked for.
+            output_fmt: ``"NCHW"``.
+            intermediates_only: return the maps alone.
+
+        Returns:
+            The maps, fine to coarse; unless ``intermediates_only`` behind the final map, which is
+            that of `forward_features`, or with ``stop_early`` the last one computed.
+
+        Raises:
+            ValueError: an index is out of range, ``output_fmt`` is another, ``x`` as for the model.
+            TypeError: ``indices`` holds something else than integers, ``x`` as for the model.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt: expected 'NCHW', got {output_fmt!r}")
+        wanted = self._take("indices", indices)
+        last = wanted[-1] if stop_early else self._stages() - 1
+        final, maps = self._run_stages(x, wanted, last)
+        if norm:
+            maps = [self._normed(map_, index) for map_, index in zip(maps, wanted, strict=True)]
+        if intermediates_only:
+            return maps
+        if last == self._stages() - 1:
+            # Normed once: in training each call of a BatchNorm moves its statistics.
+            final = maps[-1] if norm and wanted[-1] == last else self._normed(final, last)
+        return final, maps
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the outputs of some stages do not need, as timm's models do.
+
+        Stages behind the last one asked for go, and with them a classifier's norm and heads: the
+        model then returns its last map. A dense backbone returns the maps of ``indices`` afterwards
+        and loses the norms of others. Keys of the state dict that remain are the same.
+
+        Args:
+            indices: as in `forward_intermediates`.
+            prune_norm: remove the norms, too.
+            prune_head: remove the heads even when all stages stay.
+
+        Returns:
+            The stages asked for, counted from the first.
+
+        Raises:
+            ValueError: an index is out of range.
+            TypeError: ``indices`` holds something else than integers.
+        """
+        wanted = self._take("indices", indices)
+        self._prune(wanted, prune_norm, prune_head)
+        return list(wanted)
+
+    def _prune(
+        self, wanted: tuple[int, ...], prune_norm: bool = False, prune_head: bool = True
+    ) -> None:
+        last = wanted[-1]
+        cut = last < self._stages() - 1
+        if cut:
+            self.network = self.network[: 2 * last + 1]
+            self.num_features = self.config.dims[last]
         if self.fork_feat:
-            return last
-        normed: Tensor = self.norm(last)
-        return normed
+            self.out_indices = wanted
+            for index in range(len(self.config.dims)):
+                if prune_norm or index not in wanted:
+                    self._modules.pop(f"norm{2 * index}", None)
+        else:
+            if prune_norm or cut:
+                self.norm = nn.Identity()
+            if prune_head or cut:
+                self.reset_classifier(0, "")
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups by depth for timm's layer-wise learning rates.
+
+        Args:
+            coarse: one group a stage instead of one a block. A downsampling belongs to what follows.
+        """
+        last = () if coarse else (0,)
+        down = [(rf"^network\.{index - 1}\.", (index, *last)) for index in (2, 4, 6)]
+        block = r"^network\.(\d+)\." if coarse else r"^network\.(\d+)\.(\d+)\."
+        norms = (r"^norm", (99999,))  # timm's sign for the group before
+        return {"stem": r"^patch_embed", "blocks": [*down, (block, None), norms]}
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Pool the map of `forward_features` and classify it; only pool it with ``pre_logits``."""
-        pooled = x.mean((2, 3))
+        pooled = x.mean((2, 3)) if self.global_pool else x
         if pre_logits or self.num_classes == 0:
             return pooled
         self._check_has_head("forward_head")
@@ -266,22 +380,93 @@ class RCViT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a freshly initialised one, 0 classes to leave it out.
 
+        Args:
+            num_classes: outputs of the new classifier.
+            global_pool: ``"avg"``, or ``""`` to return the map unpooled (with 0 classes); None keeps
+                what is set.
+
         Raises:
-            ValueError: ``num_classes`` is negative or ``global_pool`` is not None or ``"avg"``.
+            ValueError: ``num_classes`` is negative or ``global_pool`` another.
             RuntimeError: the model is a dense backbone.
         """
         _check_count("num_classes", num_classes, 0)
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool: expected None or 'avg', got {global_pool!r}")
+        pool = self.global_pool if global_pool is None else global_pool
+        if pool not in ("avg", ""):
+            raise ValueError(f"global_pool: expected 'avg', '' or None, got {global_pool!r}")
+        if not pool and num_classes > 0:
+            raise ValueError(
+                f"global_pool: expected 'avg' with num_classes={num_classes} (a classifier takes "
+                "pooled features), got ''"
+            )
         self._check_has_head("reset_classifier")
         self.num_classes = num_classes
+        self.global_pool = pool
         self._make_heads(num_classes)
+
+    def _stages(self) -> int:
+        """How many stages there are: four unless pruned."""
+        return (len(self.network) + 1) // 2
+
+    def _run_stages(
+        self, x: Tensor, wanted: Collection[int], last: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The output of stage ``last`` (None: of all) and those of the stages wanted."""
+        self._check_input(x)
+        x = self.patch_embed(x)
+        outputs = []
+        for index, part in enumerate(self.network):
+            if last is not None and index > 2 * last:
+                break
+            x = part(x)
+            if index % 2 == 0 and index // 2 in wanted:
+                outputs.append(x)
+        return x, outputs
+
+    def _normed(self, x: Tensor, stage: int) -> Tensor:
+        """The map of a stage, through its norm where the model has one."""
+        norm: nn.Module | None = None
+        if self.fork_feat:
+            norm = getattr(self, f"norm{2 * stage}", None)
+        elif stage == self._stages() - 1:
+            norm = self.norm
+        if norm is None:
+            return x
+        out: Tensor = norm(x)
+        return out
+
+    def _take(
+        self, name: str, indices: int | Sequence[int] | None, distinct: bool = False
+    ) -> tuple[int, ...]:
+        """Indices of stages as timm takes them, counted from the first, in order."""
+        stages = self._stages()
+        if indices is None:
+            indices = stages
+        if isinstance(indices, int) and not isinstance(indices, bool):
+            if not 1 <= indices <= stages:
+                raise ValueError(
+                    f"{name}: expected 1 to {stages} of the last stages, got {indices}"
+                )
+            return tuple(range(stages - indices, stages))
+        if (
+            not isinstance(indices, Sequence)
+            or isinstance(indices, str | bytes)
+            or any(isinstance(index, bool) or not isinstance(index, int) for index in indices)
+        ):
+            raise TypeError(f"{name}: expected an integer or a sequence of them, got {indices!r}")
+        if not indices or any(not -stages <= index < stages for index in indices):
+            raise ValueError(
+                f"{name}: expected stages from {-stages} to {stages - 1}, at least one, got {indices!r}"
+            )
+        wanted = tuple(sorted({index % stages for index in indices}))
+        if distinct and len(wanted) < len(indices):
+            raise ValueError(f"{name}: expected each stage once, got {indices!r}")
+        return wanted
 
     def _make_heads(self, num_classes: int) -> None:
         def layer() -> nn.Module:
             if num_classes == 0:
                 return nn.Identity()
-            like = self.norm.weight
+            like = next(self.parameters())
             return nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
 
         self.head = layer()
@@ -298,6 +483,10 @@ class RCViT(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
+            if isinstance(
+                x, fx.Proxy
+            ):  # symbolic tracing: no dtype, no sizes, nothing to check yet
+                return
             raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"x: expected 4 dimensions (B, C, H, W), got shape {tuple(x.shape)}")

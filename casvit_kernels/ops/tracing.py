@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 def exporting() -> bool:
@@ -30,12 +31,30 @@ def transformed() -> bool:
 def formulas_only(x: Tensor, weight: Tensor) -> bool:
     """Whether something follows each operation that cannot look into a fused one.
 
-    Beside `exporting`: `torch.func` transforms, forward-mode AD, tensors without values. A compiler is
-    not among them: it takes the operator as a whole.
+    Beside `exporting`: `torch.func` transforms, forward-mode AD, tensors without values, the FLOP
+    counter. A compiler is not among them: it takes the operator as a whole.
     """
     if torch.compiler.is_compiling():
         return False
-    return transformed() or x.is_meta or isinstance(x, FakeTensor) or isinstance(weight, FakeTensor)
+    return (
+        transformed()
+        or x.is_meta
+        or isinstance(x, FakeTensor)
+        or isinstance(weight, FakeTensor)
+        or counting_flops()
+    )
+
+
+def counting_flops() -> bool:
+    """Whether a `torch.utils.flop_counter.FlopCounterMode` is active.
+
+    Formulas for our operators would have to be registered before it is made, and importing the registry
+    takes 0.3 s: so it sees the operations of plain PyTorch, which it counts as everybody expects.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        type(mode).__module__ == "torch.utils.flop_counter"
+        for mode in _get_current_dispatch_mode_stack()
+    )
 
 
 def is_opaque() -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from ..module import FusedCATM, unfused
+from ..module import FusedCATM, has_own_forward, unfused
 from .fuse import unfuse
 
 __all__ = ["Fold", "FoldReport", "Unfolded", "fold_for_inference"]
@@ -73,8 +73,8 @@ def fold_for_inference(model: nn.Module, example_input: Tensor | None = None) ->
     output the model returns (``norm0`` to ``norm6`` of a dense backbone): those are left and reported.
 
     Works for any module that takes one tensor, whatever its classes: what is folded follows from a
-    recorded forward. Fused mixers stay fused; the norms of their gates become norms that do nothing,
-    which the kernels take anyway. Call `fuse` before this function, not after it.
+    recorded forward. Fused mixers stay fused, with an Identity in the place of a folded norm; `fuse` may
+    be called before this function or after it.
 
     Args:
         model: left untouched; parameters of any floating dtype, on any device.
@@ -100,7 +100,8 @@ def fold_for_inference(model: nn.Module, example_input: Tensor | None = None) ->
 
     folded = copy.deepcopy(model)
     folded.eval()  # not chained: overridden in published code, it returns None
-    probe = plain_copy(folded).double()
+    probe = plain_copy(folded)
+    probe.double()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             before = _Recording(probe, x)
@@ -140,9 +141,13 @@ def fold_for_inference(model: nn.Module, example_input: Tensor | None = None) ->
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU whose mixers are the unfused ones; module names stay."""
-    copied = copy.deepcopy(model).cpu()
+    copied = copy.deepcopy(model)
+    copied.cpu()
+    for mixer in copied.modules():
+        if isinstance(mixer, FusedCATM):
+            mixer.backend = "reference"  # for those of a subclass, which stay; any dtype
     if isinstance(copied, FusedCATM):
-        return unfused(copied)
+        return copied if has_own_forward(copied) else unfused(copied)
     unfuse(copied)
     return copied
 
@@ -367,18 +372,12 @@ def _watched(module: nn.Module) -> bool:
 
 def _applied(model: nn.Module, folds: Iterable[Fold]) -> nn.Module:
     """``model`` itself, with these norms folded."""
-    gates = {
-        norm
-        for mixer in model.modules()
-        if isinstance(mixer, FusedCATM)
-        for norm in (mixer.get_submodule(f"oper_{z}.0.block.1") for z in "qk")
-    }
     for fold in folds:
         norm = model.get_submodule(fold.norm)
         for layer, weight, bias in _products(model, fold):
             layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
             layer.bias = nn.Parameter(bias, layer.weight.requires_grad)
-        put = _neutral(norm) if norm in gates else nn.Identity().eval()
+        put = nn.Identity().train(norm.training)
         for parent in list(model.modules()):
             for key, child in parent._modules.items():
                 if child is norm:
@@ -420,15 +419,3 @@ def _fits(model: nn.Module, fold: Fold) -> bool:
         for layer, *made in _products(model, fold)
         for t in made
     )
-
-
-def _neutral(norm: Any) -> nn.Module:
-    """A BatchNorm that returns its input bit by bit: mean 0, variance 1, nothing learned.
-
-    Its eps is lost when it is added to 1. It is not 0, which torch 2.11 refuses.
-    """
-    like = norm.running_mean
-    neutral = nn.BatchNorm2d(
-        norm.num_features, eps=1e-30, affine=False, device=like.device, dtype=like.dtype
-    )
-    return neutral.eval()

@@ -11,11 +11,10 @@ from typing import NamedTuple
 from torch import nn
 
 from ..backends import BackendUnavailable, backends, check_name
-from ..module import ORIGINAL, FusedCATM, refusal, share, unfused
+from ..module import ORIGINAL, FusedCATM, has_own_forward, refusal, share, unfused
+from ..ops.mixer.matching import LOOKED_FOR, Match, match, resembles
 
 __all__ = ["FuseReport", "Refusal", "UnfuseReport", "fuse", "refusal", "share", "unfuse"]
-
-_CANDIDATE = ("qkv", "oper_q", "oper_k", "dwc", "proj")
 
 
 class Refusal(NamedTuple):
@@ -34,7 +33,7 @@ class FuseReport(NamedTuple):
 
     def __str__(self) -> str:
         if not any(self):
-            return "no mixer found"
+            return f"no mixer found: looked for {LOOKED_FOR}"
         lines = [f"{len(self.swapped)} swapped", *_indented(self.swapped)]
         if self.already:
             lines += [f"{len(self.already)} already fused", *_indented(self.already)]
@@ -48,19 +47,24 @@ class UnfuseReport(NamedTuple):
     """What `unfuse` did; names are paths in the model."""
 
     restored: tuple[str, ...]
+    kept: tuple[Refusal, ...] = ()  # of a subclass with a forward of its own: left as they are
 
     def __str__(self) -> str:
-        return "\n".join([f"{len(self.restored)} restored", *_indented(self.restored)])
+        lines = [f"{len(self.restored)} restored", *_indented(self.restored)]
+        if self.kept:
+            lines += [f"{len(self.kept)} kept"]
+            lines += _indented(f"{_shown(name)}: {reason}" for name, reason in self.kept)
+        return "\n".join(lines)
 
 
 def fuse(model: nn.Module, backend: str | None = None) -> FuseReport:
     """Replace, in place, every mixer of ``model`` that computes the published CATM.
 
-    The class of a mixer does not matter: its children must be those of the published mixer, and its
-    own forward is compared with the reference formulas (see `refusal`). The `FusedCATM` put in its
-    place shares its submodules, parameters and hooks, so state-dict keys stay, and optimizers, EMA
-    copies and DDP made before or after keep working. The original object is kept outside the module
-    tree for `unfuse`; plain attributes of its own stay on it.
+    Neither the class of a mixer nor the names of its children matter: these must be of the published
+    kinds, and its own forward is compared with the reference formulas (see `module.refusal`). The
+    `FusedCATM` put in its place shares its submodules, parameters and hooks, so state-dict keys stay,
+    and optimizers, EMA copies and DDP made before or after keep working. The original object is kept
+    outside the module tree for `unfuse`; plain attributes of its own stay on it.
 
     Calling it again swaps what is new and sets ``backend`` on all that it swapped earlier; mixers
     built as `FusedCATM` keep the backend they have.
@@ -72,7 +76,8 @@ def fuse(model: nn.Module, backend: str | None = None) -> FuseReport:
 
     Returns:
         What was swapped, what was fused already, and what was refused with the reason: every module
-        with children ``qkv, oper_q, oper_k, dwc, proj`` appears. All empty when there is none.
+        with children ``qkv, oper_q, oper_k, dwc, proj``, or of their kinds, appears. All empty when
+        there is none; printed, it then says what was looked for.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -92,7 +97,7 @@ def fuse(model: nn.Module, backend: str | None = None) -> FuseReport:
     refused: list[Refusal] = []
     found: list[_Site] = []
     earlier: list[FusedCATM] = []
-    reasons: dict[int, str | None] = {}  # by identity of the mixer: one may sit at several places
+    verdicts: dict[int, Match | str] = {}  # by identity of the mixer: one may sit at several places
     fused: dict[int, FusedCATM] = {}
     for site in _sites(model):
         child = site.child
@@ -102,22 +107,24 @@ def fuse(model: nn.Module, backend: str | None = None) -> FuseReport:
             if original is not None:
                 earlier.append(child)
                 fused[id(original)] = child
-        elif _looks_like_mixer(child):
-            if id(child) not in reasons:
-                reasons[id(child)] = refusal(child)
-            reason = reasons[id(child)]
-            if reason is None and site.parent is None:
+        elif resembles(child):
+            verdict = verdicts.get(id(child)) or match(child)
+            verdicts[id(child)] = verdict
+            if isinstance(verdict, str):
+                refused.append(Refusal(site.name, verdict))
+            elif site.parent is None:
                 reason = "it is the model itself: use FusedCATM.from_mixer(model) in its place"
-            if reason is None:
-                found.append(site)
-            else:
                 refused.append(Refusal(site.name, reason))
+            else:
+                found.append(site)
 
     for mixer in earlier:
         mixer.backend = backend
     for site in found:
         if id(site.child) not in fused:
-            fused[id(site.child)] = share(FusedCATM, site.child, backend)
+            verdict = verdicts[id(site.child)]
+            assert not isinstance(verdict, str)
+            fused[id(site.child)] = share(FusedCATM, site.child, backend, verdict)
         site.put(fused[id(site.child)])
     return FuseReport(tuple(site.name for site in found), tuple(refused), tuple(already))
 
@@ -126,7 +133,8 @@ def unfuse(model: nn.Module) -> UnfuseReport:
     """Undo `fuse`: put the very objects back that it replaced.
 
     Parameters, submodules, hooks and the training mode are those of now, not of the time of `fuse`.
-    A `FusedCATM` that replaced nothing becomes an `AdditiveTokenMixer` that shares its submodules.
+    A `FusedCATM` that replaced nothing becomes an `AdditiveTokenMixer` that shares its submodules. One
+    of a subclass with a forward of its own computes something else, which only it knows: it is kept.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -138,13 +146,19 @@ def unfuse(model: nn.Module) -> UnfuseReport:
             "model: expected a module that contains mixers, got a FusedCATM itself, "
             "which cannot be replaced in place"
         )
-    sites = [site for site in _sites(model) if isinstance(site.child, FusedCATM)]
+    fused = [site for site in _sites(model) if isinstance(site.child, FusedCATM)]
+    kept = [
+        Refusal(site.name, f"{type(site.child).__name__} has a forward of its own")
+        for site in fused
+        if has_own_forward(site.child)
+    ]
+    sites = [site for site in fused if not has_own_forward(site.child)]
     plain: dict[int, nn.Module] = {}
     for site in sites:
         if id(site.child) not in plain:
             plain[id(site.child)] = unfused(site.child)
         site.put(plain[id(site.child)])
-    return UnfuseReport(tuple(site.name for site in sites))
+    return UnfuseReport(tuple(site.name for site in sites), tuple(kept))
 
 
 class _Site(NamedTuple):
@@ -176,14 +190,6 @@ def _sites(model: nn.Module) -> list[_Site]:
 
     enter("", model)
     return sites
-
-
-def _looks_like_mixer(module: nn.Module) -> bool:
-    # Not hasattr: a wrapper such as a compiled module hands on the attributes of what it wraps.
-    return all(
-        name in module._modules or name in vars(module) or hasattr(type(module), name)
-        for name in _CANDIDATE
-    )
 
 
 def _check_module(value: object, argument: str) -> None:

@@ -1,6 +1,17 @@
 """Parity for users and tests: `cases.py` what is checked, `parity.py` checks, `numerics.py` judges."""
 
-from .cases import BACKENDS, INPUTS, LAYOUTS, MODES, Case, cases, lay_out, real_cases, set_mode
+from .cases import (
+    BACKENDS,
+    INPUTS,
+    LAYOUTS,
+    MODES,
+    Case,
+    cases,
+    cover,
+    lay_out,
+    real_cases,
+    set_mode,
+)
 from .numerics import FACTOR, GRADIENT_FACTOR, VANISHING_FACTOR, against_truth, poisoned
 from .parity import Row, check, run, verdict
 
@@ -17,6 +28,7 @@ __all__ = [
     "against_truth",
     "cases",
     "check",
+    "cover",
     "lay_out",
     "poisoned",
     "real_cases",

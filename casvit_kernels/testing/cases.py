@@ -5,6 +5,7 @@ May import: torch, `models` for the sizes of real mixers.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterable
@@ -169,6 +170,28 @@ def cases(
         for case in found
         if case.dtype in wanted and case.mode in wanted_modes and not _undefined(case)
     ]
+
+
+def cover(every: Iterable[Case]) -> list[Case]:
+    """As few of these cases as cover every pair of values of dtype, layout, mode, shape and bias.
+
+    Most faults show with two values together (a layout in one dtype, a mode at one shape); the others
+    are for the whole list. Greedy, in order: the same cases always.
+    """
+    fields = ("dtype", "layout", "mode", "shape", "attn_bias")
+
+    def pairs(case: Case) -> set[tuple[object, ...]]:
+        values = [(field, getattr(case, field)) for field in fields]
+        return set(itertools.combinations(values, 2))
+
+    left = {case: pairs(case) for case in every}
+    chosen: dict[Case, None] = {}
+    missing = set().union(*left.values())
+    while missing:
+        best = max(left, key=lambda case: len(left[case] & missing))
+        missing -= left.pop(best)
+        chosen[best] = None
+    return sorted(chosen, key=lambda case: (case.shape, str(case.dtype), case.mode, case.layout))
 
 
 def real_cases(

@@ -1,15 +1,15 @@
-// Memory kept between calls.
+// Scratch memory, kept between calls.
 #pragma once
 
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
-#include "mixer.h"
+#include "cpu/kernels.h"
 
 namespace casvit {
 
-// Meant to be thread_local: one set for each thread.
+// A growing allocation, page-aligned; declare it thread_local.
 class Buffer {
  public:
   ~Buffer() { std::free(data_); }
@@ -25,8 +25,8 @@ class Buffer {
     }
     return data_;
   }
-  // Planes for `images` images whose borders are zero. Kernels write interiors only, so the borders
-  // of an earlier call of the same shape still are.
+  // Planes for `images` images, with a zero halo. Kernels write interiors only, so the halo that an
+  // earlier call of the same shape zeroed still is.
   float* planes(const Geometry& g, int64_t images, int64_t image_floats) {
     float* p = static_cast<float*>(get(images * image_floats * 4));
     const Shape shape{g.C, g.H, g.W, g.lanes};

@@ -50,11 +50,11 @@ def _backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     m = COUNT + len(Settings._fields)
     flat, s, saved = rest[:COUNT], Settings(*rest[COUNT:m]), Saved(*rest[m:])
     w, phases = unflatten(flat), kernels.phases(s.backend)
-    grad = grad.contiguous(memory_format=output_memory_format(x))
     if x.shape[0] and not s.group and isinstance(phases, WholeStep):
         eps, batch, small = (s.eps_q, s.eps_k), (s.batch_q, s.batch_k), (saved[0], *saved[2:])
         found = phases.backward(grad, x, w, eps, batch, s.dtype or x.dtype, small, needed)
     else:
+        grad = grad.contiguous(memory_format=output_memory_format(x))
         found = training.backward(phases, grad, x, w, s, saved, needed)
     of_x = [found[0].to(x.dtype)] if needed[0] else []
     weights = [t for t, n in zip(flat, needed[1:], strict=True) if n]

@@ -19,16 +19,6 @@ from .weights import MixerWeights, autocasts, flatten
 KEPT_FLOATS = (256 << 20) // 4
 
 
-def has_product_gradients() -> bool:
-    """Whether the instruction set in use computes the gradients of the qkv product itself.
-
-    All but the portable one do: their kernels read the gradients as they lie, without the copies
-    that library products need.
-    """
-    library, _ = native.load()
-    return bool(library is not None and library.casvit_cpu_has_product_gradients())
-
-
 class Workspace(threading.local):
     """Memory of a thread for what only the phases of one call read, kept between calls.
 
@@ -145,28 +135,15 @@ class CpuPhases(WholeStep):
     def project_backward(
         self, grad_qkv: Tensor, x: Tensor, w: MixerWeights, needed: tuple[bool, bool, bool]
     ) -> ProjectionGradients:
-        images, channels, height, width = x.shape
         need_x, need_weight, need_bias = needed
-        grad_bias = grad_qkv.sum(0) if need_bias else None
-        if has_product_gradients():  # beat library products
-            of_x, of_weight = _cpu.cpu_project_backward(
-                grad_qkv, x, w.qkv_weight, x.dtype, need_x, need_weight
-            )
-            return ProjectionGradients(
-                of_x if need_x else None, of_weight if need_weight else None, grad_bias
-            )
-        weight = w.qkv_weight.flatten(1).float()  # (3C, C)
-        grad_x = grad_weight = None
-        if need_x and schema.output_memory_format(x) is torch.channels_last:
-            rows = grad_qkv @ weight
-            grad_x = rows.view(images, height, width, channels).permute(0, 3, 1, 2)
-        elif need_x:
-            maps = grad_qkv.view(images, height * width, 3 * channels).transpose(1, 2)
-            grad_x = torch.bmm(weight.t().expand(images, -1, -1), maps).view(x.shape)
-        if need_weight:
-            pixels = x.permute(0, 2, 3, 1).reshape(-1, channels).float()
-            grad_weight = grad_qkv.t() @ pixels
-        return ProjectionGradients(grad_x, grad_weight, grad_bias)
+        of_x, of_weight, of_bias = _cpu.cpu_project_backward(
+            grad_qkv, x, w.qkv_weight, x.dtype, *needed
+        )
+        return ProjectionGradients(
+            of_x if need_x else None,
+            of_weight if need_weight else None,
+            of_bias if need_bias else None,
+        )
 
     def forward(
         self,
@@ -197,18 +174,10 @@ class CpuPhases(WholeStep):
         grad_qkv = _workspace.take("grad_qkv", b * height * width * 3 * c).view(-1, 3 * c)
         grad_sum = _workspace.take("grad_sum", floats("grad_sum", x.shape))
         bits = sum(n << i for i, n in enumerate(needed))
-        rest: list[Tensor] = _cpu.cpu_backward(
+        found: list[Tensor] = _cpu.cpu_backward(
             grad, x, *_arguments(w, eps), *batch, dtype, *small, bits, qkv, grad_qkv, grad_sum
         )
-        need_x, need_weight, need_bias = needed[0], needed[1], needed[2]
-        if has_product_gradients():  # they come with it
-            before = rest[: need_x + need_weight]
-            of_bias = [grad_qkv.sum(0)] if need_bias else []
-            return before + of_bias + rest[len(before) :]
-        if not (need_x or need_weight or need_bias):
-            return rest
-        product = self.project_backward(grad_qkv, x, w, (need_x, need_weight, need_bias))
-        return [g for g in product if g is not None] + rest
+        return found
 
 
 _cpu = torch.ops.casvit_kernels

@@ -16,7 +16,7 @@ from .kernels import MixerKernels
 from .schema import Settings, output_memory_format
 from .training import update_running
 from .triton import TritonKernels
-from .weights import MixerWeights, autocasts
+from .weights import MixerWeights, autocasts, check_shapes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -112,6 +112,7 @@ def check(
         raise ValueError(
             f"weights.qkv_weight: expected shape (3C, C, 1, 1), got {tuple(weight.shape)}"
         )
+    check_shapes(w)
     _, channels, height, width = x.shape
     if channels != weight.shape[1]:
         raise ValueError(

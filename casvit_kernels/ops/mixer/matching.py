@@ -1,33 +1,71 @@
 """Decides whether a module computes the published CATM: by its structure, then by its own forward.
 
-May import: torch, reference.py, weights.py. The class of the module and of its gates does not matter.
+Neither its class nor the names of its children matter: which child is q's gate and which depthwise
+convolution comes first is found by trying. May import: torch, structure.py, reference.py.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from typing import TypeVar, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from . import reference
-from .weights import BUFFERS, PATHS, MixerWeights, unflatten
+from .structure import (
+    NORMS,
+    Roles,
+    described,
+    examine,
+    is_frozen,
+    is_parametrized,
+    norms_of,
+    weights_of,
+)
+from .weights import BUFFERS
 
-_M = TypeVar("_M", bound=nn.Module)
-_CHILDREN = ("qkv", "oper_q", "oper_k", "dwc", "proj", "proj_drop")
+LOOKED_FOR = (
+    "a 1x1 convolution from C to 3C channels (qkv), two gates of the layers depthwise 3x3, BatchNorm, "
+    "ReLU, 1x1 to one channel, Sigmoid, mean over pixels, 1x1, Sigmoid (oper_q, oper_k), two depthwise "
+    "3x3 convolutions (dwc, proj) and a dropout or identity (proj_drop), below one module"
+)
+_PUBLISHED = Roles()
 
 
-def difference(mixer: nn.Module) -> str | None:
-    """In what ``mixer`` differs from the published CATM, or None; see `module.refusal`."""
+class Match(NamedTuple):
+    """How the children of a mixer are called; see `structure.examine`."""
+
+    roles: Roles
+    inner: dict[str, type[nn.Module]]
+
+    def owners(self, mixer: nn.Module) -> list[str]:
+        """The paths of the modules that own weights, in the order of `weights.OWNERS`."""
+        _, owners, _ = examine(mixer, *self)
+        names = {id(m): name for name, m in mixer.named_modules()}
+        return [names[id(m)] for m in owners]
+
+
+def match(mixer: nn.Module) -> Match | str:
+    """The children of the published CATM in ``mixer``, or in what it differs; see `module.refusal`."""
     try:
-        _check_structure(mixer)
-        _check_forward(mixer)
+        return _match(mixer)
     except _Refused as refused:
         return str(refused)
-    return None
+
+
+def resembles(module: nn.Module) -> bool:
+    """Whether the module is worth a verdict: by the published names, or by the kinds of its children."""
+    # Not hasattr: a wrapper such as a compiled module hands on the attributes of what it wraps.
+    if all(
+        name in module._modules or name in vars(module) or hasattr(type(module), name)
+        for name in _PUBLISHED[:5]
+    ):
+        return True
+    kinds = _by_kind(module)
+    return len(kinds["qkv"]) == 1 and len(kinds["depthwise"]) == 2 and len(kinds["gate"]) >= 2
 
 
 # Structure ---------------------------------------------------------------------------------------
@@ -42,22 +80,101 @@ def _expect(condition: bool, reason: str) -> None:
         raise _Refused(reason)
 
 
-def _check_structure(mixer: nn.Module) -> None:
+def _match(mixer: nn.Module) -> Match:
     _check_methods(type(mixer))
     _expect("forward" not in vars(mixer), "its forward is replaced on the instance")
     _check_tensors("", mixer, (), ())
-    _check_children("", mixer, _CHILDREN, ordered=False)
+    refusals = []
+    for roles in _candidates(mixer):
+        found = Match(roles, _containers(mixer, roles))
+        _check_structure(mixer, found)
+        try:
+            _check_forward(mixer, found)
+        except _Refused as refused:
+            refusals.append(refused)
+            continue
+        return found
+    raise refusals[0]
 
-    modules = mixer._modules
-    qkv = modules["qkv"]
-    dim = _check_plain("qkv", qkv, nn.Conv2d).in_channels
-    _check_conv("qkv", qkv, dim, 3 * dim, bias=None)
-    for name in ("oper_q", "oper_k"):
-        _check_gate(name, modules[name], dim)
-    for name in ("dwc", "proj"):
-        _check_conv(name, modules[name], dim, dim, depthwise=True, bias=True)
-    _check_plain("proj_drop", modules["proj_drop"], nn.Dropout, nn.Identity)
 
+def _candidates(mixer: nn.Module) -> list[Roles]:
+    """Which child may play which part, the likeliest first."""
+    children = tuple(name for name, child in mixer._modules.items() if child is not None)
+    if set(children) & {_PUBLISHED.q, _PUBLISHED.k} or not resembles(mixer):
+        same = set(children) == set(_PUBLISHED)
+        _expect(same, f"it: expected the children {_names(_PUBLISHED)}, got {_names(children)}")
+        return [_PUBLISHED]
+    kinds = _by_kind(mixer)
+    counts = {"qkv": 1, "gate": 2, "depthwise": 2, "drop": 1, "other": 0}
+    for kind, count in counts.items():
+        got = kinds[kind]
+        _expect(
+            len(got) == count,
+            f"it: expected {count} {_KINDS[kind]}, got {len(got)} ({_names(tuple(got))})",
+        )
+    (qkv,), (drop,) = kinds["qkv"], kinds["drop"]
+    return [
+        Roles(qkv, q, k, dwc, proj, drop)
+        for (q, k), (dwc, proj) in itertools.product(
+            itertools.permutations(kinds["gate"]), itertools.permutations(kinds["depthwise"])
+        )
+    ]
+
+
+_KINDS = {
+    "qkv": "1x1 convolution from C to 3C channels",
+    "gate": "gates",
+    "depthwise": "depthwise 3x3 convolutions",
+    "drop": "dropout or identity",
+    "other": "other children",
+}
+
+
+def _by_kind(module: nn.Module) -> dict[str, list[str]]:
+    """The names of the children, in order, by what they may be."""
+    found: dict[str, list[str]] = {kind: [] for kind in _KINDS}
+    for name, child in module._modules.items():
+        if isinstance(child, nn.Conv2d):
+            in_channels, out_channels = child.in_channels, child.out_channels
+            if child.kernel_size == (1, 1) and out_channels == 3 * in_channels:
+                kind = "qkv"
+            else:
+                depthwise = child.groups == in_channels == out_channels
+                kind = "depthwise" if depthwise and child.kernel_size == (3, 3) else "other"
+        elif isinstance(child, nn.Dropout | nn.Identity):
+            kind = "drop"
+        elif child is not None:
+            kind = "gate" if child._modules else "other"
+        else:
+            continue
+        found[kind].append(name)
+    return found
+
+
+def _containers(mixer: nn.Module, roles: Roles) -> dict[str, type[nn.Module]]:
+    """Of each module in the gates that has children its class, by path; they hold no tensors."""
+    found: dict[str, type[nn.Module]] = {}
+    for gate in (roles.q, roles.k):
+        for name, module in mixer.get_submodule(gate).named_modules(prefix=gate):
+            if (module._modules or name == gate) and not is_parametrized(module):
+                found[name] = type(module)
+    return found
+
+
+def _check_structure(mixer: nn.Module, found: Match) -> None:
+    difference, owners, _ = examine(mixer, *found)
+    _expect(difference is None, str(difference))
+    for name, module in mixer.named_modules():
+        if module is mixer:
+            continue
+        _expect(
+            not is_parametrized(module), f"{name}: expected plain parameters, got parametrized ones"
+        )
+        frozen = is_frozen(module)
+        names = _TENSORS.get(type(module), ((), _FROZEN if frozen else ()))
+        _check_tensors(name, module, *names)
+        _check_untouched(name, module)
+    _check_shapes(mixer, owners)
     tensors = [*mixer.parameters(), *mixer.buffers()]
     _expect(
         not any(t.is_meta for t in tensors),
@@ -77,128 +194,19 @@ def _check_methods(cls: type[nn.Module]) -> None:
             _expect(same, f"its class overrides {name}()")
 
 
-def _check_gate(name: str, gate: nn.Module | None, dim: int) -> None:
-    _check_sequential(name, gate, 2)
-    assert gate is not None
-    spatial, channel = (_block(f"{name}.{i}", gate._modules[str(i)]) for i in (0, 1))
-
-    at = f"{name}.0.block"
-    _check_sequential(at, spatial, 5)
-    m = spatial._modules
-    _check_conv(f"{at}.0", m["0"], dim, dim, depthwise=True, bias=True)
-    _check_norm(f"{at}.1", m["1"], dim)
-    _check_plain(f"{at}.2", m["2"], nn.ReLU)
-    _check_conv(f"{at}.3", m["3"], dim, 1, bias=False)
-    _check_plain(f"{at}.4", m["4"], nn.Sigmoid)
-
-    at = f"{name}.1.block"
-    _check_sequential(at, channel, 3)
-    m = channel._modules
-    size = _check_plain(f"{at}.0", m["0"], nn.AdaptiveAvgPool2d).output_size
-    _expect(size in (1, (1, 1), [1, 1]), f"{at}.0: expected output_size 1, got {size}")
-    _check_conv(f"{at}.1", m["1"], dim, dim, bias=False)
-    _check_plain(f"{at}.2", m["2"], nn.Sigmoid)
-
-
-def _block(name: str, operation: nn.Module | None) -> nn.Module:
-    """The only child of a gate's operation, whose class is its author's own."""
-    assert operation is not None
-    _check_tensors(name, operation, (), ())
-    _check_children(name, operation, ("block",))
-    _check_untouched(name, operation)
-    block = operation._modules["block"]
-    assert block is not None
-    return block
-
-
-def _check_sequential(name: str, module: nn.Module | None, length: int) -> None:
-    _expect(
-        type(module) is nn.Sequential,
-        f"{name}: expected a plain Sequential, got {_type(module)}",
-    )
-    assert module is not None
-    _check_tensors(name, module, (), ())
-    _check_children(name, module, tuple(str(i) for i in range(length)))
-    _check_untouched(name, module)
-
-
-def _check_conv(
-    name: str,
-    module: nn.Module | None,
-    channels_in: int,
-    channels_out: int,
-    *,
-    bias: bool | None,  # None: optional
-    depthwise: bool = False,
-) -> None:
-    conv = _check_plain(name, module, nn.Conv2d)
-    side = 3 if depthwise else 1
-    groups = channels_in if depthwise else 1
-    wanted = {
-        "in_channels": channels_in,
-        "out_channels": channels_out,
-        "kernel_size": (side, side),
-        "stride": (1, 1),
-        "padding": (side // 2, side // 2),
-        "dilation": (1, 1),
-        "groups": groups,
-        "padding_mode": "zeros",
-    }
-    for setting, value in wanted.items():
-        got = getattr(conv, setting)
-        _expect(got == value, f"{name}: expected {setting} {value}, got {got}")
-    has_bias = conv.bias is not None
-    _expect(bias in (None, has_bias), f"{name}: expected {'a' if bias else 'no'} bias")
-    shape = (channels_out, channels_in // groups, side, side)
-    _check_shapes(name, conv, {"weight": shape, "bias": (channels_out,)})
-
-
-def _check_norm(name: str, module: nn.Module | None, dim: int) -> None:
-    norm: nn.Module = _check_plain(name, module, nn.BatchNorm2d, nn.SyncBatchNorm)
-    tensors = ("weight", "bias", "running_mean", "running_var")
-    for tensor in tensors:
-        _expect(getattr(norm, tensor) is not None, f"{name}: expected a {tensor}, got None")
-    _check_shapes(name, norm, dict.fromkeys(tensors, (dim,)))
-
-
+_FROZEN = ("weight", "bias", *BUFFERS, "num_batches_tracked")
 _TENSORS: dict[type[nn.Module], tuple[tuple[str, ...], tuple[str, ...]]] = {
     nn.Conv2d: (("weight", "bias"), ()),
-    nn.BatchNorm2d: (("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")),
+    nn.BatchNorm2d: (("weight", "bias"), (*BUFFERS, "num_batches_tracked")),
 }
 _TENSORS[nn.SyncBatchNorm] = _TENSORS[nn.BatchNorm2d]
 
 
-def _check_plain(name: str, module: nn.Module | None, *types: type[_M]) -> _M:
-    """``module``, which is one of the plain types of torch.nn without anything attached to it."""
-    _expect(
-        module is None or not parametrize.is_parametrized(module),
-        f"{name}: expected plain parameters, got parametrized ones",
-    )
-    _expect(
-        type(module) in types,
-        f"{name}: expected a plain {' or '.join(t.__name__ for t in types)}, got {_type(module)}",
-    )
-    assert module is not None
-    _check_tensors(name, module, *_TENSORS.get(type(module), ((), ())))
-    _check_children(name, module, ())
-    _check_untouched(name, module)
-    return cast(_M, module)
-
-
 def _check_untouched(name: str, module: nn.Module) -> None:
     """A module inside the mixer is no longer called, so nobody may be waiting for its call."""
-    _expect("forward" not in vars(module), f"{name}: its forward is replaced on the instance")
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         kind = hooks.strip("_").replace("_", " ")
         _expect(not vars(module)[hooks], f"{name}: has {kind}, which would no longer be called")
-
-
-def _check_children(
-    name: str, module: nn.Module, wanted: tuple[str, ...], ordered: bool = True
-) -> None:
-    got = tuple(key for key, child in module._modules.items() if child is not None)
-    same = got == wanted if ordered else set(got) == set(wanted)
-    _expect(same, f"{_prefix(name)}expected the children {_names(wanted)}, got {_names(got)}")
 
 
 def _check_tensors(
@@ -210,24 +218,34 @@ def _check_tensors(
             parameter is None
             or (type(parameter) is nn.Parameter and parameter.is_floating_point()),
             f"{_prefix(name)}expected a plain floating-point parameter {key}, "
-            f"got {_type(parameter)}",
+            f"got {described(parameter)}",
         )
     for key, buffer in module._buffers.items():
         _expect(buffer is None or key in buffers, f"{_prefix(name)}has a buffer {key}")
         _expect(
             buffer is None or type(buffer) is Tensor,
-            f"{_prefix(name)}expected a plain tensor {key}, got {_type(buffer)}",
+            f"{_prefix(name)}expected a plain tensor {key}, got {described(buffer)}",
         )
     for key in parameters:
         _expect(key in module._parameters, f"{_prefix(name)}has no parameter {key}")
 
 
-def _check_shapes(name: str, module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
-    for key, shape in shapes.items():
-        tensor = getattr(module, key)
-        if tensor is not None:
-            got = tuple(tensor.shape)
-            _expect(got == shape, f"{name}.{key}: expected shape {shape}, got {got}")
+def _check_shapes(mixer: nn.Module, owners: tuple[nn.Module, ...]) -> None:
+    names = {id(m): name for name, m in mixer.named_modules()}
+    dim = owners[0].in_channels
+    for owner in owners:
+        shapes: dict[str, tuple[object, ...]] = dict.fromkeys(("weight", "bias", *BUFFERS), (dim,))
+        if isinstance(owner, nn.Conv2d):
+            inputs = owner.in_channels // owner.groups
+            shapes["weight"] = (owner.out_channels, inputs, *owner.kernel_size)
+            shapes["bias"] = (owner.out_channels,)
+        for key, shape in shapes.items():
+            tensor = getattr(owner, key, None)
+            if tensor is not None:
+                got = tuple(tensor.shape)
+                _expect(
+                    got == shape, f"{names[id(owner)]}.{key}: expected shape {shape}, got {got}"
+                )
 
 
 def _prefix(name: str) -> str:
@@ -236,13 +254,6 @@ def _prefix(name: str) -> str:
 
 def _names(names: tuple[str, ...]) -> str:
     return ", ".join(names) or "none"
-
-
-def _type(value: object) -> str:
-    if value is None:
-        return "none"
-    cls = type(value)
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 # Forward -----------------------------------------------------------------------------------------
@@ -257,7 +268,8 @@ class _MarkedDropout(nn.Dropout):
         return torch.tanh(x) + 0.1 * x if self.training else x
 
 
-def _check_forward(mixer: nn.Module) -> None:
+def _check_forward(mixer: nn.Module, found: Match) -> None:
+    owner_names = found.owners(mixer)
     generator = torch.Generator(device="cpu").manual_seed(0)
     with (
         torch.random.fork_rng(devices=[]),
@@ -267,32 +279,33 @@ def _check_forward(mixer: nn.Module) -> None:
     ):
         probe = _randomised_copy(mixer, generator)
         truth = copy.deepcopy(probe)
-        dim: int = mixer.qkv.in_channels  # type: ignore[assignment, union-attr]
+        dim: int = mixer.get_submodule(found.roles.qkv).in_channels  # type: ignore[assignment]
         # Odd sides, more than one image; another size in eval mode.
         for mode, shape in (("training", (2, dim, 5, 3)), ("eval", (3, dim, 4, 5))):
             probe.train(mode == "training")
             truth.train(mode == "training")
             x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-            _compare(mode, probe, truth, x, generator)
+            _compare(mode, probe, truth, found.roles.drop, owner_names, x, generator)
 
 
 def _compare(
-    mode: str, probe: nn.Module, truth: nn.Module, x: Tensor, generator: torch.Generator
+    mode: str,
+    probe: nn.Module,
+    truth: nn.Module,
+    drop: str,
+    owner_names: list[str],
+    x: Tensor,
+    generator: torch.Generator,
 ) -> None:
     mine, theirs = (x.clone().requires_grad_() for _ in range(2))
-    expected = truth.get_submodule("proj_drop")(
-        reference.catm(
-            mine,
-            _weights(truth),
-            truth.get_submodule("oper_q.0.block.1"),
-            truth.get_submodule("oper_k.0.block.1"),
-        )
-    )
+    owners = tuple(truth.get_submodule(name) for name in owner_names)
+    dropout = truth.get_submodule(drop)
+    expected = dropout(reference.catm(mine, weights_of(owners), *norms_of(owners)))
     try:
         got = probe.forward(theirs)  # not probe(...): no hook shall see it
     except Exception as error:
         raise _Refused(f"its forward raises {type(error).__name__}: {error}") from error
-    _expect(isinstance(got, Tensor), f"its forward returns {_type(got)}, expected a tensor")
+    _expect(isinstance(got, Tensor), f"its forward returns {described(got)}, expected a tensor")
     _expect(
         got.shape == expected.shape and got.dtype == expected.dtype,
         f"its forward returns {tuple(got.shape)} {got.dtype}, "
@@ -367,26 +380,35 @@ def _randomised_leaf(module: nn.Module, generator: torch.Generator) -> nn.Module
             "weight": nn.Parameter(normal(module.weight.shape, fan_in**-0.5)),
             "bias": None if module.bias is None else nn.Parameter(normal(module.bias.shape, 0.5)),
         }
-    elif isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+    elif isinstance(module, NORMS):
         shape = torch.Size([module.num_features])
         # A SyncBatchNorm refuses CPU tensors in training; on one process it is a BatchNorm2d.
         norm = nn.BatchNorm2d(
-            module.num_features, module.eps, module.momentum, device="cpu", dtype=torch.float64
+            module.num_features,
+            module.eps,
+            module.momentum,
+            module.weight is not None,
+            module.running_mean is not None,
+            device="cpu",
+            dtype=torch.float64,
         )
-        norm._parameters = {
-            "weight": nn.Parameter(normal(shape, 0.3, 1.0)),
-            "bias": nn.Parameter(normal(shape, 0.5)),
-        }
-        norm._buffers = {
+        norm.track_running_stats = module.track_running_stats
+        if module.weight is not None:
+            norm.weight = nn.Parameter(normal(shape, 0.3, 1.0))
+        norm._parameters["bias"] = None if module.bias is None else nn.Parameter(normal(shape, 0.5))
+        if module.running_mean is not None:
+            norm._buffers = {
+                "running_mean": normal(shape, 0.5),
+                "running_var": normal(shape, 0.3).abs_().add_(0.5),
+                "num_batches_tracked": torch.tensor(3, device="cpu"),
+            }
+        return norm
+    elif is_frozen(module):
+        shape = module.get_buffer("weight").shape
+        leaf._buffers = {
+            "weight": normal(shape, 0.3, 1.0),
+            "bias": normal(shape, 0.5),
             "running_mean": normal(shape, 0.5),
             "running_var": normal(shape, 0.3).abs_().add_(0.5),
-            "num_batches_tracked": torch.tensor(3, device="cpu"),
         }
-        return norm
     return leaf
-
-
-def _weights(mixer: nn.Module) -> MixerWeights:
-    """The mixer's parameters; its norms are called as modules, so their statistics are left out."""
-    at = dict(mixer.named_parameters(remove_duplicate=False))
-    return unflatten([None if path.endswith(BUFFERS) else at.get(path) for path in PATHS])

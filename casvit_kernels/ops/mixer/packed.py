@@ -16,7 +16,8 @@ from torch import Tensor
 from ...backends import first_choice
 from ..tracing import transformed
 from .kernels import MixerKernels
-from .weights import BUFFERS, ENTRIES, MixerWeights, autocasts, check_alike, flatten, owners_of
+from .structure import Structure, eps_of
+from .weights import MixerWeights, autocasts, check_alike, flatten
 
 _Key = tuple[str, tuple[float, float], torch.dtype, int]  # backend, eps, dtype, CUDA stream
 
@@ -73,15 +74,11 @@ class PackedWeights:
         return packed
 
     def at_hand(
-        self,
-        backend: str,
-        sources: Iterable[Tensor | None],
-        eps: tuple[float, float],
-        dtype: torch.dtype,
+        self, structure: Structure, eps: tuple[float, float], dtype: torch.dtype
     ) -> Entry | None:
-        """Where `get` finds those of weights on the CPU (``sources``) without autocast, or None."""
-        entry = self._entries.get((backend, eps, dtype, 0))
-        if entry is not None and entry.alike and entry.is_current(sources):
+        """Where `get` finds those of the CPU without autocast, or None."""
+        entry = self._entries.get(("cpu", eps, dtype, 0))
+        if entry is not None and entry.alike and entry.holds(structure):
             return entry
         return None
 
@@ -90,6 +87,7 @@ class Entry:
     """Packed weights; the weights that they were made of live as long."""
 
     packed: Any
+    _identities: list[int] | None = None  # of the registered tensors of a structure, see `holds`
 
     def __init__(self, sources: tuple[Tensor | None, ...], alike: bool) -> None:
         self.alike = alike  # False: such weights are fine under autocast only
@@ -109,11 +107,24 @@ class Entry:
         )
 
     def is_current(self, sources: Iterable[Tensor | None]) -> bool:
-        return (
-            not self._stale.value
-            and all(map(operator.is_, sources, self._sources))
-            and self._current_state() == self._state
-        )
+        """Whether these are the tensors that were packed, and nobody has written to them."""
+        return all(map(operator.is_, sources, self._sources)) and self._is_fresh()
+
+    def holds(self, structure: Structure) -> bool:
+        """As `is_current`, of the tensors registered in a mixer's modules."""
+        found = structure.identities()
+        if found != self._identities:
+            sources = flatten(structure.weights())
+            if not all(map(operator.is_, sources, self._sources)):
+                return False
+            # Only of registered ones the identities tell when one is exchanged.
+            if not set(map(id, self._present)) <= {*found, *map(id, structure.neutral())}:
+                return False
+            self._identities = found
+        return self._is_fresh()
+
+    def _is_fresh(self) -> bool:
+        return not self._stale.value and self._current_state() == self._state
 
     def _current_state(self) -> list[Any]:
         # In C throughout: every call of the mixer runs this over some twenty tensors.
@@ -126,19 +137,11 @@ class Entry:
 
 _version = operator.attrgetter("_version")
 
-# Of each weight, where its owner keeps it and under which name.
-_NAMES = tuple(name for _, name in ENTRIES)
-_STORES = tuple("_buffers" if name in BUFFERS else "_parameters" for name in _NAMES)
-
-_hooks = operator.attrgetter("_forward_hooks")
-_pre_hooks = operator.attrgetter("_forward_pre_hooks")
-
 
 def fast_path(
     x: Any,
     backend: str | None,
-    owners: tuple[Any, ...],
-    dropout: Any,
+    structure: Structure,
     packed: PackedWeights,
 ) -> Entry | None:
     """The packed weights with which `cpu.infer` is the whole call, else None.
@@ -151,7 +154,7 @@ def fast_path(
 
     Args:
         x, backend: as for `casvit_kernels.catm`; not checked yet.
-        owners: the modules of `weights.OWNERS`, in order.
+        structure: of the mixer, unchanged and without hooks.
         packed: what the mixer has packed.
     """
     if (
@@ -166,22 +169,12 @@ def fast_path(
         or first_choice(backend) != "cpu"
     ):
         return None
-    norm_q, norm_k = owners[2], owners[6]
-    try:
-        if (
-            norm_q.training
-            or norm_k.training
-            or dropout.training
-            or any(map(_hooks, owners))
-            or any(map(_pre_hooks, owners))
-        ):
-            return None
-        sources = map(operator.getitem, map(getattr, owners_of(owners), _STORES), _NAMES)
-        entry = packed.at_hand("cpu", sources, (norm_q.eps, norm_k.eps), x.dtype)
-    except (AttributeError, KeyError):  # a child is missing, a weight computed from others
+    norm_q, norm_k = structure.norms
+    if norm_q.training or norm_k.training or structure.dropout.training:
         return None
+    entry = packed.at_hand(structure, (eps_of(norm_q), eps_of(norm_k)), x.dtype)
     if entry is None:
         return None
-    weight, channels = owners[0]._parameters["weight"], x.shape[1]
+    weight, channels = structure.owners[0]._parameters["weight"], x.shape[1]
     fits = weight.dtype is x.dtype and weight.shape == (3 * channels, channels, 1, 1)
     return entry if fits else None

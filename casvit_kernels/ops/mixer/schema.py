@@ -57,18 +57,16 @@ for _phase in (
     " Tensor spatial, Tensor channel, Tensor shift, Tensor logit, Tensor coefficients,"
     " Tensor grad_sum, Tensor(a!) grad_qkv) -> (Tensor depthwise_weight, Tensor depthwise_bias)",
     # The phases together. needed: bit i stands for x and the weights, in order; the gradients of
-    # those from the gates on are returned; before them, where kernels have these, of x and the
-    # product's weights.
+    # those are returned.
     f"cpu_forward(Tensor x, {_WEIGHTS}, bool batch_q, bool batch_k, ScalarType dtype,"
     " Tensor(a!) qkv)"
     " -> (Tensor out, Tensor statistics, Tensor spatial, Tensor pooled, Tensor channel)",
     f"cpu_backward(Tensor grad, Tensor x, {_WEIGHTS}, bool batch_q, bool batch_k, ScalarType dtype,"
     " Tensor statistics, Tensor spatial, Tensor pooled, Tensor channel, int needed,"
     " Tensor(a!) qkv, Tensor(b!) grad_qkv, Tensor(c!) grad_sum) -> Tensor[]",
-    # Where kernels have it: cpu.py, has_product_gradients.
     "cpu_project_backward(Tensor grad_qkv, Tensor x, Tensor qkv_weight, ScalarType dtype,"
-    " bool need_x, bool need_weight)"
-    " -> (Tensor grad_x, Tensor grad_weight)",
+    " bool need_x, bool need_weight, bool need_bias)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
 ):
     library.define(_phase)
 native.load()

@@ -7,7 +7,7 @@ May import: torch.
 
 from __future__ import annotations
 
-import operator
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -99,7 +99,6 @@ ENTRIES: tuple[tuple[int, str], ...] = (
 )
 PATHS: tuple[str, ...] = tuple(f"{OWNERS[i]}.{name}" for i, name in ENTRIES)
 BUFFERS = ("running_mean", "running_var")
-owners_of = operator.itemgetter(*(i for i, _ in ENTRIES))  # of each tensor, from those of OWNERS
 
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -149,6 +148,35 @@ def check_alike(w: MixerWeights) -> bool:
                 f"got {t.dtype} ({remedy})"
             )
     return alike
+
+
+@functools.lru_cache
+def _shapes(c: int) -> tuple[tuple[int, ...], ...]:
+    """Of the 22 tensors with c channels, in order."""
+    by_name = {
+        "qkv_weight": (3 * c, c, 1, 1),
+        "qkv_bias": (3 * c,),
+        "depthwise_weight": (c, 1, 3, 3),
+        "dwc_weight": (c, 1, 3, 3),
+        "proj_weight": (c, 1, 3, 3),
+        "spatial_weight": (1, c, 1, 1),
+        "channel_weight": (c, c, 1, 1),
+    }
+    return tuple(by_name.get(name.rpartition(".")[2], (c,)) for name in NAMES)
+
+
+def check_shapes(w: MixerWeights) -> None:
+    """Raise unless the weights have the shapes that `MixerWeights` and `GateWeights` say.
+
+    Kernels count elements only: they would read another shape with as many elements as if it fitted.
+
+    Raises:
+        ValueError: a weight has another shape (the message names it).
+    """
+    channels = w.qkv_weight.shape[1]
+    for name, t, shape in zip(NAMES, flatten(w), _shapes(channels), strict=True):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"weights.{name}: expected shape {shape}, got {tuple(t.shape)}")
 
 
 def named(w: MixerWeights) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,19 @@
+// AMX: the GEMMs on the matrix unit of recent Xeons; gates and combination are AVX-512's.
+#define CASVIT_ISA amx
+#include "cpu/amx/qkv.h"
+#include "cpu/amx/qkv_backward.h"
+
+namespace casvit {
+
+const Kernels& amx_kernels() {
+  static const Kernels kernels = [] {
+    Kernels k = avx512_kernels();
+    k.name = "amx";
+    k.qkv = amx::QKV_GEMM;
+    k.qkv_backward = amx::QKV_BACKWARD;
+    return k;
+  }();
+  return kernels;
+}
+
+}  // namespace casvit
