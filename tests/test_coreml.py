@@ -701,3 +701,36 @@ def test_numpy_random_state_is_the_callers(tmp_path):
 def test_untrained_weights_are_pointed_out(tmp_path):
     with pytest.warns(UntrainedWeights):
         to_coreml(FusedCATM(4), tmp_path / "m.mlpackage", input_size=4)
+
+
+@pytest.mark.parametrize("moment", ["convert", "compress"])
+def test_a_disk_that_is_full_where_weights_are_written(tmp_path, moment):
+    """coremltools writes them by a library of its own, into the directory for temporary files."""
+    resource = pytest.importorskip("resource")
+    import signal
+
+    import coremltools.optimize.coreml as optimize
+
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
+    path = tmp_path / "m.mlpackage"
+    old_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old_signal = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limited(*arguments, **options):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old_limit[1]))
+        return real(*arguments, **options)
+
+    module, name = {
+        "convert": (convert, "_traced"),
+        "compress": (optimize, "linear_quantize_weights"),
+    }[moment]
+    real = getattr(module, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, limited)
+        try:
+            with pytest.raises(OSError, match=r"^path: .*m\.mlpackage was not written: .*full\?"):
+                to_coreml(model, path, input_size=8, precision="int8")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)
+            signal.signal(signal.SIGXFSZ, old_signal)
+    assert list(tmp_path.iterdir()) == []

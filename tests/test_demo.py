@@ -10,6 +10,7 @@ import os
 import random
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -387,3 +388,20 @@ def test_trained_weights_and_own_photographs(tmp_path):
     assert '<section id="training">' not in page
     assert "<one>" not in page
     assert "&lt;one&gt;" in page
+
+
+def test_a_disk_that_is_full_in_the_end_is_said_in_one_line(tmp_path, monkeypatch):
+    """After minutes of work: the report was writable when they began."""
+
+    def full(self, *arguments, **options):
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(benchmark, "environment", dict)
+    monkeypatch.setattr(Path, "write_text", full)
+    path = tmp_path / "r.html"
+    status, out, err = run("demo", "--quick", "--no-train", "--output", path)
+    assert status == 2
+    assert out == ""
+    said = f"casvit-kernels demo: error: --output: {path} was not written: No space left on device"
+    assert err.splitlines()[-1] == said
+    assert list(tmp_path.iterdir()) == []

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from casvit_kernels import AdditiveTokenMixer, FusedCATM, benchmark, unfuse
+from casvit_kernels import AdditiveTokenMixer, FusedCATM, benchmark, fuse, unfuse
 from casvit_kernels.backends.cpu import CpuBackend
-from casvit_kernels.export import to_coreml, to_onnx
+from casvit_kernels.export import ExportError, Normalization, prepare, to_coreml, to_onnx
 from casvit_kernels.ops.mixer.cpu import CpuKernels
 
 
@@ -269,3 +269,240 @@ def test_train_may_return_none_where_candidates_are_timed():
     x = torch.randn(1, 3, 6, 6)
     candidates = benchmark.model_candidates(model, x, include=("eager", "fused"))
     assert all(call().shape == (1, 8, 6, 6) for call in candidates.values())
+
+
+@torch.autocast("cpu", enabled=False)
+def computed(path, x):
+    """The outputs of an exported file."""
+    if path.suffix == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
+    from casvit_kernels.export.mil import Program
+
+    return Program(path)({"input": x})["output"]
+
+
+def assert_exported(function, path, model, x):
+    """The file computes what ``model`` does in eval mode; returns the report."""
+    options = {"precision": "fp32"}
+    report = function(model, path, example_input=x, **options)
+    alike = copy.deepcopy(model)
+    alike.eval()
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        expected = alike(x)
+    assert (computed(path, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    return report
+
+
+def refusal(function, path, model, x):
+    """Why the model is not exported; None where it is, and then the file computes the model."""
+    try:
+        assert_exported(function, path, model, x)
+    except ExportError as error:
+        assert list(path.parent.iterdir()) == []
+        return str(error)
+    return None
+
+
+class _Residual(FusedCATM):
+    def forward(self, x):
+        return super().forward(x) + x
+
+
+def residual():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), _Residual(8))
+    net[1].load_state_dict(fused_mixer().state_dict())
+    return net.eval()
+
+
+def test_a_subclass_with_its_own_forward_is_exported_as_it_is_or_refused(export):
+    function, path = export
+    said = refusal(function, path, residual(), torch.randn(1, 3, 12, 12))
+    assert said is None or said.startswith("output: 1 (_Residual) computes something else")
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_copy_that_computes_something_else_is_refused(export, monkeypatch, verify):
+    """Whatever it is that makes the copy differ: here its mixer lost the forward of a subclass."""
+    function, path = export
+
+    def lossy(model):
+        copied = copy.deepcopy(model)
+        plain = AdditiveTokenMixer(8)
+        plain.load_state_dict(copied[1].state_dict())
+        copied[1] = plain
+        return copied
+
+    monkeypatch.setattr(prepare, "plain_copy", lossy)
+    with pytest.raises(
+        ExportError, match=r"output: 1 \(_Residual\) computes something else than its copy .*differ"
+    ):
+        function(residual(), path, example_input=torch.randn(1, 3, 12, 12), verify=verify)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_copy_that_is_slightly_off_is_refused(export, monkeypatch):
+    function, path = export
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), fused_mixer()).eval()
+    right = prepare.plain_copy
+
+    def wrong(model):
+        copied = right(model)
+        copied[1].dwc.weight.data *= 1 + 1e-3
+        return copied
+
+    monkeypatch.setattr(prepare, "plain_copy", wrong)
+    with pytest.raises(ExportError, match=r"output: 1 \(FusedCATM\) computes something else"):
+        function(model, path, 8)
+
+
+def test_hooks_that_change_the_result_are_exported(export):
+    function, path = export
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), fused_mixer(), nn.ReLU()).eval()
+    model[1].register_forward_hook(lambda m, args, out: 3 * out)
+    model[1].register_forward_pre_hook(lambda m, args: (args[0] + 1,))
+    model.register_forward_hook(lambda m, args, out: out - 2)
+    assert_exported(function, path, model, torch.randn(1, 3, 6, 6))
+
+
+def test_a_hook_that_runs_in_the_copy_alone_is_refused_or_exported(export):
+    """A fused mixer does not run the hooks of children without weights."""
+    function, path = export
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), fused_mixer()).eval()
+    model[1].oper_q[0].block[4].register_forward_hook(lambda m, args, out: 0.5 * out)
+    said = refusal(function, path, model, torch.randn(1, 3, 6, 6))
+    assert said is None or said.startswith("output: 1 (FusedCATM) computes something else")
+
+
+class _Merging(nn.Module):
+    """A branch that eval() merges into the weights and train() takes out again, as LoRA layers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.mixer = fused_mixer()
+        self.branch = nn.Parameter(torch.randn(8, 3, 1, 1))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.conv.weight.data += self.branch.data * (-1 if mode else 1)
+            self.merged = not mode
+
+    def forward(self, x):
+        weight = self.conv.weight if self.merged else self.conv.weight + self.branch
+        return self.mixer(nn.functional.conv2d(x, weight, self.conv.bias)) * (2 - self.training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_train_method_that_changes_the_result(export, training):
+    function, path = export
+    model = _Merging()
+    model.train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert_exported(function, path, model, torch.randn(1, 3, 6, 6))
+    assert model.training is training
+    assert model.merged is not training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_of_any_dtype_are_held_to_their_copy(export, dtype):
+    function, path = export
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), fused_mixer()).to(dtype)
+    report = function(model, path, 6, precision="fp32")
+    expected = copy.deepcopy(model).float().eval()(torch.ones(1, 3, 6, 6))
+    torch.testing.assert_close(computed(path, torch.ones(1, 3, 6, 6)), expected)
+    assert any("float32 copy" in note for note in report.notes)
+
+
+def test_a_model_for_kernels_of_another_machine(export):
+    function, path = export
+    model = fused_mixer(backend="cuda")
+    report = function(model, path, example_input=torch.randn(1, 8, 6, 6), precision="fp32")
+    assert any("its kernels cannot run here: " in note for note in report.notes)
+    assert model.backend == "cuda"
+
+
+def test_normalisation_inside_is_no_difference(export):
+    function, path = export
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), fused_mixer()).eval()
+    function(model, path, 8, normalize=Normalization(top=255.0))
+
+
+def test_autocast_of_the_caller_is_no_difference(export):
+    function, path = export
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), fused_mixer()).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_exported(function, path, model, torch.randn(1, 3, 6, 6))
+
+
+class _Adapter(nn.Module):
+    """A low-rank branch beside a convolution, as peft puts it there."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, channels = base, base.in_channels
+        self.a = nn.Conv2d(channels, 4, 1, bias=False)
+        self.b = nn.Conv2d(4, base.out_channels, 1, bias=False)
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+class _Wrapper(nn.Module):
+    """Without the attributes of what it wraps."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("child", "wrapper"),
+    [("qkv", _Adapter), ("proj", _Wrapper), ("oper_q", _Wrapper), ("proj_drop", _Wrapper)],
+)
+def test_children_that_are_no_published_ones(export, child, wrapper, fused):
+    """Put there after fuse: the file computes what they say, or there is none."""
+    function, path = export
+    plain = AdditiveTokenMixer(8)
+    plain.load_state_dict(fused_mixer().state_dict())
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), plain).eval()
+    if fused:
+        fuse(model)
+    setattr(model[1], child, wrapper(getattr(model[1], child)))
+    said = refusal(function, path, model, torch.randn(1, 3, 6, 6))
+    if fused:
+        assert said is None or "computes something else" in said or "cannot compute" in said
+    else:
+        assert said is None
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_channels_of_an_adapted_model_are_not_padded(tmp_path, verify):
+    """A padded network is built from the state dict: hooks and other children would be lost."""
+    pytest.importorskip("coremltools")
+    path = tmp_path / "m.mlpackage"
+    options = {"pad_channels": True, "example_input": torch.randn(1, 12, 6, 6), "verify": verify}
+    mixer = fused_mixer(12)
+    mixer.register_forward_hook(lambda m, args, out: 2 * out)
+    with pytest.raises(
+        ExportError, match=r"output: .* with padded channels it is another function"
+    ):
+        to_coreml(mixer, path, **options)
+    mixer = AdditiveTokenMixer(12).eval()
+    mixer.qkv = _Adapter(mixer.qkv)
+    with pytest.raises(ValueError, match=r"pad_channels: .*whose qkv is a _Adapter"):
+        to_coreml(mixer, path, **options)
+    assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from .. import __version__
+from .._files import NotWritten
 from ..demo.results import finite
 from ..export import ExportError
 from . import bench, demo, export, info, parity
@@ -44,7 +45,7 @@ def _run(argv: Sequence[str] | None) -> int:
             warnings.filterwarnings("ignore", module=r"(?!casvit_kernels)")
             logging.getLogger("torch").setLevel(logging.ERROR)
             outcome: Outcome = arguments.verb(arguments)
-    except Refused as error:
+    except (Refused, NotWritten) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ExportError as error:

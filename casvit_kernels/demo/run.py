@@ -55,7 +55,11 @@ class Demo:
         self.reference = network.build(options.model, options.checkpoint, options.seed)
 
     def run(self) -> results.Results:
-        """All steps; the report is written unless parity failed."""
+        """All steps; the report is written unless parity failed.
+
+        Raises:
+            NotWritten: the report could not be written, though it could be at the start.
+        """
         options, pictures = self.options, self.photographs
         x = pictures.batch()
         if options.checkpoint is None:
@@ -95,7 +99,8 @@ class Demo:
             gates=[results.GateRange(g.mixer, _range(g.q), _range(g.k)) for g in maps],
             report=str(options.output),
         )
-        _files.write_text(options.output, report.render(found, pictures.pixels, maps))
+        page = report.render(found, pictures.pixels, maps)
+        _files.write_text(options.output, page, "--output")
         return found
 
     def _facts(self, mixers: int) -> results.ModelFacts:

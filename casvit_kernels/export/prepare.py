@@ -19,6 +19,7 @@ from .._version import __version__
 from ..models.checkpoint import config_of
 from ..models.rcvit import CONFIGS
 from ..surgery.fold import FoldReport, fold_for_inference, plain_copy
+from .given import Given, use_reference
 from .inputs import Normalization, noise, resized
 from .report import UntrainedWeights
 
@@ -39,7 +40,8 @@ class Flat(nn.Module):
         self.model = model
         self.normalized = normalize is not None
         if normalize is not None:
-            like = next(iter(model.parameters()))
+            tensors = (*model.parameters(), *model.buffers())
+            like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
             mean, std = (
                 torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
                 for values in (normalize.mean, normalize.std)
@@ -48,9 +50,12 @@ class Flat(nn.Module):
             self.register_buffer("shift", (-mean / std).to(like.dtype))
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
-        x = input * self.scale + self.shift if self.normalized else input
-        leaves = _pytree.tree_leaves(self.model(x))
+        leaves = _pytree.tree_leaves(self.model(self.model_input(input)))
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    def model_input(self, input: Tensor) -> Tensor:
+        """What ``model`` receives."""
+        return input * self.scale + self.shift if self.normalized else input
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,13 @@ def prepare(
     fold: bool = True,
     normalize: Normalization | bool = False,
 ) -> Prepared:
-    """Check the arguments, copy the model and run it once in float64.
+    """Check the arguments, copy the model, and hold the copy to the model.
 
     Warns `UntrainedWeights` where every BatchNorm has its initial statistics.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or the model cannot compute such an input.
+        ExportError: the copy with plain mixers computes something else than the model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -121,6 +127,7 @@ def prepare(
     source = plain_copy(model)
     source.eval()  # not chained: overridden in published code, it returns None
     source.requires_grad_(False)
+    use_reference(source)  # where a fused mixer stayed: float64 and every tracer take the formulas
     plain = Flat(copy.deepcopy(source).float(), inside)
     truth = Flat(copy.deepcopy(source).double(), inside)
     try:
@@ -137,6 +144,13 @@ def prepare(
         ) from error
     if not outputs:
         raise ValueError("model: expected an output with at least one tensor, got none")
+    names = _output_names(model, len(outputs))
+    given = Given(model)
+    with torch.no_grad():
+        own, x = plain(example), plain.model_input(example)
+    given.hold(plain.model, x, own, outputs, names)
+    if given.note is not None:
+        notes.append(given.note)
     exported = source.float()
     if fold:
         exported = _folded(exported, example)
@@ -148,7 +162,7 @@ def prepare(
         truth,
         example,
         tuple(tuple(out.shape) for out in outputs),
-        _output_names(model, len(outputs)),
+        names,
         tuple(notes),
         _metadata(model, outputs, inside),
         inside,
@@ -226,6 +240,8 @@ def strides_fit(model: nn.Module) -> Iterator[None]:
     """
 
     def check(conv: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if not arguments:  # called by keyword
+            return
         stride, size = conv.stride, tuple(arguments[0].shape[-2:])
         if any(s > n for s, n in zip(stride, size, strict=True)):  # type: ignore[arg-type]
             strided = sum(isinstance(m, nn.Conv2d) and max(m.stride) > 1 for m in model.modules())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,19 @@ from .mil import Operation, Program
 
 PRECISIONS = ("fp16", "fp32", "int8", "palettized")
 PALETTE_BITS = 6
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """coremltools writes weights by a library that calls a full disk a RuntimeError: raise OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Writer]" not in str(error):  # [MIL FileWriter], [MIL StorageWriter]
+            raise
+        raise OSError(
+            f"coremltools cannot write weights to {tempfile.gettempdir()} (is it full?): {error}"
+        ) from error
 
 
 def oldest_target(precision: str, calibrated: bool) -> str:
@@ -41,12 +55,12 @@ def compress(
     """
     optimize = need("coremltools.optimize.coreml", "export")
     if not draft.exists():
-        with quiet():
+        with quiet(), disk_errors():
             package.save(str(draft))
     program = Program(draft)
     gates = gate_convolutions(program)
     kept = dict.fromkeys(gates)
-    with quiet():
+    with quiet(), disk_errors():
         if precision == "palettized":
             entries = optimize.OpPalettizerConfig(mode="kmeans", nbits=PALETTE_BITS)
             config = optimize.OptimizationConfig(global_config=entries, op_name_configs=kept)

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from ..._optional import need
 from ..._version import __version__
-from ...surgery.fold import plain_copy
+from ...testing.numerics import against_truth
 from ..converters import culprit, quiet
+from ..given import FACTOR, FLOOR
 from ..prepare import Flat, Prepared, prepare
 from ..report import ExportError, UntrainedWeights
+from .compress import disk_errors
 from .options import Options
 from .padding import padded
 
@@ -46,9 +48,13 @@ def numpy_random_state() -> Iterator[None]:
 
 
 def for_neural_engine(
-    prepared: Prepared, model: nn.Module, options: Options, fold: bool, pad: bool
+    prepared: Prepared, options: Options, fold: bool, pad: bool
 ) -> tuple[Prepared, tuple[str, ...]]:
-    """The model as it is converted, and what was done for the Neural Engine."""
+    """The model as it is converted, and what was done for the Neural Engine.
+
+    Raises:
+        ExportError: the network with padded channels is another function.
+    """
     done = []
     if fold:
         done.append("BatchNorm folded into convolutions and linear layers where it can be")
@@ -57,18 +63,34 @@ def for_neural_engine(
     if options.batch[0] == options.batch[1] and len(options.sizes) == 1:
         done.append("fixed input shape")
     if pad:
-        wide, report = padded(plain_copy(model).float())
+        wide, report = padded(prepared.plain.model)
         if report.changed:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UntrainedWeights)  # said once already
                 again = prepare(
                     wide, 224, 1, prepared.example, fold=fold, normalize=prepared.normalize or False
                 )
+            _check_padded(prepared, again.plain)
             prepared = dataclasses.replace(prepared, exported=again.exported)
             done.append(f"channels padded with zeros: {report.before} to {report.after}")
         else:
             done.append("channels are multiples of 8 as they are")
     return prepared, tuple(done)
+
+
+def _check_padded(prepared: Prepared, wide: nn.Module) -> None:
+    """The padded network is built from a state dict, which does not tell all that a model computes."""
+    x = prepared.example
+    with torch.no_grad():
+        results = wide(x), prepared.plain(x), prepared.truth(x.double())
+    for name, got, own, truth in zip(prepared.output_names, *results, strict=True):
+        found = against_truth(got, own, truth)
+        if not found.largest <= found.bound(FACTOR, FLOOR):
+            raise ExportError(
+                f"{name}: the exported program differs from the model: with padded channels it is "
+                f"another function (by {found.largest:.3g}, expected at most "
+                f"{found.bound(FACTOR, FLOOR):.3g}); leave pad_channels out"
+            )
 
 
 class _Softmax(nn.Module):
@@ -99,7 +121,7 @@ def to_program(coremltools: Any, prepared: Prepared, options: Options) -> Any:
         else (coremltools.precision.FLOAT16)
     )
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), disk_errors():
             return coremltools.convert(
                 _traced(model, prepared, options),
                 convert_to="mlprogram",
@@ -162,6 +184,6 @@ def save(coremltools: Any, package: Any, prepared: Prepared, options: Options, d
     package.short_description = f"{metadata['model']}, input {metadata['input range']}"
     package.version = __version__
     package.user_defined_metadata.update(metadata)
-    with quiet():
+    with quiet(), disk_errors():
         package.save(str(draft))
     return draft

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ..calibration import images as calibration_images
@@ -77,7 +78,7 @@ def to_coreml(
 
     Raises:
         TypeError, ValueError: an argument does not fit, or the model cannot compute such an input.
-        FileExistsError, OSError: ``path`` exists, or its directory cannot be written to.
+        FileExistsError, OSError: ``path`` exists, or cannot be written to.
         ImportError: coremltools is missing.
         ExportError: the model cannot be converted, or the package was written and failed its check; it
             is removed.
@@ -101,7 +102,11 @@ def to_coreml(
             "normalize: expected a Normalization from 0 to 255 with image_input (False takes the "
             "published one), got True"
         )
-    with convert.numpy_random_state(), staged(path, ".mlpackage", overwrite) as (final, draft):
+    with (
+        torch.autocast("cpu", enabled=False),
+        convert.numpy_random_state(),
+        staged(path, ".mlpackage", overwrite, folder=True) as (final, draft),
+    ):
         prepared = prepare(model, input_size, low, example_input, fold=fold, normalize=normalize)
         given = prepared.example.shape[0]
         if isinstance(batch, int):
@@ -120,7 +125,7 @@ def to_coreml(
         )
         check_input(prepared, options)
         chosen = None if calibration is None else calibration_images(prepared, calibration)
-        prepared, done = convert.for_neural_engine(prepared, model, options, fold, pad_channels)
+        prepared, done = convert.for_neural_engine(prepared, options, fold, pad_channels)
         package = convert.to_program(coremltools, prepared, options)
         notes = [*prepared.notes]
         errors, check = None, None

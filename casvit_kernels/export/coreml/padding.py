@@ -104,6 +104,11 @@ def padded(model: nn.Module, multiple: int = MULTIPLE) -> tuple[nn.Module, PadRe
 
 
 def _padded_mixer(mixer: AdditiveTokenMixer, multiple: int) -> tuple[nn.Module, PadReport]:
+    if not isinstance(mixer.qkv, nn.Conv2d):
+        raise ValueError(
+            f"pad_channels: expected the published mixer, got one whose qkv is a "
+            f"{type(mixer.qkv).__name__}"
+        )
     dim = mixer.qkv.in_channels
     report = PadReport((dim,), (_up(dim, multiple),))
     if not report.changed:
@@ -150,7 +155,7 @@ def _fill(wide: nn.Module, state: dict[str, Tensor], what: str) -> None:
 def _take_eps(wide: nn.Module, model: nn.Module) -> None:
     for name, norm in wide.named_modules():
         if isinstance(norm, nn.BatchNorm2d):
-            norm.eps = model.get_submodule(name).eps  # type: ignore[assignment]
+            norm.eps = getattr(model.get_submodule(name), "eps", norm.eps)
 
 
 def _up(number: int, multiple: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ..._optional import need
@@ -69,7 +70,7 @@ def to_onnx(
 
     Raises:
         TypeError, ValueError: an argument does not fit, or the model cannot compute such an input.
-        FileExistsError, OSError: ``path`` exists, or its directory cannot be written to.
+        FileExistsError, OSError: ``path`` exists, or cannot be written to.
         ImportError: a package of the ``export`` extra is missing.
         ExportError: the model cannot be exported (the module is named), or the file was written and
             failed its check; it is removed.
@@ -77,9 +78,10 @@ def to_onnx(
     for package in ("onnx", "onnxscript", "onnxruntime"):
         need(package, "export")
     _check_arguments(batch, opset, precision, calibration)
-    with staged(path, ".onnx", overwrite) as (final, draft):
-        if final.is_dir():
-            raise IsADirectoryError(f"path: expected a file name, got the directory {final}")
+    with (
+        torch.autocast("cpu", enabled=False),
+        staged(path, ".onnx", overwrite, folder=False) as (final, draft),
+    ):
         dynamic = write.Dynamic(batch == "dynamic", dynamic_size)
         count = 1 if isinstance(batch, str) else batch
         prepared = prepare(model, input_size, count, example_input, fold=fold, normalize=normalize)
