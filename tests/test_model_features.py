@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from casvit_kernels import fuse
 from casvit_kernels.models import Config, RCViT
 
 TINY = Config((1, 1, 2, 1), (8, 12, 16, 20))
@@ -129,6 +130,7 @@ def test_the_signatures_are_those_of_a_timm_cnn() -> None:
     for method in (
         "forward_intermediates",
         "prune_intermediate_layers",
+        "set_grad_checkpointing",
         "group_matcher",
         "forward_head",
     ):
@@ -253,6 +255,108 @@ def test_layers_have_their_order_for_layerwise_learning_rates() -> None:
     assert len({group["lr_scale"] for group in groups}) == 7
 
 
+class Recomputed:
+    """Counts the calls of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.count = 0
+        module.register_forward_pre_hook(self)
+
+    def __call__(self, *args: Any) -> None:
+        self.count += 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fork_feat", [False, True])
+def test_checkpointed_blocks_train_as_the_others(fork_feat: bool, fused: bool) -> None:
+    options = {"fork_feat": fork_feat, "fused": fused, "drop_path_rate": 0.3, "drop_rate": 0.1}
+    plain, model = tiny(**options).train(), tiny(**options).train()
+    model.set_grad_checkpointing()
+    calls = Recomputed(model.network[4][1].mlp)
+    frozen = [m.network[2][0].norm1.eval() for m in (plain, model)]
+    frozen[0].running_mean.fill_(0.5)
+    frozen[1].running_mean.fill_(0.5)
+    for _ in range(2):
+        x = torch.randn(4, 3, 64, 64)
+        results = []
+        for m in (plain, model):
+            torch.manual_seed(5)
+            outputs = m(x)
+            sum(o.square().sum() for o in outputs).backward()
+            results.append(outputs)
+        for ours, theirs in zip(*results, strict=True):
+            assert torch.equal(ours, theirs)
+    assert calls.count == 4
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+    # Written once a step, into the buffers that were there.
+    before = statistics(plain)
+    for name, buffer in statistics(model).items():
+        assert torch.equal(buffer, before[name]), name
+    assert int(model.network[0][0].norm1.num_batches_tracked) == 2
+    assert int(frozen[1].num_batches_tracked) == 0
+
+
+def test_checkpointing_alone_would_write_statistics_twice() -> None:
+    # What set_grad_checkpointing avoids, and timm's models do.
+    norm = nn.Sequential(nn.BatchNorm2d(3))
+    out = torch.utils.checkpoint.checkpoint(norm, torch.randn(2, 3, 4, 4), use_reentrant=False)
+    out.sum().backward()
+    assert int(norm[0].num_batches_tracked) == 2
+
+
+def test_checkpointing_can_be_repeated_and_switched_off() -> None:
+    model = tiny().train()
+    model.set_grad_checkpointing()
+    calls = Recomputed(model.network[0][0].mlp)
+    buffers = [id(buffer) for buffer in model.buffers()]
+    head, _ = model(torch.randn(2, 3, 64, 64))
+    head.sum().backward(retain_graph=True)
+    head.sum().backward()
+    assert calls.count == 3
+    assert [id(buffer) for buffer in model.buffers()] == buffers
+    assert int(model.network[0][0].norm1.num_batches_tracked) == 1
+    with torch.no_grad():
+        model(torch.randn(2, 3, 64, 64))
+    assert calls.count == 4
+    model.set_grad_checkpointing(False)
+    model(torch.randn(2, 3, 64, 64))[0].sum().backward()
+    assert calls.count == 5
+
+
+def test_an_error_in_the_recomputation_leaves_the_statistics() -> None:
+    model = tiny().train()
+    model.set_grad_checkpointing()
+    block = model.network[0][0]
+    out = model(torch.randn(2, 3, 64, 64))[0].sum()
+    before = statistics(model)
+    block.mlp.register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        out.backward()
+    after = statistics(model)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_checkpointing_leaves_traces_and_compilers_alone() -> None:
+    model = tiny().eval()
+    expected = tiny().eval()
+    model.set_grad_checkpointing()
+    x = torch.randn(1, 3, 64, 64)
+    traced = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(traced(x), expected(x))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected(x))
+
+
+def test_checkpointing_holds_after_fuse() -> None:
+    model = tiny().train()
+    model.set_grad_checkpointing()
+    fuse(model)
+    calls = Recomputed(model.network[0][0].mlp)
+    model(torch.randn(2, 3, 64, 64))[0].sum().backward()
+    assert calls.count == 2
+
+
 class WithoutReturn(RCViT):
     """As detection code overrides it: BatchNorms stay in eval, and nothing is returned."""
 
@@ -267,6 +371,7 @@ class WithoutReturn(RCViT):
 def test_a_subclass_whose_train_returns_nothing(fork_feat: bool) -> None:
     model = WithoutReturn(TINY, num_classes=5, fork_feat=fork_feat)
     model.train()
+    model.set_grad_checkpointing()
     x = torch.randn(2, 3, 64, 64)
     before = statistics(model)
     sum(o.sum() for o in model(x)).backward()

@@ -9,10 +9,12 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..module import FusedCATM
 from ..ops.mixer.reference import AdditiveTokenMixer
@@ -109,7 +111,12 @@ class AdditiveBlock(nn.Module):
         mixer: makes the token mixer for C channels, here so that random draws keep their order.
         drop: dropout probability in the Mlp.
         drop_path: probability of dropping the mixer's and the Mlp's branch of a sample.
+
+    With ``grad_checkpointing`` (see `RCViT.set_grad_checkpointing`) the backward computes the block
+    again instead of keeping its activations.
     """
+
+    grad_checkpointing = False
 
     def __init__(
         self, dim: int, mixer: Callable[[int], nn.Module], drop: float, drop_path: float
@@ -123,10 +130,56 @@ class AdditiveBlock(nn.Module):
         self.mlp = Mlp(dim, drop=drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled() and not _recorded(x):
+            return self._checkpointed(x)
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
         x = x + self.local_perception(x)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x
+
+    def _checkpointed(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # recomputes products only, never a write to a buffer
+            out: Tensor = checkpoint(self._compute, x, use_reentrant=False)
+            return out
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), _KeptStatistics(self)
+
+        out = checkpoint(self._compute, x, use_reentrant=False, context_fn=contexts)
+        return out
+
+
+class _KeptStatistics(AbstractContextManager[None]):
+    """Inside, the training BatchNorms of a module write their statistics into copies.
+
+    `torch.utils.checkpoint` alone runs a block twice in a step, and each run moves the running
+    statistics and counts a batch. The copies have the same shapes, so that the recomputation saves
+    for the backward what the first run did. Entered once for each backward through the block.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._kept: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+
+    def __enter__(self) -> None:
+        for module in self._module.modules():
+            if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                buffers = module._buffers
+                self._kept.append((module, dict(buffers)))
+                buffers.update({name: b if b is None else b.clone() for name, b in buffers.items()})
+
+    def __exit__(self, *error: object) -> None:
+        while self._kept:
+            module, buffers = self._kept.pop()
+            module._buffers.update(buffers)
+
+
+def _recorded(x: Tensor) -> bool:
+    """Whether the call is recorded into a graph, which is to hold plain operations."""
+    return isinstance(x, fx.Proxy) or exporting()
 
 
 class RCViT(nn.Module):
@@ -347,6 +400,17 @@ class RCViT(nn.Module):
                 self.norm = nn.Identity()
             if prune_head or cut:
                 self.reset_classifier(0, "")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward (`torch.utils.checkpoint`) instead of keeping it.
+
+        Outputs, gradients and random draws are those without it. So are the running statistics of
+        BatchNorm: the recomputation leaves them alone. (With `torch.utils.checkpoint` alone, and in
+        timm's models, one step moves them twice.) Exports and `torch.fx` record plain blocks.
+        """
+        for module in self.modules():
+            if isinstance(module, AdditiveBlock):
+                module.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups by depth for timm's layer-wise learning rates.
