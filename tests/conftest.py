@@ -52,7 +52,11 @@ def pytest_terminal_summary(terminalreporter):
 
 def pytest_configure():
     # Small tensors: more threads only make the tests slower. A test may set its own number.
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+        torch.set_num_threads(1)
+    else:
+        torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,8 @@
     python tests/mutate.py                 all; a table; exit status 1 where one goes unnoticed
     python tests/mutate.py "halo row"      those whose name contains this
 
-Works in a copy of the checkout, whose library it builds once and then in parts. Of the quick suite it runs
-the files named beside each mutation, and stops at the first failure: a few minutes for all on two cores.
+Works in a copy of the checkout, whose library it builds once and then in parts. Of the quick suite it
+runs the files named beside each mutation, up to the first failure: minutes for all on two cores.
 """
 
 from __future__ import annotations
