@@ -29,6 +29,7 @@ except ImportError:  # Windows: folders of dead processes are left alone
     fcntl = None  # type: ignore[assignment]
 
 _SUFFIX = ".part"
+_LOCK = "lock"  # in the hidden folder: locked by its writer
 _OLD = "replaced"  # in the hidden folder: what was at the target before
 _NO_REPLACE, _EXCHANGE = "no replace", "exchange"
 # Flags of renameat2 (Linux) and renamex_np (macOS).
@@ -85,9 +86,7 @@ def staged(target: Path, overwrite: bool = True, argument: str = "path") -> Iter
         reason = _reason(error, folder)
         raise NotWritten(error.errno, f"{argument}: {target} was not written: {reason}") from error
     finally:
-        _clear(folder, target)
-        if lock is not None:
-            os.close(lock)
+        _clear(folder, target, lock)
 
 
 def write_text(target: Path, text: str, argument: str = "path") -> None:
@@ -113,8 +112,7 @@ def recover(target: Path) -> None:
             with contextlib.suppress(OSError):
                 lock = _lock(folder)
                 if lock is not None:
-                    _clear(folder, target)
-                    os.close(lock)
+                    _clear(folder, target, lock)
 
 
 def check_writable(path: Path, argument: str) -> None:
@@ -174,12 +172,14 @@ def _hidden_folder(target: Path) -> tuple[Path, int | None]:
 def _lock(folder: Path) -> int | None:
     """Lock a hidden folder as long as this process lives; None if another process has it.
 
+    By a file in it: network file systems do not lock folders.
+
     Raises:
         OSError: the folder is gone, or the system has no such locks.
     """
     if fcntl is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -191,11 +191,15 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _clear(folder: Path, target: Path) -> None:
+def _clear(folder: Path, target: Path, lock: int | None) -> None:
     """Remove a hidden folder; what it was about to replace goes back if nothing took its place."""
     old = folder / _OLD
-    if os.path.lexists(old) and not os.path.lexists(target):
-        os.rename(old, target)
+    try:
+        if os.path.lexists(old) and not os.path.lexists(target):
+            os.rename(old, target)
+    finally:
+        if lock is not None:  # before it is removed: network file systems keep open files
+            os.close(lock)
     shutil.rmtree(folder, ignore_errors=True)
 
 

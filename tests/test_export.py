@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from casvit_kernels import AdditiveTokenMixer, FusedCATM, benchmark, fuse, unfuse
+from casvit_kernels import AdditiveTokenMixer, FusedCATM, UnfusedWarning, benchmark, fuse, unfuse
 from casvit_kernels.backends.cpu import CpuBackend
 from casvit_kernels.export import ExportError, Normalization, prepare, to_coreml, to_onnx
 from casvit_kernels.ops.mixer.cpu import CpuKernels
@@ -286,8 +286,9 @@ def computed(path, x):
 
 def assert_exported(function, path, model, x):
     """The file computes what ``model`` does in eval mode; returns the report."""
-    options = {"precision": "fp32"}
-    report = function(model, path, example_input=x, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnfusedWarning)  # only calls of the model itself may warn
+        report = function(model, path, example_input=x, precision="fp32")
     alike = copy.deepcopy(model)
     alike.eval()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):

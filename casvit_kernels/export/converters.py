@@ -33,7 +33,7 @@ def culprit(
         for m in model.modules()
     ]
     try:
-        with torch.no_grad():
+        with quiet(), torch.no_grad():
             model(example)
     finally:
         for handle in handles:

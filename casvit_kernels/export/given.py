@@ -9,6 +9,7 @@ replaced. So the model itself, in eval mode, must give the outputs of the copy.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from ..module import FusedCATM
+from ..module import FusedCATM, UnfusedWarning
 from ..testing.numerics import AgainstTruth, against_truth, without_tf32
 from .report import ExportError
 
@@ -71,7 +72,13 @@ class Given:
     def _run(self, x: Tensor) -> tuple[Tensor, ...]:
         first = next((t for t in (*self.model.parameters(), *self.model.buffers())), x)
         kind = first.device.type
-        with torch.no_grad(), without_tf32(kind), torch.autocast(kind, enabled=False):
+        with (
+            torch.no_grad(),
+            without_tf32(kind),
+            torch.autocast(kind, enabled=False),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore", UnfusedWarning)  # speed does not matter here
             leaves = _pytree.tree_leaves(self.model(x.to(first.device)))
         return tuple(leaf.cpu() for leaf in leaves if isinstance(leaf, Tensor))
 

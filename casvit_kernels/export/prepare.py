@@ -18,6 +18,7 @@ from .._optional import MissingExtra
 from .._version import __version__
 from ..models.checkpoint import config_of
 from ..models.rcvit import CONFIGS
+from ..module import UnfusedWarning
 from ..surgery.fold import FoldReport, fold_for_inference, plain_copy
 from .given import Given, use_reference
 from .inputs import Normalization, noise, resized
@@ -253,7 +254,9 @@ def strides_fit(model: nn.Module) -> Iterator[None]:
         m.register_forward_pre_hook(check) for m in model.modules() if isinstance(m, nn.Conv2d)
     ]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnfusedWarning)  # of these hooks
+            yield
     finally:
         for handle in handles:
             handle.remove()
