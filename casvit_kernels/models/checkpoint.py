@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .rcvit import CONFIGS, Config
+from .reading import CheckpointError, read
+
+__all__ = ["CheckpointError", "LoadReport", "config_of", "load_checkpoint"]
 
 _HEADS = ("head.weight", "head.bias", "dist_head.weight", "dist_head.bias")
 _FINAL_NORM = tuple(
     f"norm.{name}"
     for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 )
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded into this model; the message says why."""
 
 
 class LoadReport(NamedTuple):
@@ -68,7 +65,8 @@ def load_checkpoint(
             final norm of a classifier. Shapes must agree either way.
 
     From a file only tensors and plain data are read (and `argparse.Namespace`, which published ones
-    carry); one that asks for anything else is refused before its code could run.
+    carry); one that asks for anything else is refused before its code could run, one whose entries
+    unpack to more than the file before they are unpacked.
 
     Returns:
         A `LoadReport`. Heads left out because of their number of classes are also warned about.
@@ -81,15 +79,7 @@ def load_checkpoint(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if isinstance(path_or_dict, Mapping):
-        source, content = "path_or_dict", path_or_dict
-    elif isinstance(path_or_dict, str | os.PathLike):
-        path = Path(path_or_dict)
-        source, content = str(path), _read(path)
-    else:
-        raise TypeError(
-            f"path_or_dict: expected a path or a mapping, got {type(path_or_dict).__name__}"
-        )
+    source, content = read(path_or_dict)
     weights = _clean(_select(content, use_ema, source), source)
 
     # The model's own key for each clean key; the wrappers' prefixes go on both sides.
@@ -121,45 +111,6 @@ def load_checkpoint(
             stacklevel=2,
         )
     return report
-
-
-def _read(path: Path) -> Any:
-    expected = f"{path}: expected a checkpoint written by torch.save"
-    if path.is_dir():
-        raise CheckpointError(f"{expected}, got a directory")
-    try:
-        file = path.open("rb")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(error.errno, f"{expected}, got no such file", str(path)) from None
-    with file:
-        head = file.read(24)
-        if not head:
-            raise CheckpointError(f"{expected}, got an empty file")
-        # A zip archive, or a pickle of the format before it.
-        if not head.startswith((b"PK\x03\x04", b"\x80")):
-            raise CheckpointError(f"{expected}, got a file that begins with {head!r}")
-        file.seek(0)
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            # What a damaged file makes the reader raise can be anything.
-            raise CheckpointError(f"{expected}, got {_why_unreadable(error)}") from error
-
-
-def _why_unreadable(error: Exception) -> str:
-    text = str(error)
-    refused = re.search(r"(?:GLOBAL|class|type) ([A-Za-z_][\w.]*\.[\w.]*\w)", text)
-    if "weights_only" in text and refused:
-        return (
-            f"one that holds {refused[1]}: only tensors and plain data are read, because anything "
-            "else could run code"
-        )
-    if "TorchScript" in text:
-        return "a TorchScript archive"
-    if "PytorchStreamReader" in text or "EOF" in text or isinstance(error, EOFError):
-        return "a file that is truncated or damaged"
-    return "a file that is damaged or holds something else"
 
 
 def _select(content: Any, use_ema: bool, source: str) -> Mapping[str, Any]:
