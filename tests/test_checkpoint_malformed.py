@@ -7,12 +7,15 @@ import io
 import os
 import socket
 import zipfile
+from collections import UserDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from casvit_kernels.models import CheckpointError, Config, RCViT, load_checkpoint
 
@@ -38,6 +41,123 @@ def refuses(
     for text in ("expected", *expected):
         assert text in message
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+class Labelled(Tensor):
+    """A tensor of somebody's own class."""
+
+
+def nested(*shape: int) -> Tensor:
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+def freed(*shape: int) -> Tensor:
+    tensor = torch.ones(shape or 20)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def fake(*shape: int) -> Tensor:
+    with FakeTensorMode():
+        return torch.ones(shape or 20)
+
+
+ODD: dict[str, Callable[[], Tensor]] = {
+    "a nested tensor": nested,
+    "NestedTensor": lambda: torch.nested.nested_tensor(
+        [torch.ones(2), torch.ones(3)], layout=torch.jagged
+    ),
+    "torch.sparse_coo": lambda: torch.ones(20).to_sparse(),
+    "torch.quint8": lambda: torch.quantize_per_tensor(torch.ones(20), 0.1, 0, torch.quint8),
+    "device meta": lambda: torch.ones(20, device="meta"),
+    "a FakeTensor": fake,
+    "a Labelled": lambda: torch.ones(20).as_subclass(Labelled),
+    "whose storage was freed": freed,
+    "torch.complex64": lambda: torch.ones(20, dtype=torch.complex64),
+    "torch.bool": lambda: torch.ones(20, dtype=torch.bool),
+    "torch.int32": lambda: torch.ones(20, dtype=torch.int32),
+    "got ()": lambda: torch.ones(()),
+    "got (20, 1)": lambda: torch.ones(20, 1),
+    "got (1000000000000,)": lambda: torch.ones(1).expand(10**12),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # nested and quantized tensors warn of their future
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("expected", ODD)
+def test_tensors_without_plain_values(expected: str, strict: bool) -> None:
+    good = tiny(2).state_dict()
+    refuses({**good, KEY: ODD[expected]()}, "path_or_dict: 1 tensors", KEY, expected, strict=strict)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "key",
+    [
+        "patch_embed.0.weight",
+        "network.0.0.norm1.weight",
+        "network.6.0.norm1.weight",
+        "head.weight",
+        "head.bias",
+        "norm.num_batches_tracked",
+    ],
+)
+@pytest.mark.parametrize("make", [nested, fake, freed, lambda *shape: torch.ones(1, *shape)])
+def test_odd_tensors_where_the_size_is_read(key: str, make: Callable[..., Tensor]) -> None:
+    good = tiny(2).state_dict()
+    odd = make(*good[key].shape)
+    for state in ({**good, key: odd}, {key: odd}):
+        refuses(state, "path_or_dict", key, strict=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_odd_tensors_that_are_left_out_do_not_matter() -> None:
+    for make in (nested, fake, freed):
+        state = {**tiny(2).state_dict(), "neck.weight": make()}
+        assert load_checkpoint(tiny(), state).skipped.keys() == {"neck.weight"}
+        refuses({**tiny(2).state_dict(), "other.weight": make()}, "other.weight")
+
+
+def test_float8_weights_fit() -> None:
+    state = {**tiny(2).state_dict(), KEY: torch.ones(20).to(torch.float8_e4m3fn)}
+    model = tiny()
+    load_checkpoint(model, state)
+    assert torch.equal(model.state_dict()[KEY], torch.ones(20))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({None: torch.ones(1)}, "got Tensor under None"),
+        ({("a", 1): torch.ones(1)}, "got Tensor under ('a', 1)"),
+        ({b"head.bias": torch.ones(1)}, "got Tensor under b'head.bias'"),
+        ({"\udcff\udcfe.weight": torch.ones(1)}, "\\udcff\\udcfe.weight"),
+        ({"a" * 10**6: torch.ones(1)}, "aaa..."),
+        ({"b" * 10**6: 3, "a": torch.ones(1)}, "got int under 'bbb"),
+        ({"model": {"state_dict": {"a": torch.ones(1)}}}, "its entries: 'state_dict'"),
+        ({"model": [torch.ones(1)]}, "under 'model', got list"),
+        ({"model": nn.Linear(2, 2)}, "under 'model', got Linear"),
+        ({"head.bias": nn.Linear(2, 2)}, "its entries: 'head.bias'"),
+        ({"": torch.ones(1)}, "''"),
+        ({"....": torch.ones(1)}, "'....'"),
+        ({"module": torch.ones(1)}, "''"),
+        ({"backbone": torch.ones(1)}, "'backbone'"),
+        ({"model.ema.": torch.ones(1)}, "'model.ema.'"),
+        (UserDict(), "without any"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_state_dicts_that_are_none(content: Any, expected: str, strict: bool) -> None:
+    refuses(content, "path_or_dict: ", expected, strict=strict)
+    refuses(content, "path_or_dict: ", use_ema=True, strict=strict)
+
+
+def test_odd_keys_beside_good_ones() -> None:
+    state = {**tiny(2).state_dict(), "\udcff.weight": torch.ones(1), "a" * 10**6: torch.ones(1)}
+    refuses(state, "has 2 the model lacks (\\udcff.weight")
+    report = load_checkpoint(tiny(), state, strict=False)
+    str(report).encode()
 
 
 class Elsewhere:

@@ -120,12 +120,15 @@ def load_checkpoint(
     loaded = {key: weights[key] for key in own if key in weights and key not in skipped}
     _check_architecture(weights, own, strict, source, weights or [*beside, *outside])
     _check_tensors(loaded, own, source)
+    converted = _converted(loaded, own, source)
     if strict:
         dense = _is_dense(own)
         required = [key for key in missing if not (dense and re.match(r"norm\d\.", key))]
         _check_complete(required, unexpected, source)
 
-    model.load_state_dict({own_keys[key]: tensor for key, tensor in loaded.items()}, strict=False)
+    model.load_state_dict(
+        {own_keys[key]: tensor for key, tensor in converted.items()}, strict=False
+    )
     report = LoadReport(len(loaded), missing, unexpected, skipped | beside)
     resized = {key: why for key, why in skipped.items() if key in own}
     if resized:
@@ -213,7 +216,7 @@ def _check_tensors(loaded: Mapping[str, Tensor], own: Mapping[str, Tensor], sour
     wrong = []
     for key, tensor in loaded.items():
         expected = own[key]
-        if keys.shape_of(tensor) != tuple(expected.shape):
+        if keys.shape_of(tensor) != tuple(expected.shape) and not tensor.is_nested:
             wrong.append(f"{key}: expected {tuple(expected.shape)}, got {tuple(tensor.shape)}")
         elif why := keys.unusable(tensor):
             wrong.append(f"{key}: expected a dense tensor with storage, got {why}")
@@ -223,6 +226,21 @@ def _check_tensors(loaded: Mapping[str, Tensor], own: Mapping[str, Tensor], sour
         raise CheckpointError(
             f"{source}: {len(wrong)} tensors do not fit: {keys.first(wrong, '; ')}"
         )
+
+
+def _converted(
+    loaded: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """The tensors in the model's dtypes, so that no copy can fail halfway through the model."""
+    converted = {}
+    for key, tensor in loaded.items():
+        try:
+            converted[key] = tensor.detach().to(own[key].dtype)
+        except Exception as error:
+            raise CheckpointError(
+                f"{source}: {key}: expected {own[key].dtype}, got {tensor.dtype}: {error}"
+            ) from error
+    return converted
 
 
 def _check_complete(missing: list[str], unexpected: tuple[str, ...], source: str) -> None:

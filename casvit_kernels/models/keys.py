@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .rcvit import CONFIGS, Config
 from .reading import CheckpointError
@@ -345,13 +345,24 @@ def describe(stages: Stages) -> str:
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
+    """The shape, () where there is none."""
+    return () if tensor.is_nested else tuple(tensor.shape)
 
 
 def unusable(tensor: Tensor) -> str | None:
     """What keeps the values of a tensor from being copied into a plain one, None if nothing does."""
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        return f"a {type(tensor).__name__}"
+    if tensor.is_nested:
+        return "a nested tensor"
     if tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided:
         return f"{tensor.dtype} with {tensor.layout} on device {tensor.device}"
+    if tensor.numel() > 0:
+        # A storage may have been freed, and reading it would end the process.
+        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+        if tensor.untyped_storage().nbytes() < needed:
+            return "one whose storage was freed"
     return None
 
 
@@ -368,8 +379,11 @@ def first(items: Iterable[str], separator: str = ", ") -> str:
 
 
 def shortened(entry: Any) -> str:
-    return repr(entry)
+    text = repr(entry)
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def printable(key: str) -> str:
-    return key
+    """A key that a terminal can show: short and without characters that cannot be encoded."""
+    key = key.encode("utf-8", "backslashreplace").decode()
+    return key if len(key) <= 200 else f"{key[:197]}..."
