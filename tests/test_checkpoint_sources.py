@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import struct
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from casvit_kernels._optional import MissingExtra
 from casvit_kernels.models import CheckpointError, Config, RCViT, load_checkpoint, rcvit_s, rcvit_xs
 
 TINY = Config((1, 1, 2, 1), (8, 12, 16, 20))
@@ -288,3 +291,52 @@ def test_birders_weights_are_named() -> None:
             refuses(tiny(), content, "birder's cas_vit", "op_q and op_k", strict=strict)
     renamed = {k.replace("oper_", "op_"): t for k, t in tiny(2).state_dict().items()}
     refuses(tiny(), renamed, "birder", strict=False)
+
+
+def save_safetensors(state: State, path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({key: tensor.contiguous() for key, tensor in state.items()}, path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.SAFETENSORS", "model.bin"])
+def test_safetensors(tmp_path: Path, name: str) -> None:
+    save_safetensors(under("backbone.", dense(2)) | parts("neck"), tmp_path / name)
+    model = dense()
+    report = load_checkpoint(model, tmp_path / name)
+    assert same(model, dense(2))
+    assert len(report.skipped) == 3
+    torch.save(dense(3).state_dict(), tmp_path / name)  # whatever it is called
+    load_checkpoint(model, tmp_path / name)
+    assert same(model, dense(3))
+
+
+def test_damaged_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_safetensors(tiny(2).state_dict(), path)
+    whole = path.read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    for damaged in (
+        whole[:-1],
+        whole[: len(whole) // 2],
+        whole[:20],
+        whole[:3],
+        b"\xff" * 8 + whole[8:],  # a header larger than memory
+        whole[:8] + b"[" + whole[9:],
+        whole[:8] + b"{" * length + whole[8 + length :],
+        whole[:8] + whole[8:].replace(b'"F32"', b'"F99"'),
+        whole[:8] + whole[8:].replace(b'"shape":[8]', b'"shape":[9]'),
+    ):
+        path.write_bytes(damaged)
+        refuses(tiny(), path, str(path), "written by safetensors, got")
+    path.write_bytes(b"")
+    refuses(tiny(), path, "an empty file")
+
+
+def test_safetensors_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    save_safetensors(tiny(2).state_dict(), path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "safetensors"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(MissingExtra, match=r"safetensors.*pip install .*\[safetensors\]"):
+        load_checkpoint(tiny(), path)

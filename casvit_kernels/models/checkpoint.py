@@ -71,8 +71,8 @@ def load_checkpoint(
 
     Args:
         model: an RCViT of this package, or a module with the same state-dict keys.
-        path_or_dict: a file of `torch.save`, or what such a file holds: a
-            mapping with the weights under ``model`` or ``state_dict``, or the state dict
+        path_or_dict: a file of `torch.save` or safetensors (told by its content), or what such a file
+            holds: a mapping with the weights under ``model`` or ``state_dict``, or the state dict
             itself. Before the keys, in any order, may stand what wrappers put there
             (DistributedDataParallel, FSDP, `torch.compile`, `AveragedModel`) and the name of the
             network in a detector, segmenter or training module: ``backbone.``, ``model.``,
@@ -98,6 +98,7 @@ def load_checkpoint(
         FileNotFoundError: there is no such file.
         CheckpointError: the file is no checkpoint, or not one for this model.
         TypeError: ``model`` or ``path_or_dict`` is of another type.
+        MissingExtra: the file is of safetensors, and that is not installed.
         After any of these the model is as it was.
     """
     if not isinstance(model, nn.Module):

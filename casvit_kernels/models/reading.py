@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from .._optional import need
+
 _PLAIN = "only tensors and plain data are read, because anything else could run code"
 
 
@@ -31,6 +33,7 @@ def read(path_or_dict: object) -> tuple[str, Any]:
         FileNotFoundError: there is no such file.
         CheckpointError: it is no checkpoint, or asks for more than tensors and plain data.
         TypeError: neither path nor mapping.
+        MissingExtra: a safetensors file, and that package is not installed.
     """
     if isinstance(path_or_dict, Mapping):
         return "path_or_dict", path_or_dict
@@ -51,7 +54,7 @@ def read(path_or_dict: object) -> tuple[str, Any]:
     except UnicodeError as error:
         raise CheckpointError(f"path_or_dict: expected a path, got {path!r}: {error}") from error
     with file:
-        return source, _content(file, expected)
+        return source, _content(file, path.suffix, source, expected)
 
 
 def _path(given: object) -> Path:
@@ -69,7 +72,7 @@ def _path(given: object) -> Path:
     return Path(name)
 
 
-def _content(file: BinaryIO, expected: str) -> Any:
+def _content(file: BinaryIO, suffix: str, source: str, expected: str) -> Any:
     try:
         size = os.fstat(file.fileno()).st_size
         head = file.read(24)
@@ -80,6 +83,10 @@ def _content(file: BinaryIO, expected: str) -> Any:
         raise CheckpointError(f"{expected}, got an empty file")
     # A zip archive, or a pickle of the format before it.
     if not head.startswith((b"PK\x03\x04", b"\x80")):
+        # safetensors: the length of a JSON header in eight bytes, then the header.
+        header = int.from_bytes(head[:8], "little")
+        if suffix.lower() == ".safetensors" or (head[8:9] == b"{" and header <= size - 8):
+            return _safetensors(file, f"{source}: expected a checkpoint written by safetensors")
         raise CheckpointError(f"{expected}, got a file that begins with {head!r}")
     if head.startswith(b"PK"):
         _check_archive(file, size, expected)
@@ -136,6 +143,16 @@ def _check_pickle(file: BinaryIO, expected: str) -> None:
         raise CheckpointError(
             f"{expected}, got one that holds a bytearray, which can claim any amount of memory"
         )
+
+
+def _safetensors(file: BinaryIO, expected: str) -> Any:
+    safetensors = need("safetensors.torch", "safetensors")
+    try:
+        return safetensors.load(file.read())
+    except Exception as error:
+        raise CheckpointError(
+            f"{expected}, got a file that is truncated or damaged ({error})"
+        ) from error
 
 
 def _why_unreadable(error: Exception) -> str:
