@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from casvit_kernels import fuse
-from casvit_kernels.models import Config, RCViT
+from casvit_kernels.models import CONFIGS, Config, RCViT, rcvit_xs
 
 TINY = Config((1, 1, 2, 1), (8, 12, 16, 20))
 INDICES: list[Any] = [None, 1, 2, 4, (0,), (-1,), [1, 2, 3], (0, -1), (-2, -3), (2, 0), (3, -1)]
@@ -228,6 +228,76 @@ def test_wrapping_in_timms_feature_getter() -> None:
         maps = getter(torch.randn(1, 3, 64, 64))
         assert [m.shape[1] for m in maps] == getter.feature_info.channels() == [12, 16]
         assert getter.feature_info.reduction() == [8, 16]
+
+
+@pytest.mark.parametrize("out_indices", [i for i in INDICES if i not in (None, (3, -1))])
+def test_features_only_is_that_of_a_timm_cnn(out_indices: Any) -> None:
+    timm = pytest.importorskip("timm")
+    x = torch.randn(1, 3, 64, 64)
+    model = timm.create_model("rcvit_xs", features_only=True, out_indices=out_indices).eval()
+    with torch.no_grad():
+        maps = model(x)
+    info = model.feature_info
+    assert [m.shape[1] for m in maps] == info.channels()
+    assert [64 // m.shape[2] for m in maps] == info.reduction()
+    assert info.module_name() == [f"network.{2 * index}" for index in kept(out_indices)]
+    assert len(info) == 4
+    assert info.channels([0, 1, 2, 3]) == list(CONFIGS["rcvit_xs"].dims)
+
+    theirs = timm.create_model("convnext_atto", features_only=True, out_indices=out_indices).eval()
+    with torch.no_grad():
+        assert [m.shape[2:] for m in theirs(x)] == [m.shape[2:] for m in maps]
+    assert sorted(theirs.feature_info.reduction()) == info.reduction()
+
+
+def test_features_only_on_the_meta_device() -> None:
+    # segmentation-models-pytorch asks a model without weights for its strides first.
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model("rcvit_xs", features_only=True)
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    assert next(model.parameters()).is_meta
+
+
+def test_transformers_takes_the_backbone() -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("timm")
+    for out_indices, channels in ((None, [220]), ([1, 2, 3], [56, 112, 220])):
+        config = transformers.TimmBackboneConfig(backbone="rcvit_xs", out_indices=out_indices)
+        backbone = transformers.TimmBackbone(config).eval()
+        assert backbone.channels == channels
+        with torch.no_grad():
+            maps = backbone(torch.randn(1, 3, 64, 64)).feature_maps
+        assert [m.shape[1] for m in maps] == channels
+
+
+def test_options_of_timm() -> None:
+    timm = pytest.importorskip("timm")
+    x = torch.randn(1, 3, 64, 64)
+    assert timm.create_model("rcvit_xs", num_classes=7, global_pool="avg")(x)[0].shape == (1, 7)
+    bare = timm.create_model("rcvit_xs", num_classes=0, global_pool="").eval()
+    assert bare(x).shape == (1, 220, 2, 2)
+    assert timm.create_model("rcvit_xs", dtype=torch.bfloat16).head.weight.dtype == torch.bfloat16
+    assert timm.create_model("rcvit_xs", device="meta").head.weight.is_meta
+    assert timm.create_model("rcvit_xs", output_stride=32, bn_eps=None).num_classes == 1000
+    for options, error, message in (
+        ({"output_stride": 16}, ValueError, r"output_stride: expected 32"),
+        ({"global_pool": "max"}, ValueError, r"global_pool: .* got 'max'"),
+        ({"global_pool": ""}, ValueError, r"global_pool: expected 'avg' with num_classes=1000"),
+        ({"out_indices": (1,)}, ValueError, r"out_indices: expected None with fork_feat=False"),
+        ({"bn_eps": 1e-3, "img_size": 3}, TypeError, r"bn_eps, img_size: rcvit_xs has no such"),
+        ({"pretrained": True}, ValueError, r"pretrained: .*load_checkpoint"),
+    ):
+        with pytest.raises(error, match=message):
+            timm.create_model("rcvit_xs", **options)
+
+
+def test_timm_loads_a_checkpoint(tmp_path: Any) -> None:
+    timm = pytest.importorskip("timm")
+    source = rcvit_xs(num_classes=5)
+    torch.save({"model": source.state_dict()}, tmp_path / "xs.pth")
+    model = timm.create_model("rcvit_xs", num_classes=5, checkpoint_path=str(tmp_path / "xs.pth"))
+    assert torch.equal(model.head.weight, source.head.weight)
 
 
 def test_layers_have_their_order_for_layerwise_learning_rates() -> None:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from .rcvit import CONFIGS, Config
+from . import keys
+from .keys import HEADS, config_of, stages_of
+from .reading import CheckpointError, read
 
-_HEADS = ("head.weight", "head.bias", "dist_head.weight", "dist_head.bias")
+__all__ = ["CheckpointError", "LoadReport", "config_of", "load_checkpoint"]
+
 _FINAL_NORM = tuple(
     f"norm.{name}"
     for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 )
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded into this model; the message says why."""
 
 
 class LoadReport(NamedTuple):
@@ -40,11 +36,28 @@ class LoadReport(NamedTuple):
     unexpected: tuple[str, ...]
     skipped: Mapping[str, str]
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What was left out and why, in sentences: one for each reason, or tensor where few."""
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.skipped.items():
+            reasons.setdefault(why, []).append(name)
+        sentences = []
+        for why, names in reasons.items():
+            if len(names) <= 4:
+                sentences += [f"left out {name}: {why}" for name in names]
+            else:
+                *parts, last = dict.fromkeys(keys.part_of(name) for name in names)
+                listed = f"{', '.join(parts)} and {last}" if parts else last
+                sentences.append(f"left out {len(names)} tensors of {listed}: {why}")
+        return tuple(sentences)
+
     def __str__(self) -> str:
-        lines = [f"loaded {self.loaded} tensors"]
-        lines += [f"left out {name}: {why}" for name, why in self.skipped.items()]
+        lines = [f"loaded {self.loaded} tensors", *self.left_out]
         lines += [f"missing in the checkpoint: {name}" for name in self.missing]
-        lines += [f"unexpected in the checkpoint: {name}" for name in self.unexpected]
+        lines += [
+            f"unexpected in the checkpoint: {keys.printable(name)}" for name in self.unexpected
+        ]
         return "\n".join(lines)
 
 
@@ -58,17 +71,25 @@ def load_checkpoint(
 
     Args:
         model: an RCViT of this package, or a module with the same state-dict keys.
-        path_or_dict: a file written by `torch.save`, or what such a file holds: a mapping with the
-            weights under ``model`` or ``state_dict``, or the state dict itself. The prefixes that
-            DDP and `torch.compile` put before keys do not matter.
-        use_ema: read the averaged weights, under ``model_ema`` (or ``state_dict_ema``).
+        path_or_dict: a file of `torch.save` or safetensors (told by its content), or what such a file
+            holds: a mapping with the weights under ``model`` or ``state_dict``, or the state dict
+            itself. Before the keys, in any order, may stand what wrappers put there
+            (DistributedDataParallel, FSDP, `torch.compile`, `AveragedModel`) and the name of the
+            network in a detector, segmenter or training module: ``backbone.``, ``model.``,
+            ``encoder.``, ``net.``, ``body.``, ``_backbone.``.
+        use_ema: read the averaged weights: those under ``model_ema``, ``state_dict_ema`` or
+            ``ema_state_dict``, or with such a name before their keys.
         strict: the checkpoint must hold every tensor of the model and no other. Excepted, and in
-            the report, are heads for another number of classes, heads that the model is built
-            without, and in a dense backbone (``fork_feat=True``) the norms of its outputs and the
-            final norm of a classifier. Shapes must agree either way.
+            the report: necks, heads, decoders and losses beside the network; averaged weights and
+            their counters; heads for another number of classes; heads, norms and stages that the
+            model is built without (``fork_feat``, ``out_indices``). A dense backbone may lack the
+            norms of its outputs. Shapes must agree either way.
+
+    Where two sets of weights would serve, and nothing tells which is meant, neither is loaded.
 
     From a file only tensors and plain data are read (and `argparse.Namespace`, which published ones
-    carry); one that asks for anything else is refused before its code could run.
+    carry). One that asks for anything else is refused before its code could run, one whose entries
+    unpack to more than the file before they are unpacked.
 
     Returns:
         A `LoadReport`. Heads left out because of their number of classes are also warned about.
@@ -77,42 +98,39 @@ def load_checkpoint(
         FileNotFoundError: there is no such file.
         CheckpointError: the file is no checkpoint, or not one for this model.
         TypeError: ``model`` or ``path_or_dict`` is of another type.
+        MissingExtra: the file is of safetensors, and that is not installed.
         After any of these the model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if isinstance(path_or_dict, Mapping):
-        source, content = "path_or_dict", path_or_dict
-    elif isinstance(path_or_dict, str | os.PathLike):
-        path = Path(path_or_dict)
-        source, content = str(path), _read(path)
-    else:
-        raise TypeError(
-            f"path_or_dict: expected a path or a mapping, got {type(path_or_dict).__name__}"
-        )
-    weights = _clean(_select(content, use_ema, source), source)
+    source, content = read(path_or_dict)
 
     # The model's own key for each clean key; the wrappers' prefixes go on both sides.
     state = model.state_dict()
-    own_keys = {_strip(key): key for key in state}
-    own = {_strip(key): tensor for key, tensor in state.items()}
+    own_keys = {keys.strip(key): key for key in state}
+    own = {keys.strip(key): tensor for key, tensor in state.items()}
     for key, tensor in own.items():
         if tensor.is_meta:
             raise CheckpointError(f"model: expected tensors with storage, {key} is on device meta")
 
+    weights, outside, beside = keys.select(content, own, use_ema, source)
+    keys.check_not_birders(weights, own, source)
     missing = tuple(key for key in own if key not in weights)
     skipped = _skipped(weights, own)
-    unexpected = tuple(key for key in weights if key not in own and key not in skipped)
+    unexpected = tuple(key for key in weights if key not in own and key not in skipped) + outside
     loaded = {key: weights[key] for key in own if key in weights and key not in skipped}
-    _check_architecture(weights, own, strict, source)
+    _check_architecture(weights, own, strict, source, weights or [*beside, *outside])
     _check_tensors(loaded, own, source)
+    converted = _converted(loaded, own, source)
     if strict:
         dense = _is_dense(own)
         required = [key for key in missing if not (dense and re.match(r"norm\d\.", key))]
         _check_complete(required, unexpected, source)
 
-    model.load_state_dict({own_keys[key]: tensor for key, tensor in loaded.items()}, strict=False)
-    report = LoadReport(len(loaded), missing, unexpected, skipped)
+    model.load_state_dict(
+        {own_keys[key]: tensor for key, tensor in converted.items()}, strict=False
+    )
+    report = LoadReport(len(loaded), missing, unexpected, skipped | beside)
     resized = {key: why for key, why in skipped.items() if key in own}
     if resized:
         warnings.warn(
@@ -123,171 +141,74 @@ def load_checkpoint(
     return report
 
 
-def _read(path: Path) -> Any:
-    expected = f"{path}: expected a checkpoint written by torch.save"
-    if path.is_dir():
-        raise CheckpointError(f"{expected}, got a directory")
-    try:
-        file = path.open("rb")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(error.errno, f"{expected}, got no such file", str(path)) from None
-    with file:
-        head = file.read(24)
-        if not head:
-            raise CheckpointError(f"{expected}, got an empty file")
-        # A zip archive, or a pickle of the format before it.
-        if not head.startswith((b"PK\x03\x04", b"\x80")):
-            raise CheckpointError(f"{expected}, got a file that begins with {head!r}")
-        file.seek(0)
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            # What a damaged file makes the reader raise can be anything.
-            raise CheckpointError(f"{expected}, got {_why_unreadable(error)}") from error
-
-
-def _why_unreadable(error: Exception) -> str:
-    text = str(error)
-    refused = re.search(r"(?:GLOBAL|class|type) ([A-Za-z_][\w.]*\.[\w.]*\w)", text)
-    if "weights_only" in text and refused:
-        return (
-            f"one that holds {refused[1]}: only tensors and plain data are read, because anything "
-            "else could run code"
-        )
-    if "TorchScript" in text:
-        return "a TorchScript archive"
-    if "PytorchStreamReader" in text or "EOF" in text or isinstance(error, EOFError):
-        return "a file that is truncated or damaged"
-    return "a file that is damaged or holds something else"
-
-
-def _select(content: Any, use_ema: bool, source: str) -> Mapping[str, Any]:
-    """The state dict inside a checkpoint."""
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"{source}: expected a checkpoint (a mapping), got {type(content).__name__}"
-        )
-    names = ("model_ema", "state_dict_ema") if use_ema else ("model", "state_dict")
-    for name in names:
-        if content.get(name) is None:
-            continue
-        inner = content[name]
-        if not isinstance(inner, Mapping):
-            raise CheckpointError(
-                f"{source}: expected a state dict under {name!r}, got {type(inner).__name__}"
-            )
-        return inner
-    if use_ema:
-        raise CheckpointError(
-            f"{source}: use_ema expected averaged weights under 'model_ema', "
-            f"got the entries {_names(content)}"
-        )
-    return content
-
-
-def _clean(state: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-    """The state dict without wrapper prefixes; every value a tensor."""
-    if not any(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(
-            f"{source}: expected a state dict of tensors, got one without any; "
-            f"its entries: {_names(state)}"
-        )
-    clean: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{source}: expected a state dict of named tensors, "
-                f"got {type(value).__name__} under {key!r}"
-            )
-        if _strip(key) in clean:
-            raise CheckpointError(
-                f"{source}: expected one tensor for {_strip(key)}, got several (one as {key})"
-            )
-        clean[_strip(key)] = value
-    return clean
-
-
-def _strip(key: str) -> str:
-    return ".".join(part for part in key.split(".") if part not in ("module", "_orig_mod"))
-
-
 def _skipped(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, str]:
     """The checkpoint's tensors that this model does without, and why."""
     skipped = {}
-    for key in _HEADS:
+    for key in HEADS:
         if key not in weights:
             continue
         name = key.split(".")[0]
         if key not in own:
             if name == "dist_head" and "head.weight" in own:
                 skipped[key] = "the model has no dist_head (distillation=False)"
-            elif config_of(own) is not None:
+            elif stages_of(own):
                 skipped[key] = "the model has no classifier (fork_feat=True or num_classes=0)"
         else:
-            theirs, ours = weights[key].shape, own[key].shape
+            theirs, ours = keys.shape_of(weights[key]), keys.shape_of(own[key])
             if len(theirs) == len(ours) and theirs[0] != ours[0] and theirs[1:] == ours[1:]:
                 skipped[key] = f"the checkpoint has {theirs[0]} classes, the model {ours[0]}"
     if _is_dense(own):
         for key in _FINAL_NORM:
             if key in weights:
-                skipped[key] = "the model is a dense backbone (fork_feat=True) without final norm"
+                skipped[key] = "the model has no final norm (fork_feat=True, or pruned)"
+        stages = len(stages_of(own))
+        tops = {key.split(".")[0] for key in own}
+        for key in weights:
+            part = re.match(r"network\.(\d+)\.|norm([0246])\.", key)
+            if part is None or key in own:
+                continue
+            if (part[1] and int(part[1]) > 2 * stages - 2) or (
+                part[2] and f"norm{part[2]}" not in tops
+            ):
+                skipped[key] = "the model is built without this stage or its norm (out_indices)"
     return skipped
 
 
 def _is_dense(own: Mapping[str, Tensor]) -> bool:
-    return config_of(own) is not None and "norm.weight" not in own
-
-
-def config_of(state: Mapping[str, Tensor]) -> Config | None:
-    """The size of the RCViT that a state dict belongs to, None when it is no RCViT."""
-    layers, dims = [], []
-    for index in range(0, 8, 2):
-        first = f"network.{index}.0"
-        norm = state.get(f"{first}.norm1.weight")
-        if norm is None or norm.dim() != 1 or f"{first}.attn.oper_q.0.block.0.weight" not in state:
-            return None
-        depth = 1
-        while f"network.{index}.{depth}.norm1.weight" in state:
-            depth += 1
-        layers.append(depth)
-        dims.append(norm.shape[0])
-    if "patch_embed.0.weight" not in state:
-        return None
-    return Config(
-        (layers[0], layers[1], layers[2], layers[3]), (dims[0], dims[1], dims[2], dims[3])
-    )
-
-
-def _describe(config: Config) -> str:
-    for name, known in CONFIGS.items():
-        if config == known:
-            return f"an {name}"
-    return f"an RCViT with layers {config.layers} and dims {config.dims}"
+    return bool(stages_of(own)) and "norm.weight" not in own
 
 
 def _check_architecture(
-    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], strict: bool, source: str
+    weights: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    strict: bool,
+    source: str,
+    found: Collection[str],
 ) -> None:
     """Raise when the checkpoint belongs to another size of the family, or to another network."""
-    theirs, ours = config_of(weights), config_of(own)
-    if theirs is not None and ours is not None and theirs != ours:
+    theirs, ours = stages_of(weights), stages_of(own)
+    if theirs and ours and not keys.same_size(theirs, ours):
         raise CheckpointError(
-            f"{source}: this is {_describe(theirs)} file, the model is {_describe(ours)}"
+            f"{source}: this is {keys.describe(theirs)} file, the model is {keys.describe(ours)}"
         )
     common = sum(key in own for key in weights)
     # Related networks share a few names; without strict a part of a model is welcome.
-    if common == 0 or (strict and 2 * common < len(own)):
+    if common == 0 or (strict and not theirs and 2 * common < len(own)):
+        own_first = next(iter(own), "")
+        prefix = next(
+            (key[: -len(own_first)] for key in weights if key.endswith(f".{own_first}")), ""
+        )
+        hint = f" (the model's keys behind the prefix {keys.shortened(prefix)})" if prefix else ""
         raise CheckpointError(
-            f"{source}: expected weights for {_describe(ours) if ours else 'the model'} with keys "
-            f"{_names(own)}; got another architecture with keys {_names(weights)}"
+            f"{source}: expected weights for {keys.describe(ours) if ours else 'the model'} with keys "
+            f"{keys.names(own)}; got another architecture with keys {keys.names(found)}{hint}"
         )
 
 
 def _check_tensors(loaded: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
     stem = "patch_embed.0.weight"
     if stem in loaded:
-        theirs, ours = loaded[stem].shape, own[stem].shape
+        theirs, ours = keys.shape_of(loaded[stem]), keys.shape_of(own[stem])
         if theirs[:1] == ours[:1] and theirs[2:] == ours[2:] and theirs[1] != ours[1]:
             raise CheckpointError(
                 f"{source}: expected in_chans={ours[1]} as in the model, "
@@ -296,18 +217,31 @@ def _check_tensors(loaded: Mapping[str, Tensor], own: Mapping[str, Tensor], sour
     wrong = []
     for key, tensor in loaded.items():
         expected = own[key]
-        if tensor.shape != expected.shape:
+        if keys.shape_of(tensor) != tuple(expected.shape) and not tensor.is_nested:
             wrong.append(f"{key}: expected {tuple(expected.shape)}, got {tuple(tensor.shape)}")
-        elif tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided:
-            wrong.append(f"{key}: expected a dense tensor with storage, got {_kind(tensor)}")
+        elif why := keys.unusable(tensor):
+            wrong.append(f"{key}: expected a dense tensor with storage, got {why}")
         elif tensor.dtype.is_floating_point != expected.dtype.is_floating_point:
             wrong.append(f"{key}: expected {expected.dtype}, got {tensor.dtype}")
     if wrong:
-        raise CheckpointError(f"{source}: {len(wrong)} tensors do not fit: {_first(wrong, '; ')}")
+        raise CheckpointError(
+            f"{source}: {len(wrong)} tensors do not fit: {keys.first(wrong, '; ')}"
+        )
 
 
-def _kind(tensor: Tensor) -> str:
-    return f"{tensor.dtype} with {tensor.layout} on device {tensor.device}"
+def _converted(
+    loaded: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """The tensors in the model's dtypes, so that no copy can fail halfway through the model."""
+    converted = {}
+    for key, tensor in loaded.items():
+        try:
+            converted[key] = tensor.detach().to(own[key].dtype)
+        except Exception as error:
+            raise CheckpointError(
+                f"{source}: {key}: expected {own[key].dtype}, got {tensor.dtype}: {error}"
+            ) from error
+    return converted
 
 
 def _check_complete(missing: list[str], unexpected: tuple[str, ...], source: str) -> None:
@@ -316,22 +250,13 @@ def _check_complete(missing: list[str], unexpected: tuple[str, ...], source: str
         hint = ""
         if all(key.startswith("dist_head.") for key in missing):
             hint = "; build the model with distillation=False to do without dist_head"
-        problems.append(f"lacks {len(missing)} of the model's tensors ({_first(missing)}){hint}")
+        problems.append(
+            f"lacks {len(missing)} of the model's tensors ({keys.first(missing)}){hint}"
+        )
     if unexpected:
-        problems.append(f"has {len(unexpected)} the model lacks ({_first(unexpected)})")
+        problems.append(f"has {len(unexpected)} the model lacks ({keys.first(unexpected)})")
     if problems:
         raise CheckpointError(
             f"{source}: strict=True expected exactly the model's tensors, "
             f"the checkpoint {' and '.join(problems)}"
         )
-
-
-def _names(entries: Mapping[Any, Any]) -> str:
-    return _first([repr(key) for key in entries]) or "none"
-
-
-def _first(items: Iterable[str], separator: str = ", ") -> str:
-    """The first few of many, and how many more there are."""
-    items = list(items)
-    more = f" and {len(items) - 4} more" if len(items) > 4 else ""
-    return separator.join(items[:4]) + more

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
+
+import torch
 
 from . import rcvit
 from .rcvit import CONFIGS, RCViT
@@ -28,6 +32,8 @@ default_cfgs: dict[str, dict[str, Any]] = {
 
 # The published training script passes these and the published models disregard them.
 _UNUSED = ("layer_scale_init_value", "head_init_scale", "input_res", "classifier_dropout")
+
+_OPTIONS = frozenset(inspect.signature(RCViT).parameters) - {"config"}
 
 
 def register() -> None:
@@ -60,35 +66,57 @@ def _entrypoint(name: str) -> Callable[..., RCViT]:
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         cache_dir: Any = None,
         features_only: bool = False,
-        out_indices: tuple[int, ...] = (0, 1, 2, 3),
+        out_indices: int | Sequence[int] | None = None,
+        output_stride: int = 32,
+        global_pool: str = "avg",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> RCViT:
         from timm.models import FeatureInfo, resolve_pretrained_cfg
 
         if pretrained:
             raise ValueError(
-                f"pretrained: expected False, no weights of {name} are shipped, got True; "
-                "load a file with casvit_kernels.models.load_checkpoint"
+                f"pretrained: expected False, no weights of {name} are shipped, got True; build the "
+                "model without, then load a file with casvit_kernels.models.load_checkpoint"
             )
-        if features_only and tuple(out_indices) != (0, 1, 2, 3):
-            raise ValueError(f"out_indices: expected (0, 1, 2, 3), got {out_indices!r}")
+        if output_stride != 32:
+            raise ValueError(
+                f"output_stride: expected 32, the only one of {name}, got {output_stride!r}"
+            )
         for unused in _UNUSED:
             options.pop(unused, None)
-        if features_only:
-            options["fork_feat"] = True
+        unknown = sorted(set(options) - _OPTIONS)
+        if unknown:
+            raise TypeError(
+                f"{', '.join(unknown)}: {name} has no such option; it has {', '.join(sorted(_OPTIONS))} "
+                "and timm's own for every model"
+            )
         cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
         options.setdefault("num_classes", cfg["num_classes"])
         options.setdefault("in_chans", cfg["input_size"][0])
-        model: RCViT = getattr(rcvit, name)(**options)
+        if features_only:
+            options["fork_feat"] = True
+        with nullcontext() if device is None else torch.device(device):
+            model: RCViT = getattr(rcvit, name)(out_indices=out_indices, **options)
+        model.to(dtype=dtype)
+        if not model.fork_feat and global_pool != "avg":
+            model.reset_classifier(model.num_classes, global_pool)
         model.pretrained_cfg = model.default_cfg = cfg
         if model.fork_feat:
-            stages = [
-                {"num_chs": dim, "reduction": 4 << index, "module": f"network.{2 * index}"}
-                for index, dim in enumerate(model.config.dims)
-            ]
-            model.feature_info = FeatureInfo(stages, (0, 1, 2, 3))
+            model.feature_info = FeatureInfo(model.feature_info, model.out_indices)
         return model
 
     create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"{name} for timm.create_model; options as casvit_kernels.models.{name}."
+    create.__doc__ = f"""{name} for timm.create_model; options as casvit_kernels.models.{name}.
+
+    And those of timm: ``features_only`` (the model is a dense backbone, ``fork_feat=True``, and
+    returns a list of normed maps, fine to coarse) with ``out_indices`` (any, negative ones, or how
+    many of the last), ``global_pool`` ("avg", or "" with ``num_classes=0``), ``output_stride`` (32),
+    ``device``, ``dtype``, ``pretrained`` (False: no weights are shipped).
+
+    Raises:
+        ValueError: an option is out of range (named in the message).
+        TypeError: an option is unknown (named in the message).
+    """
     return create
