@@ -61,7 +61,7 @@ class Counts(NamedTuple):
 
 def source_hash() -> str:
     """Of all that decides what is compiled: the kernels' sources, constants and options."""
-    folder = ROOT / "casvit_kernels" / "backends" / "triton"
+    folder = ROOT / "casvit_kernels" / "ops" / "mixer" / "triton"
     digest = hashlib.sha256()
     for name in SOURCES:
         digest.update((folder / f"{name}.py").read_bytes())

@@ -3,7 +3,7 @@
     python bench/triton_traffic.py
     python bench/triton_traffic.py --check     exit 1 where the file is not what the sources give
 
-Counted from sizes (see casvit_kernels/backends/triton/traffic.py); needs neither a GPU nor Triton.
+Counted from sizes (see casvit_kernels/ops/mixer/triton/traffic.py); needs neither a GPU nor Triton.
 """
 
 from __future__ import annotations

@@ -261,7 +261,7 @@ def test_each_instruction_set_has_its_own_figures(checkout, monkeypatch):
     environment = benchmark.environment()
     for isa, fused in (("avx512", 2.0), ("amx", 1.0)):
         found = {**environment, "isa": isa, "cpu": f"CPU with {isa}"}
-        monkeypatch.setattr(measure.timing, "environment", lambda device, found=found: found)
+        monkeypatch.setattr(measure.benchmark, "environment", lambda device, found=found: found)
         forward, step = (_measured(eager=8.0, fused=fused) for _ in range(2))
         step.case = TRAINING
         measure.write(checkout / "bench" / "results", [forward, step], SETTINGS)
