@@ -26,6 +26,7 @@ from bench.harness.statistics import randomise_statistics  # noqa: E402
 from bench.report import command as report  # noqa: E402
 from bench.report.load import COREML, KEPT  # noqa: E402
 
+PERFORMANCE = "docs/performance.md"
 CASE = Case("mixer", "xs", 1, 5, 6, 8, "float32")
 SETTINGS = Settings(rounds=2, min_round_seconds=0.0)
 FAST = ("eager", "fused")
@@ -70,9 +71,12 @@ def _run(checkout, *arguments):
     return report.main(["--root", str(checkout), *arguments])
 
 
-def _row(checkout, start):
-    lines = (checkout / "README.md").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"| {start}"))
+def _row(checkout, start, path="README.md", isa=None):
+    """The cells of the row that begins so; in docs/performance.md of one instruction set, if given."""
+    text = (checkout / path).read_text()
+    if isa is not None:
+        (text,) = (s for s in text.split("\n## ") if s.startswith(f"CPU, {isa}\n"))
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {start}"))
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
@@ -213,7 +217,12 @@ def test_the_training_column_shows_the_ratio_of_steps(checkout):
     step.case = TRAINING
     write(checkout / "bench" / "results", [forward, step], SETTINGS)
     assert _run(checkout) == 0
-    assert _row(checkout, "mixer, xs stage 1")[6] == "3.00x"
+    assert _row(checkout, "mixer training step, xs stage 1")[1:4] == [
+        "2",
+        "6 (compile)",
+        "**3.00x**",
+    ]
+    assert _row(checkout, "mixer, xs stage 1", PERFORMANCE)[7] == "3.00x"
 
 
 def test_a_machine_is_named_once_with_the_days_it_was_measured(checkout):
@@ -226,7 +235,7 @@ def test_a_machine_is_named_once_with_the_days_it_was_measured(checkout):
         document["environment"]["date"] = f"{day}T12:00:00+00:00"
         path.write_text(json.dumps(document))
     assert _run(checkout) == 0
-    for name in ("README.md", "docs/bench.svg"):
+    for name in ("README.md", PERFORMANCE, "docs/bench.svg"):
         text = (checkout / name).read_text()
         assert "2026-03-01 and 2026-03-02" in text
         assert text.count(f"torch {torch.__version__}") == 1
@@ -235,23 +244,28 @@ def test_a_machine_is_named_once_with_the_days_it_was_measured(checkout):
 def test_table_shows_the_medians_the_best_baseline_and_both_ratios(checkout, capsys):
     _publish(checkout, _measured(eager=8.0, compile=5.0, onnxruntime=4.0, fused=2.0))
     assert _run(checkout) == 0
-    row = _row(checkout, "mixer, xs stage 1")
-    assert row[1:] == ["2", "4 (onnxruntime)", "**2.00x**", "4.00x", *["not measured"] * 2]
-    assert _row(checkout, "mixer, t stage 1")[1:] == ["not measured"] * 6
-    assert _row(checkout, "any GPU")[1:] == ["not measured"] * 6
-    text = (checkout / "README.md").read_text()
+    figures = ["2", "4 (onnxruntime)", "**2.00x**", "4.00x"]
+    assert _row(checkout, "mixer, xs stage 1")[1:] == figures
+    assert _row(checkout, "mixer, t stage 4")[1:] == ["not measured"] * 4
+    assert _row(checkout, "whole rcvit_xs, batch 1")[1:] == ["not measured"] * 4
+    row = _row(checkout, "mixer, xs stage 1", PERFORMANCE)
+    assert row[1:] == [*figures, *["not measured"] * 4]
+    assert _row(checkout, "mixer, t stage 1", PERFORMANCE)[1:] == ["not measured"] * 8
+    text, more = (checkout / "README.md").read_text(), (checkout / PERFORMANCE).read_text()
+    assert "Any GPU: not measured" in more
     assert text.startswith("# Title\n")
     assert text.endswith("\nafter\n")
     environment = benchmark.environment()
     for fact in (environment["torch"], environment["cpu"], environment["date"][:10]):
         assert fact in text
+        assert fact in more
     complete = (checkout / "bench" / "results" / "README.md").read_text()
     assert "| 2 (1.8 to 2.2) | 2.00x |" in complete
     assert _run(checkout, "--check") == 0
 
 
 def test_each_instruction_set_has_its_own_figures(checkout, monkeypatch):
-    """README's table and picture are of the best one, beside the ratios of the others."""
+    """README's table and picture are of the best one; docs/performance.md has all of them."""
     environment = benchmark.environment()
     for isa, fused in (("avx512", 2.0), ("amx", 1.0)):
         found = {**environment, "isa": isa, "cpu": f"CPU with {isa}"}
@@ -265,12 +279,17 @@ def test_each_instruction_set_has_its_own_figures(checkout, monkeypatch):
     assert {"mixer-xs-cpu-amx.json", "mixer-xs-cpu-avx512.json"} <= names
     assert _run(checkout) == 0
     assert _row(checkout, "mixer, xs stage 1")[1] == "1"
-    assert _row(checkout, "fp32, batch 8")[1:3] == ["4.00x", "not measured"]
-    assert _row(checkout, "training step, fp32")[1] == "4.00x"
-    assert _row(checkout, "training step, bf16")[1] == "not measured"
-    before, _, after = (checkout / "README.md").read_text().partition("| xs stage 1 |")
-    assert "CPU with avx512" in before.splitlines()[-3]
-    assert after
+    readme = (checkout / "README.md").read_text()
+    assert "CPU with amx" in readme
+    assert "avx512" not in readme
+    more = (checkout / PERFORMANCE).read_text()
+    for isa, fused, speed_up in (("amx", "1", "8.00x"), ("avx512", "2", "4.00x")):
+        row = _row(checkout, "mixer, xs stage 1", PERFORMANCE, isa)
+        assert row[1:4] == [fused, "8 (eager)", f"**{speed_up}**"]
+        assert row[5:] == ["not measured", "not measured", speed_up, "not measured"]
+        others = _row(checkout, "mixer, xs stage 2", PERFORMANCE, isa)
+        assert others[1:] == ["not measured"] * 8
+        assert f"\n## CPU, {isa}\n\nCPU with {isa} ({isa} kernels)" in more
     picture = (checkout / "docs" / "bench.svg").read_text()
     assert "8.00x" in picture
     assert "avx512" not in picture
@@ -331,7 +350,8 @@ def test_absent_baselines_are_shown_with_the_reason(checkout):
     _publish(checkout, _measured(eager=8.0, compile=5.0, onnxruntime=None, fused=2.0))
     assert _run(checkout) == 0
     assert _row(checkout, "mixer, xs stage 1")[2] == "5 (compile)"
-    for path in ("README.md", "bench/results/README.md"):
+    assert _row(checkout, "mixer, xs stage 1", PERFORMANCE)[2] == "5 (compile)"
+    for path in ("README.md", PERFORMANCE, "bench/results/README.md"):
         text = (checkout / path).read_text()
         assert "onnxruntime not measured: not installed: onnxruntime" in text, path
 
@@ -341,7 +361,9 @@ def test_refused_cases_are_shown_as_such(checkout):
     _publish(checkout, measured)
     assert _run(checkout) == 0
     assert _row(checkout, "mixer, xs stage 1")[1:5] == ["refused"] * 4
-    assert "parity failed, nothing was timed" in (checkout / "README.md").read_text()
+    assert _row(checkout, "mixer, xs stage 1", PERFORMANCE)[1:5] == ["refused"] * 4
+    for path in ("README.md", PERFORMANCE):
+        assert "parity failed, nothing was timed" in (checkout / path).read_text()
 
 
 def test_picture_has_bars_as_long_as_the_ratios(checkout):
@@ -363,7 +385,9 @@ def test_picture_has_bars_as_long_as_the_ratios(checkout):
     assert texts.count("not measured") == 6
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/bench.svg", "bench/results/README.md"])
+@pytest.mark.parametrize(
+    "path", ["README.md", "docs/performance.md", "docs/bench.svg", "bench/results/README.md"]
+)
 def test_check_finds_an_edited_number_and_writes_nothing(checkout, path, capsys):
     _publish(checkout, _measured(eager=8.0, onnxruntime=4.0, fused=2.0))
     assert _run(checkout) == 0
@@ -428,8 +452,32 @@ def test_of_a_whole_model_the_fastest_fused_candidate_counts(checkout):
     found.case = dataclasses.replace(CASE, level="model", stage=None)
     _publish(checkout, found)
     assert _run(checkout) == 0
-    row = _row(checkout, "whole rcvit_xs")
-    assert row[1:5] == ["4 (fused compile)", "6 (compile)", "**1.50x**", "2.00x"]
+    for row in (
+        _row(checkout, "whole rcvit_xs, batch 8"),
+        _row(checkout, "whole rcvit_xs", PERFORMANCE),
+    ):
+        assert row[1:5] == ["4 (fused compile)", "6 (compile)", "**1.50x**", "2.00x"]
+
+
+def test_readme_has_six_rows_whatever_was_measured(checkout):
+    def rows():
+        table = (checkout / "README.md").read_text().split(report.BEGIN)[1].split(report.END)[0]
+        return [
+            line.split("|")[1].split(" (")[0].strip() for line in table.splitlines()[3:9]
+        ], table
+
+    assert _run(checkout) == 0
+    before, table = rows()
+    assert len([line for line in table.splitlines() if line.startswith("|")]) == 2 + 6
+    assert before[-2:] == ["whole rcvit_xs, batch 8", "whole rcvit_xs, batch 1"]
+    assert f"[{PERFORMANCE}]({PERFORMANCE})" in table
+    slower = _measured(eager=8.0, onnxruntime=3.0, fused=4.0)
+    slower.case = dataclasses.replace(CASE, level="model", stage=None, batch=1)
+    _publish(checkout, slower)
+    assert _run(checkout) == 0
+    assert rows()[0] == before
+    assert _row(checkout, "whole rcvit_xs, batch 1")[3] == "**0.75x**"
+    assert _row(checkout, "whole rcvit_xs", PERFORMANCE)[5] == "0.75x"
 
 
 @pytest.mark.parametrize("options", [(), ("--quick",), ("--models", "s,m", "--batches", "2")])

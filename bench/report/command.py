@@ -16,6 +16,7 @@ from bench.report.accuracy import coreml_tables
 from bench.report.complete import complete_tables
 from bench.report.documents import ReportError
 from bench.report.load import load, load_accuracy, load_coreml, load_gpu, load_kept
+from bench.report.performance import performance
 from bench.report.readme import readme_table
 from bench.report.svg import picture
 
@@ -51,7 +52,8 @@ def outputs(root: Path) -> dict[Path, str]:
     documents, kept, gpus = load(results), load_kept(results), load_gpu(results)
     accuracy, coreml = load_accuracy(results), load_coreml(results)
     found = {
-        readme: with_table(readme.read_text(encoding="utf-8"), readme_table(documents, gpus)),
+        readme: with_table(readme.read_text(encoding="utf-8"), readme_table(documents)),
+        root / "docs" / "performance.md": performance(documents, gpus),
         root / "docs" / "bench.svg": picture(documents),
         results / "README.md": complete_tables(documents, kept, gpus, accuracy),
     }

@@ -9,7 +9,7 @@ from bench.report.captions import case_title, gpu_machine, machine, missing
 from bench.report.documents import NOT_MEASURED, SPEED, Case, Document
 from bench.report.goals import goal_lines, row_value, share_of_floor
 from bench.report.memory import kept_table
-from bench.report.verdict import Verdict, judge
+from bench.report.verdict import judge, ratio
 
 
 def complete_tables(
@@ -91,8 +91,7 @@ def _speed_up(case: Case, rows: dict[str, Any], layout: str) -> str:
     if case["level"] == "export" and "refused" not in case:
         pair = [rows.get(name, {}).get("median_s") for name in ("onnxruntime plain", "onnxruntime")]
         return f"{pair[0] / pair[1]:.2f}x" if all(pair) else NOT_MEASURED
-    verdict = judge(case, layout)
-    return f"{verdict.ratio:.2f}x" if isinstance(verdict, Verdict) else verdict
+    return ratio(judge(case, layout))
 
 
 def _extra(case: Case, candidate: str, gpu: bool) -> str:

@@ -41,3 +41,21 @@ def judge(case: Case | None, layout: str = "") -> Verdict | str:
         fused = min((name for name in ms if name.startswith("fused")), key=lambda name: ms[name])
     best = min(rivals, key=lambda name: ms[name])
     return Verdict(ms[fused], fused, ms[best], best, ms[eager])
+
+
+def columns(verdict: Verdict | str) -> list[str]:
+    """Milliseconds of both, speed-up and speed-up over eager, as cells of a table."""
+    if not isinstance(verdict, Verdict):
+        return [verdict] * 4
+    name = "" if verdict.fused_name == "fused" else f" ({verdict.fused_name})"
+    return [
+        f"{verdict.fused:.3g}{name}",
+        f"{verdict.best:.3g} ({verdict.best_name})",
+        f"**{verdict.ratio:.2f}x**",
+        f"{verdict.eager / verdict.fused:.2f}x",
+    ]
+
+
+def ratio(verdict: Verdict | str) -> str:
+    """The speed-up alone."""
+    return f"{verdict.ratio:.2f}x" if isinstance(verdict, Verdict) else verdict
