@@ -25,7 +25,7 @@ test-long: setup
 
 bench: setup
 	$(BIN)/python -m pytest bench/ --benchmark-only --json-dir bench/results $(ARGS)
-	$(BIN)/python bench/report.py
+	$(BIN)/python bench/report
 
 parity: setup
 	$(BIN)/python -m casvit_kernels parity $(ARGS)
@@ -35,9 +35,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
-	$(BIN)/python bench/report.py --check
-	$(BIN)/python bench/triton_kernels.py --check
-	$(BIN)/python bench/triton_traffic.py --check
+	$(BIN)/python bench/report --check
+	$(BIN)/python bench/static/triton_kernels.py --check
+	$(BIN)/python bench/static/triton_traffic.py --check
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -51,7 +51,7 @@ gpu:
 	    && found=$$python && break; \
 	done; \
 	if test -z "$$found"; then $(MAKE) setup && found=$(BIN)/python; fi && \
-	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $$found bench/gpu.py $(ARGS)
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $$found bench/gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist casvit_kernels.egg-info casvit_kernels/_C.so .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -8,18 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from measure import (
-    GPU_CHOICE,
-    REPLAY,
-    Case,
-    Choice,
-    Measured,
-    Settings,
-    names,
-    settings_for,
-    write,
-)
 
+from bench.harness.case import GPU_CHOICE, Case, Choice, Settings, names, settings_for
+from bench.harness.replay import REPLAY
+from bench.harness.results import Measured, write
 from casvit_kernels import backends
 
 MODELS = ("xs", "s", "m", "t")

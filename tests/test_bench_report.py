@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,37 +16,33 @@ from casvit_kernels import benchmark
 from casvit_kernels.ops.mixer.reference import AdditiveTokenMixer
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
+from bench.harness import results as harness_results  # noqa: E402
+from bench.harness.case import Case, Settings  # noqa: E402
+from bench.harness.measure import measure  # noqa: E402
+from bench.harness.results import Measured, write  # noqa: E402
+from bench.harness.statistics import randomise_statistics  # noqa: E402
+from bench.report import command as report  # noqa: E402
+from bench.report.load import COREML, KEPT  # noqa: E402
 
-sys.path.insert(0, str(ROOT / "bench"))  # where its files find each other
-
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-measure = _load("measure")
-report = _load("report")
-
-CASE = measure.Case("mixer", "xs", 1, 5, 6, 8, "float32")
-SETTINGS = measure.Settings(rounds=2, min_round_seconds=0.0)
+PERFORMANCE = "docs/performance.md"
+CASE = Case("mixer", "xs", 1, 5, 6, 8, "float32")
+SETTINGS = Settings(rounds=2, min_round_seconds=0.0)
 FAST = ("eager", "fused")
 
 
 @pytest.fixture
 def candidates():
     """Plain mixer, input, and candidates of which the fused one is the reference too."""
-    mixer = measure.randomise_statistics(AdditiveTokenMixer(5))
+    mixer = randomise_statistics(AdditiveTokenMixer(5))
     x = torch.randn(8, 5, 6, 6)
     return mixer, x, benchmark.mixer_candidates(mixer, x, include=FAST, backend="reference")
 
 
 def _measured(**medians_ms):
     """A result with these medians; None: the candidate is absent."""
-    found = measure.Measured(CASE)
+    found = Measured(CASE)
     for name, ms in medians_ms.items():
         name = name.replace("_", " ")
         if ms is None:
@@ -68,7 +63,7 @@ def checkout(tmp_path):
 
 
 def _publish(checkout, measured, settings=SETTINGS):
-    (path,) = measure.write(checkout / "bench" / "results", [measured], settings)
+    (path,) = write(checkout / "bench" / "results", [measured], settings)
     return path
 
 
@@ -76,15 +71,18 @@ def _run(checkout, *arguments):
     return report.main(["--root", str(checkout), *arguments])
 
 
-def _row(checkout, start):
-    lines = (checkout / "README.md").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"| {start}"))
+def _row(checkout, start, path="README.md", isa=None):
+    """The cells of the row that begins so; in docs/performance.md of one instruction set, if given."""
+    text = (checkout / path).read_text()
+    if isa is not None:
+        (text,) = (s for s in text.split("\n## ") if s.startswith(f"CPU, {isa}\n"))
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {start}"))
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_what_passes_parity_is_timed_and_written(candidates, tmp_path):
-    measured = measure.measure(CASE, *candidates, SETTINGS)
-    (path,) = measure.write(tmp_path, [measured], SETTINGS)
+    measured = measure(CASE, *candidates, SETTINGS)
+    (path,) = write(tmp_path, [measured], SETTINGS)
     document = json.loads(path.read_text())
     isa = benchmark.environment()["isa"]  # None without the native library
     assert path.name == (f"mixer-xs-cpu-{isa}.json" if isa else "mixer-xs-cpu.json")
@@ -118,12 +116,12 @@ def test_a_fused_candidate_that_fails_parity_gets_no_row(candidates, tmp_path, w
         return eager()
 
     calls = {"eager": counted_eager, "fused": lambda: wrong(fused())}
-    measured = measure.measure(CASE, mixer, x, calls, SETTINGS)
+    measured = measure(CASE, mixer, x, calls, SETTINGS)
     assert "parity failed" in measured.refused
     assert "fused: max error" in measured.refused
     assert measured.timings == {}
     assert len(timed) == 1  # compared once, never timed
-    (path,) = measure.write(tmp_path, [measured], SETTINGS)
+    (path,) = write(tmp_path, [measured], SETTINGS)
     (case,) = json.loads(path.read_text())["cases"]
     assert case["refused"] == measured.refused
     assert "rows" not in case
@@ -134,9 +132,9 @@ def test_bf16_is_judged_against_autocast(tmp_path):
     include = [name + benchmark.BF16 for name in FAST]
     calls = benchmark.mixer_candidates(mixer, x, include=include, backend="reference")
     case = dataclasses.replace(CASE, dtype="bfloat16")
-    assert measure.measure(case, mixer, x, calls, SETTINGS).refused is None
+    assert measure(case, mixer, x, calls, SETTINGS).refused is None
     calls["fused bf16"] = lambda: mixer.eval()(x) * 1.1
-    assert "fused bf16" in measure.measure(case, mixer, x, calls, SETTINGS).refused
+    assert "fused bf16" in measure(case, mixer, x, calls, SETTINGS).refused
 
 
 TRAINING = dataclasses.replace(CASE, level="training")
@@ -155,7 +153,7 @@ def test_training_is_compared_with_float64_before_it_is_timed(level, dtype):
         backend="reference",
     )
     case = dataclasses.replace(CASE, level=level, dtype=dtype)
-    measured = measure.measure(case, mixer, x, calls, SETTINGS)
+    measured = measure(case, mixer, x, calls, SETTINGS)
     assert measured.refused is None
     assert list(measured.timings) == [name + suffix for name in FAST]
 
@@ -171,7 +169,7 @@ def test_one_wrong_gradient_is_enough_to_refuse(which):
         tensors[which] = tensors[which] * 1.001
         return tuple(tensors)
 
-    measured = measure.measure(TRAINING, mixer, x, {**calls, "fused": wrong}, SETTINGS)
+    measured = measure(TRAINING, mixer, x, {**calls, "fused": wrong}, SETTINGS)
     assert "parity failed" in measured.refused
 
 
@@ -206,10 +204,10 @@ def test_a_relu_input_within_rounding_of_0_may_fall_on_either_side(move, passes)
     torch.manual_seed(0)
     mixer, x = AdditiveTokenMixer(40), torch.randn(8, 40, 48, 48)
     calls = benchmark.training_candidates(mixer, x, include=["eager"])
-    measured = measure.measure(TRAINING, mixer, x, {**calls, "fused": calls["eager"]}, SETTINGS)
+    measured = measure(TRAINING, mixer, x, {**calls, "fused": calls["eager"]}, SETTINGS)
     assert measured.refused is None
     calls["fused"] = _moved(mixer, x, move)
-    measured = measure.measure(TRAINING, mixer, x, calls, SETTINGS)
+    measured = measure(TRAINING, mixer, x, calls, SETTINGS)
     assert (measured.refused is None) == passes, measured.refused
 
 
@@ -217,22 +215,27 @@ def test_the_training_column_shows_the_ratio_of_steps(checkout):
     forward = _measured(eager=8.0, fused=2.0)
     step = _measured(eager=9.0, compile=6.0, fused=2.0)
     step.case = TRAINING
-    measure.write(checkout / "bench" / "results", [forward, step], SETTINGS)
+    write(checkout / "bench" / "results", [forward, step], SETTINGS)
     assert _run(checkout) == 0
-    assert _row(checkout, "mixer, xs stage 1")[6] == "3.00x"
+    assert _row(checkout, "mixer training step, xs stage 1")[1:4] == [
+        "2",
+        "6 (compile)",
+        "**3.00x**",
+    ]
+    assert _row(checkout, "mixer, xs stage 1", PERFORMANCE)[7] == "3.00x"
 
 
 def test_a_machine_is_named_once_with_the_days_it_was_measured(checkout):
     forward, step = (_measured(eager=8.0, fused=2.0) for _ in range(2))
     step.case = TRAINING
     results = checkout / "bench" / "results"
-    measure.write(results, [forward, step], SETTINGS)
+    write(results, [forward, step], SETTINGS)
     for path, day in zip(sorted(results.glob("*.json")), ("2026-03-02", "2026-03-01"), strict=True):
         document = json.loads(path.read_text())
         document["environment"]["date"] = f"{day}T12:00:00+00:00"
         path.write_text(json.dumps(document))
     assert _run(checkout) == 0
-    for name in ("README.md", "docs/bench.svg"):
+    for name in ("README.md", PERFORMANCE, "docs/bench.svg"):
         text = (checkout / name).read_text()
         assert "2026-03-01 and 2026-03-02" in text
         assert text.count(f"torch {torch.__version__}") == 1
@@ -241,46 +244,58 @@ def test_a_machine_is_named_once_with_the_days_it_was_measured(checkout):
 def test_table_shows_the_medians_the_best_baseline_and_both_ratios(checkout, capsys):
     _publish(checkout, _measured(eager=8.0, compile=5.0, onnxruntime=4.0, fused=2.0))
     assert _run(checkout) == 0
-    row = _row(checkout, "mixer, xs stage 1")
-    assert row[1:] == ["2", "4 (onnxruntime)", "**2.00x**", "4.00x", *["not measured"] * 2]
-    assert _row(checkout, "mixer, t stage 1")[1:] == ["not measured"] * 6
-    assert _row(checkout, "any GPU")[1:] == ["not measured"] * 6
-    text = (checkout / "README.md").read_text()
+    figures = ["2", "4 (onnxruntime)", "**2.00x**", "4.00x"]
+    assert _row(checkout, "mixer, xs stage 1")[1:] == figures
+    assert _row(checkout, "mixer, t stage 4")[1:] == ["not measured"] * 4
+    assert _row(checkout, "whole rcvit_xs, batch 1")[1:] == ["not measured"] * 4
+    row = _row(checkout, "mixer, xs stage 1", PERFORMANCE)
+    assert row[1:] == [*figures, *["not measured"] * 4]
+    assert _row(checkout, "mixer, t stage 1", PERFORMANCE)[1:] == ["not measured"] * 8
+    text, more = (checkout / "README.md").read_text(), (checkout / PERFORMANCE).read_text()
+    assert "Any GPU: not measured" in more
     assert text.startswith("# Title\n")
     assert text.endswith("\nafter\n")
     environment = benchmark.environment()
     for fact in (environment["torch"], environment["cpu"], environment["date"][:10]):
         assert fact in text
+        assert fact in more
     complete = (checkout / "bench" / "results" / "README.md").read_text()
     assert "| 2 (1.8 to 2.2) | 2.00x |" in complete
     assert _run(checkout, "--check") == 0
 
 
 def test_each_instruction_set_has_its_own_figures(checkout, monkeypatch):
-    """README's table and picture are of the best one, beside the ratios of the others."""
+    """README's table and picture are of the best one; docs/performance.md has all of them."""
     environment = benchmark.environment()
     for isa, fused in (("avx512", 2.0), ("amx", 1.0)):
         found = {**environment, "isa": isa, "cpu": f"CPU with {isa}"}
-        monkeypatch.setattr(measure.timing, "environment", lambda device, found=found: found)
+        monkeypatch.setattr(
+            harness_results.benchmark, "environment", lambda device, found=found: found
+        )
         forward, step = (_measured(eager=8.0, fused=fused) for _ in range(2))
         step.case = TRAINING
-        measure.write(checkout / "bench" / "results", [forward, step], SETTINGS)
+        write(checkout / "bench" / "results", [forward, step], SETTINGS)
     names = {path.name for path in (checkout / "bench" / "results").iterdir()}
     assert {"mixer-xs-cpu-amx.json", "mixer-xs-cpu-avx512.json"} <= names
     assert _run(checkout) == 0
     assert _row(checkout, "mixer, xs stage 1")[1] == "1"
-    assert _row(checkout, "fp32, batch 8")[1:3] == ["4.00x", "not measured"]
-    assert _row(checkout, "training step, fp32")[1] == "4.00x"
-    assert _row(checkout, "training step, bf16")[1] == "not measured"
-    before, _, after = (checkout / "README.md").read_text().partition("| xs stage 1 |")
-    assert "CPU with avx512" in before.splitlines()[-3]
-    assert after
+    readme = (checkout / "README.md").read_text()
+    assert "CPU with amx" in readme
+    assert "avx512" not in readme
+    more = (checkout / PERFORMANCE).read_text()
+    for isa, fused, speed_up in (("amx", "1", "8.00x"), ("avx512", "2", "4.00x")):
+        row = _row(checkout, "mixer, xs stage 1", PERFORMANCE, isa)
+        assert row[1:4] == [fused, "8 (eager)", f"**{speed_up}**"]
+        assert row[5:] == ["not measured", "not measured", speed_up, "not measured"]
+        others = _row(checkout, "mixer, xs stage 2", PERFORMANCE, isa)
+        assert others[1:] == ["not measured"] * 8
+        assert f"\n## CPU, {isa}\n\nCPU with {isa} ({isa} kernels)" in more
     picture = (checkout / "docs" / "bench.svg").read_text()
     assert "8.00x" in picture
     assert "avx512" not in picture
 
 
-KEPT = {
+KEPT_ROW = {
     "model": "xs",
     "stage": 1,
     "shape": [2, 48, 56, 56],
@@ -295,8 +310,8 @@ def test_the_memory_kept_for_the_backward_has_a_table(checkout, capsys):
     assert _run(checkout) == 0
     complete = results / "README.md"
     assert "Memory" not in complete.read_text()
-    path = results / report.KEPT
-    path.write_text(json.dumps({"torch": "2.15.0", "rows": [KEPT]}))
+    path = results / KEPT
+    path.write_text(json.dumps({"torch": "2.15.0", "rows": [KEPT_ROW]}))
     assert _run(checkout, "--check") == 1
     assert _run(checkout) == 0
     assert "## Memory kept for the backward" in complete.read_text()
@@ -304,7 +319,7 @@ def test_the_memory_kept_for_the_backward_has_a_table(checkout, capsys):
     path.write_text('{"torch": "2.15.0"}')
     capsys.readouterr()
     assert _run(checkout) == 2
-    assert report.KEPT in capsys.readouterr().err
+    assert KEPT in capsys.readouterr().err
 
 
 def test_the_accuracy_of_packages_is_shown_where_they_are_described(checkout, capsys):
@@ -314,7 +329,7 @@ def test_the_accuracy_of_packages_is_shown_where_they_are_described(checkout, ca
     results = checkout / "bench" / "results"
     results.mkdir(parents=True)
     measured = {"torch": "2.15.0", "coremltools": "9.0", "tiny": [row], "digits": trained}
-    (results / report.COREML).write_text(json.dumps(measured))
+    (results / COREML).write_text(json.dumps(measured))
     assert _run(checkout) == 2
     assert "docs/coreml.md" in capsys.readouterr().err
     page = checkout / "docs" / "coreml.md"
@@ -335,24 +350,27 @@ def test_absent_baselines_are_shown_with_the_reason(checkout):
     _publish(checkout, _measured(eager=8.0, compile=5.0, onnxruntime=None, fused=2.0))
     assert _run(checkout) == 0
     assert _row(checkout, "mixer, xs stage 1")[2] == "5 (compile)"
-    for path in ("README.md", "bench/results/README.md"):
+    assert _row(checkout, "mixer, xs stage 1", PERFORMANCE)[2] == "5 (compile)"
+    for path in ("README.md", PERFORMANCE, "bench/results/README.md"):
         text = (checkout / path).read_text()
         assert "onnxruntime not measured: not installed: onnxruntime" in text, path
 
 
 def test_refused_cases_are_shown_as_such(checkout):
-    measured = measure.Measured(CASE, refused="parity failed, nothing was timed: fused")
+    measured = Measured(CASE, refused="parity failed, nothing was timed: fused")
     _publish(checkout, measured)
     assert _run(checkout) == 0
     assert _row(checkout, "mixer, xs stage 1")[1:5] == ["refused"] * 4
-    assert "parity failed, nothing was timed" in (checkout / "README.md").read_text()
+    assert _row(checkout, "mixer, xs stage 1", PERFORMANCE)[1:5] == ["refused"] * 4
+    for path in ("README.md", PERFORMANCE):
+        assert "parity failed, nothing was timed" in (checkout / path).read_text()
 
 
 def test_picture_has_bars_as_long_as_the_ratios(checkout):
     first = _measured(eager=8.0, compile=6.0, fused=2.0)
     second = _measured(eager=3.0, fused=2.0)
     second.case = dataclasses.replace(CASE, stage=2)
-    measure.write(checkout / "bench" / "results", [first, second], SETTINGS)
+    write(checkout / "bench" / "results", [first, second], SETTINGS)
     assert _run(checkout) == 0
     tree = ElementTree.parse(checkout / "docs" / "bench.svg").getroot()
     space = {"svg": "http://www.w3.org/2000/svg"}
@@ -367,7 +385,9 @@ def test_picture_has_bars_as_long_as_the_ratios(checkout):
     assert texts.count("not measured") == 6
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/bench.svg", "bench/results/README.md"])
+@pytest.mark.parametrize(
+    "path", ["README.md", "docs/performance.md", "docs/bench.svg", "bench/results/README.md"]
+)
 def test_check_finds_an_edited_number_and_writes_nothing(checkout, path, capsys):
     _publish(checkout, _measured(eager=8.0, onnxruntime=4.0, fused=2.0))
     assert _run(checkout) == 0
@@ -390,8 +410,8 @@ def test_check_finds_results_that_were_not_reported(checkout):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (measure.Settings(quick=True), "--quick"),
-        (measure.Settings(backend="reference"), "reference"),
+        (Settings(quick=True), "--quick"),
+        (Settings(backend="reference"), "reference"),
     ],
     ids=["quick", "reference"],
 )
@@ -415,7 +435,7 @@ def test_a_readme_without_markers_and_a_broken_file_are_named(checkout, capsys):
 
 def _bench(tmp_path, *arguments, **environment):
     """Run the smallest mixer benchmark in a process of its own."""
-    command = [sys.executable, "-m", "pytest", str(ROOT / "bench" / "test_mixer.py")]
+    command = [sys.executable, "-m", "pytest", str(ROOT / "bench" / "levels" / "test_mixer.py")]
     command += ["--benchmark-only", "--quick", "--json-dir", str(tmp_path / "json"), *arguments]
     path = os.pathsep.join([str(ROOT), str(tmp_path), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
@@ -432,8 +452,32 @@ def test_of_a_whole_model_the_fastest_fused_candidate_counts(checkout):
     found.case = dataclasses.replace(CASE, level="model", stage=None)
     _publish(checkout, found)
     assert _run(checkout) == 0
-    row = _row(checkout, "whole rcvit_xs")
-    assert row[1:5] == ["4 (fused compile)", "6 (compile)", "**1.50x**", "2.00x"]
+    for row in (
+        _row(checkout, "whole rcvit_xs, batch 8"),
+        _row(checkout, "whole rcvit_xs", PERFORMANCE),
+    ):
+        assert row[1:5] == ["4 (fused compile)", "6 (compile)", "**1.50x**", "2.00x"]
+
+
+def test_readme_has_six_rows_whatever_was_measured(checkout):
+    def rows():
+        table = (checkout / "README.md").read_text().split(report.BEGIN)[1].split(report.END)[0]
+        return [
+            line.split("|")[1].split(" (")[0].strip() for line in table.splitlines()[3:9]
+        ], table
+
+    assert _run(checkout) == 0
+    before, table = rows()
+    assert len([line for line in table.splitlines() if line.startswith("|")]) == 2 + 6
+    assert before[-2:] == ["whole rcvit_xs, batch 8", "whole rcvit_xs, batch 1"]
+    assert f"[{PERFORMANCE}]({PERFORMANCE})" in table
+    slower = _measured(eager=8.0, onnxruntime=3.0, fused=4.0)
+    slower.case = dataclasses.replace(CASE, level="model", stage=None, batch=1)
+    _publish(checkout, slower)
+    assert _run(checkout) == 0
+    assert rows()[0] == before
+    assert _row(checkout, "whole rcvit_xs, batch 1")[3] == "**0.75x**"
+    assert _row(checkout, "whole rcvit_xs", PERFORMANCE)[5] == "0.75x"
 
 
 @pytest.mark.parametrize("options", [(), ("--quick",), ("--models", "s,m", "--batches", "2")])
@@ -443,7 +487,7 @@ def test_every_benchmark_is_found(options):
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("test_mixer", "test_model", "test_training_speed", "test_export_speed"):
-        assert f"bench/{name}.py::test_" in done.stdout, name
+        assert f"bench/levels/{name}.py::test_" in done.stdout, name
 
 
 def test_the_bench_command_fails_where_parity_fails_and_writes_no_number(tmp_path):

@@ -1,10 +1,9 @@
-"""bench/gpu.py without a GPU: what it runs in which order, how it stops, goes on and refuses.
+"""bench/gpu without a GPU: what it runs in which order, how it stops, goes on and refuses.
 
 Its parts run in this process, but where processes are the subject.
 """
 
 import argparse
-import importlib
 import itertools
 import json
 import os
@@ -22,8 +21,16 @@ from conftest import require_native
 from casvit_kernels import testing
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "bench"))  # where its files find each other
-gpu, measure, report = map(importlib.import_module, ("gpu", "measure", "report"))
+sys.path.insert(0, str(ROOT))
+
+from bench.gpu import command as gpu  # noqa: E402
+from bench.gpu import schedule, store, supervise, worker  # noqa: E402
+from bench.gpu.cases import run_speed  # noqa: E402
+from bench.harness.case import Case  # noqa: E402
+from bench.harness.results import Measured  # noqa: E402
+from bench.levels import test_mixer as mixer_level  # noqa: E402
+from bench.report import command as report  # noqa: E402
+from bench.report.goals import GPU_MODELS, goal_lines  # noqa: E402
 
 TRIAL = ("--device", "cpu", "--backend", "cpu", "--quick", "--no-build")
 KEY = "xs-stage4-7px-b1-bfloat16"  # of the only mixer case of a trial
@@ -42,8 +49,8 @@ def _inside(patch):
         started.append(part)
         return part, argparse.Namespace(**{**vars(options), "rank": rank, "marker": marker})
 
-    patch.setattr(gpu, "start", start)
-    patch.setattr(gpu, "watch", lambda process, *_: (gpu.work(*process), 0.0))
+    patch.setattr(supervise, "start", start)
+    patch.setattr(supervise, "watch", lambda process, *_: (worker.work(*process), 0.0))
     return started
 
 
@@ -77,11 +84,11 @@ def results(tmp_path_factory):
 
 def test_a_trial_goes_through_every_part(results):
     assert sorted(p.name for p in (results / "cpu").iterdir()) == sorted(
-        f"{part}.json" for part in gpu.PARTS
+        f"{part}.json" for part in schedule.PARTS
     )
     assert {c["passed"] for c in _read(results, "parity")["cases"]} == {True}
     assert all("absent" in case for case in _read(results, "sanitizer")["cases"])
-    for part in gpu.SPEED:
+    for part in schedule.SPEED:
         for case in _read(results, part)["cases"]:
             assert case["copy_bytes_per_s"] > 1e6
             names = {row["candidate"] for row in case["rows"] if row["median_s"] > 0}
@@ -94,7 +101,7 @@ def test_a_trial_goes_through_every_part(results):
 
 
 def test_the_real_command_starts_a_process_for_each_part(tmp_path):
-    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), *TRIAL, "--parts", "parity"]
+    command = [sys.executable, str(ROOT / "bench" / "gpu"), *TRIAL, "--parts", "parity"]
     done = subprocess.run(
         command,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OUT": str(tmp_path)},
@@ -102,7 +109,7 @@ def test_the_real_command_starts_a_process_for_each_part(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    wanted = len(gpu.items("parity", _options(tmp_path)))
+    wanted = len(schedule.items("parity", _options(tmp_path)))
     assert f"parity: {wanted} of {wanted} cases" in done.stdout
     assert "forward over max-autotune (goal 2): not measured" in done.stdout
     assert len(_read(tmp_path, "parity")["cases"]) == wanted
@@ -120,13 +127,13 @@ def test_what_is_there_is_not_run_again(tmp_path, ran, monkeypatch):
     monkeypatch.setattr(testing, "verdict", lambda case: checked.append(case) or right(case))
     assert _run(tmp_path, "--parts", "parity") == 0
     assert [str(case) for case in checked] == [lost["id"].rsplit("-", 2)[0]]
-    monkeypatch.setattr(gpu, "version", lambda: "other sources")
+    monkeypatch.setattr(store, "version", lambda: "other sources")
     assert _run(tmp_path, "--parts", "parity") == 0
     assert len(checked) == 1 + len(first["cases"]) + 1
 
 
 def test_a_new_out_goes_on_from_the_committed_results(tmp_path, ran, monkeypatch):
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "committed")
+    monkeypatch.setattr(store, "RESULTS", tmp_path / "committed")
     assert _run(tmp_path / "committed", "--parts", "parity") == 0
     assert _run(tmp_path / "new", "--parts", "parity") == 0
     assert ran == ["parity"]
@@ -144,7 +151,9 @@ def test_a_part_stops_before_the_deadline_and_the_next_call_goes_on(
     tmp_path, ran, monkeypatch, capsys
 ):
     clock = itertools.count(step=10.0)  # each look at it takes ten seconds
-    monkeypatch.setattr(gpu, "time", SimpleNamespace(time=lambda: float(next(clock))))
+    time = SimpleNamespace(time=lambda: float(next(clock)))
+    for module in (gpu, supervise, worker):
+        monkeypatch.setattr(module, "time", time)
     assert _run(tmp_path, "--parts", "parity", "--budget", "200") == 0
     some = len(_read(tmp_path, "parity")["cases"])
     assert 1 < some < 18
@@ -173,7 +182,7 @@ def test_no_speed_while_parity_is_red(tmp_path, ran, monkeypatch, capsys):
     assert ran == ["parity"]
     assert not (tmp_path / "cpu" / "mixer.json").exists()
     # Numbers of earlier are not printed either.
-    gpu.store("mixer", _options(tmp_path)).add(_goal_case("mixer", 1, {}))
+    store.load("mixer", _options(tmp_path)).add(_goal_case("mixer", 1, {}))
     assert _run(tmp_path, "--parts", "mixer") == 1
     assert "forward over max-autotune (goal 2): not measured" in capsys.readouterr().out
 
@@ -186,19 +195,19 @@ def test_no_speed_before_parity_was_checked(tmp_path, ran, capsys):
 
 def test_another_backend_that_is_red_does_not_stop_this_one(tmp_path):
     options = _options(tmp_path)
-    file = gpu.store("parity", options)
-    file.add(*({"id": item.key, "passed": True} for item in gpu.items("parity", options)))
+    file = store.load("parity", options)
+    file.add(*({"id": item.key, "passed": True} for item in schedule.items("parity", options)))
     file.add({"id": "reference-float32", "passed": False})
-    assert gpu.red(options) is None
+    assert supervise.red(options) is None
     file.add({"id": "cpu-float32", "error": "the process ended"})
-    assert "parity is red, 1 of 20" in gpu.red(options)
+    assert "parity is red, 1 of 20" in supervise.red(options)
 
 
 def test_a_case_that_raises_is_recorded_and_the_rest_goes_on(tmp_path, ran, monkeypatch, capsys):
     def run(case, names, settings):
         raise ZeroDivisionError("here")
 
-    monkeypatch.setattr(gpu.test_mixer, "run", run)
+    monkeypatch.setattr(mixer_level, "run", run)
     assert _run(tmp_path, "--parts", "parity,mixer,training") == 1
     (case,) = _read(tmp_path, "mixer")["cases"]
     assert case["error"] == "ZeroDivisionError: here"
@@ -226,12 +235,12 @@ def _stub(monkeypatch, script):
     started = []
 
     def start(part, rank, marker, options):
-        key = gpu.left_of(part, rank, options)[0].key
+        key = supervise.left_of(part, rank, options)[0].key
         command = [sys.executable, "-S", "-c", _WRITES + script, str(marker), key]
         started.append(subprocess.Popen(command, start_new_session=True))
         return started[-1]
 
-    monkeypatch.setattr(gpu, "start", start)
+    monkeypatch.setattr(supervise, "start", start)
     return started
 
 
@@ -249,7 +258,7 @@ def test_a_process_that_dies_costs_the_case_it_was_at(tmp_path, monkeypatch):
     assert _run(tmp_path, "--parts", "sanitizer") == 1
     assert len(started) == 2
     assert [(c["id"], c["error"]) for c in _read(tmp_path, "sanitizer")["cases"]] == [
-        (tool, "the process ended with status 9") for tool in gpu.TOOLS
+        (tool, "the process ended with status 9") for tool in schedule.TOOLS
     ]
 
 
@@ -262,7 +271,7 @@ def test_a_process_that_dies_at_once_is_not_started_for_ever(tmp_path, monkeypat
 
 def test_a_case_that_takes_too_long_is_tried_again_without_autotuning(tmp_path, monkeypatch):
     started = _stub(monkeypatch, "mark(); time.sleep(60)")
-    monkeypatch.setattr(gpu, "red", lambda options: None)
+    monkeypatch.setattr(supervise, "red", lambda options: None)
     assert _run(tmp_path, "--parts", "mixer", "--case-limit", "0.3") == 1
     assert [process.poll() for process in started] == [-9, -9]
     document = _read(tmp_path, "mixer")
@@ -276,13 +285,13 @@ def test_what_was_too_slow_is_left_out_with_the_reason(tmp_path, monkeypatch):
 
     def run(case, names, settings):
         asked.extend(names)
-        return measure.Measured(case)
+        return Measured(case)
 
-    monkeypatch.setattr(gpu.test_mixer, "run", run)
+    monkeypatch.setattr(mixer_level, "run", run)
     options = _options(tmp_path)
-    (item,) = gpu.items("mixer", options)
+    (item,) = schedule.items("mixer", options)
     options.quick = False
-    found = gpu.run_speed("mixer", item, {item.key: "not within 150 s"}, options)
+    found = run_speed("mixer", item, {item.key: "not within 150 s"}, options)
     assert "compile channels_last bf16" in asked
     assert "max-autotune channels_last bf16" not in asked
     assert found["rows"] == [
@@ -306,7 +315,7 @@ def test_a_process_is_ended_at_the_deadline(tmp_path, monkeypatch, capsys):
 def test_the_goals_come_first_and_nothing_is_left_out(tmp_path):
     options = _options(tmp_path)
     options.quick = False
-    mixers = gpu.items("mixer", options)
+    mixers = schedule.items("mixer", options)
     assert {item.key for item in mixers if item.rank == 1} == {
         f"{model}-stage{stage}-{112 >> stage}px-b256-bfloat16"
         for model in ("xs", "t")
@@ -324,7 +333,8 @@ def test_the_goals_come_first_and_nothing_is_left_out(tmp_path):
     }
     for part in ("model", "model-training"):
         cases = [
-            (i.case.model, i.case.size, i.case.batch, i.without) for i in gpu.items(part, options)
+            (i.case.model, i.case.size, i.case.batch, i.without)
+            for i in schedule.items(part, options)
         ]
         assert set(cases) == set(
             itertools.product(
@@ -332,16 +342,16 @@ def test_the_goals_come_first_and_nothing_is_left_out(tmp_path):
             )
         )
         assert len(set(cases)) == len(cases)
-    for part in gpu.PARTS:
-        items = gpu.items(part, options)
+    for part in schedule.PARTS:
+        items = schedule.items(part, options)
         assert len({item.key for item in items}) == len(items)
-        assert {item.rank for item in items} <= {r for p, r in gpu.SCHEDULE if p == part}
+        assert {item.rank for item in items} <= {r for p, r in schedule.SCHEDULE if p == part}
 
 
 def test_parity_takes_the_real_shapes_in_every_dtype_layout_and_mode(tmp_path):
     options = _options(tmp_path)
     options.quick = False
-    cases = [item.case for item in gpu.items("parity", options) if item.case.backend == "cpu"]
+    cases = [item.case for item in schedule.items("parity", options) if item.case.backend == "cpu"]
     for shape in ((256, 96, 96, 96), (256, 220, 7, 7), (2, 48, 56, 56)):
         found = [c for c in cases if c.shape == shape]
         assert {(c.dtype, c.layout, c.mode) for c in found} == set(
@@ -383,7 +393,7 @@ def _goal_case(level, stage, medians_us, model="xs", **kept):
         }
         for name, us in medians_us.items()
     ]
-    case = measure.Case(level, model, stage, 48, 112 >> stage, 256, "bfloat16")
+    case = Case(level, model, stage, 48, 112 >> stage, 256, "bfloat16")
     return {"id": case.id, **vars(case), "rows": rows, "copy_bytes_per_s": 3e12}
 
 
@@ -393,7 +403,7 @@ def checkout(tmp_path, results):
     (tmp_path / "README.md").write_text(f"# Title\n{report.BEGIN}\nold\n{report.END}\n")
     folder = tmp_path / "bench" / "results" / "nvidia-h100"
     folder.mkdir(parents=True)
-    for part in gpu.PARTS:
+    for part in schedule.PARTS:
         document = _read(results, part)
         document["environment"] |= {
             "device": "cuda",
@@ -423,13 +433,13 @@ def test_the_report_takes_what_the_script_writes(checkout):
     assert "- sanitizer: 0 of 2 passed" in complete
     assert "xs stage 1, (256, 48, 56, 56)" in complete
     assert "0.206 (0.206 to 0.206), 3 MiB, share 0.50" in complete  # floor: 102.8 us
-    for part in gpu.SPEED:
+    for part in schedule.SPEED:
         assert f"### {part}" in complete
-    readme = (checkout / "README.md").read_text()
-    assert "NVIDIA H100" in readme
-    assert "forward over eager channels_last (goal 5): met where measured, 5.00 at worst" in readme
-    assert "share of the memory floor (goal 0.6): missed, 0.50 at worst" in readme
-    assert "| any GPU |" not in readme
+    text = (checkout / "docs" / "performance.md").read_text()
+    assert "## NVIDIA H100\n\nNVIDIA H100 (CUDA or HIP 13.0)" in text
+    assert "forward over eager channels_last (goal 5): met where measured, 5.00 at worst" in text
+    assert "share of the memory floor (goal 0.6): missed, 0.50 at worst" in text
+    assert "Any GPU" not in text
     assert report.main(["--root", str(checkout), "--check"]) == 0
 
 
@@ -451,22 +461,22 @@ def test_goals_are_judged_by_the_worst_mixer_of_stages_one_and_two():
 
     cases = [
         _goal_case("training", stage, figures(100.0), model)
-        for model in report.GPU_MODELS
+        for model in GPU_MODELS
         for stage in (1, 2)
     ]
-    lines = report.goal_lines([{"cases": cases}])
+    lines = goal_lines([{"cases": cases}])
     assert (
         "step over eager channels_last (goal 3): met, 6.00 at worst (xs stage 1; 8 of 8" in lines[4]
     )
     cases[5] = _goal_case("training", 2, figures(200.0), "m")
-    lines = report.goal_lines([{"cases": cases}])
+    lines = goal_lines([{"cases": cases}])
     assert "step over max-autotune (goal 1.7): missed, 1.50 at worst (m stage 2" in lines[5]
     assert lines[6] == "times less kept for the backward (goal 4): not measured"
     other = _goal_case("training", 1, figures(1.0)) | {"batch": 64}
-    assert "not measured" in report.goal_lines([{"cases": [other]}])[4]
+    assert "not measured" in goal_lines([{"cases": [other]}])[4]
     kept = {"eager channels_last": 900, "fused channels_last": 300}
     case = _goal_case("training", 1, figures(1.0), **kept)
-    assert "missed, 3.00 at worst" in report.goal_lines([{"cases": [case]}])[6]
+    assert "missed, 3.00 at worst" in goal_lines([{"cases": [case]}])[6]
 
 
 @pytest.mark.parametrize(
@@ -477,7 +487,7 @@ def test_goals_are_judged_by_the_worst_mixer_of_stages_one_and_two():
         ("mixer", lambda d: d["stamp"].update(version="older"), "no speed without green parity"),
         ("mixer", lambda d: d["stamp"].update(quick=True), "a trial of the machinery"),
         ("mixer", lambda d: d["environment"].update(device="cpu"), "a trial of the machinery"),
-        ("mixer", lambda d: d.pop("cases"), "expected a file of bench/gpu.py"),
+        ("mixer", lambda d: d.pop("cases"), "expected a file of bench/gpu"),
     ],
     ids=["red", "unchecked", "older sources", "quick", "cpu", "broken"],
 )

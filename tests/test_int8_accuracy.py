@@ -21,7 +21,7 @@ for package in (
 BENCH = Path(__file__).parents[1] / "bench"
 if not BENCH.is_dir():
     pytest.skip("the benchmarks are not installed with the package", allow_module_level=True)
-spec = importlib.util.spec_from_file_location("int8_accuracy", BENCH / "int8_accuracy.py")
+spec = importlib.util.spec_from_file_location("int8_accuracy", BENCH / "accuracy" / "int8.py")
 int8_accuracy = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(int8_accuracy)
 

@@ -26,7 +26,7 @@ from casvit_kernels.ops.mixer.kernels import get
 from casvit_kernels.ops.mixer.schema import Settings
 from casvit_kernels.ops.mixer.weights import GateWeights, MixerWeights, flatten, unflatten
 
-_PATH = Path(__file__).parents[1] / "bench" / "saved_bytes.py"
+_PATH = Path(__file__).parents[1] / "bench" / "static" / "saved_bytes.py"
 _SPEC = importlib.util.spec_from_file_location("bench_saved_bytes", _PATH)
 saved_bytes = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(saved_bytes)

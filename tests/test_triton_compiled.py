@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def bench():
-    path = ROOT / "bench" / "triton_kernels.py"
+    path = ROOT / "bench" / "static" / "triton_kernels.py"
     spec = importlib.util.spec_from_file_location("triton_kernels", path)
     module = sys.modules["triton_kernels"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -65,7 +65,7 @@ def test_no_spills_and_wide_loads(bench, committed):
 def test_the_committed_table(bench, committed):
     """It is of these kernels, complete, and without spills."""
     document, rows = committed
-    assert document["source"] == bench.source_hash(), "run python bench/triton_kernels.py"
+    assert document["source"] == bench.source_hash(), "run python bench/static/triton_kernels.py"
     assert set(rows) == set(bench.configs())
     assert not {config: n for config, n in rows.items() if n.spilled}
     assert bench.TABLE.read_text() == bench.table(document)

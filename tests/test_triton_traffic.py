@@ -88,7 +88,7 @@ def test_the_model_counts_what_the_interpreter_does():
 
 @pytest.fixture(scope="module")
 def bench():
-    path = ROOT / "bench" / "triton_traffic.py"
+    path = ROOT / "bench" / "static" / "triton_traffic.py"
     spec = importlib.util.spec_from_file_location("triton_traffic", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,6 +1,6 @@
 """What 8 bits cost in accuracy: a small fused CAS-ViT, trained on handwritten digits, exported twice.
 
-    python bench/int8_accuracy.py    a minute; into bench/results/int8_accuracy.json
+    python bench/accuracy/int8.py    a minute; into bench/results/int8_accuracy.json
 
 Trained by examples/train_classification.py on three quarters of scikit-learn's digits; both files are
 judged by ONNX Runtime on the other quarter. Calibrated with images of the training part.
@@ -23,7 +23,7 @@ from casvit_kernels import fuse, models
 from casvit_kernels.export import to_onnx
 from casvit_kernels.photographs import MEAN, STD
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "int8_accuracy.json"
 LAYERS, DIMS, SIDE = (1, 1, 1, 1), (16, 24, 32, 48), 32
 RECIPE = ("--epochs", 6, "--batch-size", 32, "--lr", 0.12, "--workers", 0, "--mixer", "fused")

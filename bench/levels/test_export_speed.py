@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Case, Choice, Measured, Settings, measure, randomise_statistics, replayed
 from torch import Tensor, nn
 
+from bench.harness.case import Case, Choice, Settings
+from bench.harness.measure import measure
+from bench.harness.replay import replayed
+from bench.harness.results import Measured
+from bench.harness.statistics import randomise_statistics
 from casvit_kernels import benchmark, fold_for_inference, fuse
 from casvit_kernels import models as family
 from casvit_kernels.export import to_onnx

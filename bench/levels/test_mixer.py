@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from measure import Case, Choice, Measured, Settings, measure, randomise_statistics, replayed
 
+from bench.harness.case import Case, Choice, Settings
+from bench.harness.measure import measure
+from bench.harness.replay import replayed
+from bench.harness.results import Measured
+from bench.harness.statistics import randomise_statistics
 from casvit_kernels.benchmark import GPU_MIXER_NAMES, MIXER_NAMES, mixer_candidates
 from casvit_kernels.models import CONFIGS
 from casvit_kernels.ops.mixer.reference import AdditiveTokenMixer

@@ -1,6 +1,6 @@
 """What the mixer keeps for the backward, in bytes: plain PyTorch against the fused CPU backend.
 
-    python bench/saved_bytes.py    every stage of xs and t, into bench/results/saved_bytes.json
+    python bench/static/saved_bytes.py    every stage of xs and t, into bench/results/saved_bytes.json
 
 Counted by saved-tensor hooks: every storage once, the input with it, parameters and buffers without.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from casvit_kernels import AdditiveTokenMixer, FusedCATM
 from casvit_kernels.models.rcvit import CONFIGS
 
-RESULTS = Path(__file__).parent / "results" / "saved_bytes.json"
+RESULTS = Path(__file__).parents[1] / "results" / "saved_bytes.json"
 MODELS, SIZES, BATCH = ("xs", "t"), (56, 28, 14, 7), 2
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from measure import Case, Choice, Measured, Settings, measure, randomise_statistics, replayed
-from test_mixer import dtypes
 
+from bench.harness.case import Case, Choice, Settings
+from bench.harness.measure import measure
+from bench.harness.replay import replayed
+from bench.harness.results import Measured
+from bench.harness.statistics import randomise_statistics
+from bench.levels.test_mixer import dtypes
 from casvit_kernels import models as family
 from casvit_kernels.benchmark import (
     GPU_MODEL_NAMES,

@@ -1,6 +1,6 @@
 """How far Core ML packages are from the model, by evaluating what was saved on the CPU.
 
-    python bench/coreml_accuracy.py    about 15 minutes, into bench/results/coreml_accuracy.json
+    python bench/accuracy/coreml.py    about 15 minutes, into bench/results/coreml_accuracy.json
 
 rcvit_xs at 224x224 (the larger models in fp16 alone), photographs that ship with packages: weights
 from a seed, BatchNorm with the photographs' statistics, a head whose outputs differ between images.
@@ -26,7 +26,7 @@ from casvit_kernels.demo.training import BATCH, CONFIG, RATE, STEPS, Digits
 from casvit_kernels.export import to_coreml
 from casvit_kernels.export.mil import Program
 
-RESULTS = Path(__file__).parent / "results" / "coreml_accuracy.json"
+RESULTS = Path(__file__).parents[1] / "results" / "coreml_accuracy.json"
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "fp16": {"precision": "fp16"},

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from measure import Case, Choice, Measured, Settings, measure, replayed
-from test_mixer import mixers, problem
-
+from bench.harness.case import Case, Choice, Settings
+from bench.harness.measure import measure
+from bench.harness.replay import replayed
+from bench.harness.results import Measured
+from bench.levels.test_mixer import mixers, problem
 from casvit_kernels.benchmark import GPU_TRAINING_NAMES, TRAINING_NAMES, training_candidates
 
 NAMES, GPU_NAMES = TRAINING_NAMES, GPU_TRAINING_NAMES

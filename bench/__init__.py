@@ -1,0 +1,1 @@
+"""Benchmarks: what is timed, how, and the tables of the results. See README.md."""

@@ -1,0 +1,1 @@
+"""Parity, sanitizer and speed on a GPU: `python bench/gpu`."""

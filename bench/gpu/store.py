@@ -1,0 +1,83 @@
+"""The JSON file of each part, and what its results belong to: sources, GPU, torch, backend."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from casvit_kernels import _files, benchmark
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+
+
+class Store:
+    """The JSON file of one part. It starts anew where sources, GPU, torch or backend are others."""
+
+    def __init__(self, path: Path, stamp: dict[str, Any]) -> None:
+        self.path = path
+        try:
+            self.document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self.document = {}
+        self.fresh = self.document.get("stamp") != stamp
+        if self.fresh:
+            self.document = {"stamp": stamp, "limited": {}, "cases": []}
+
+    @property
+    def done(self) -> dict[str, dict[str, Any]]:
+        return {case["id"]: case for case in self.document["cases"]}
+
+    def add(self, *cases: dict[str, Any]) -> None:
+        self.document["cases"] += cases
+        self.save()
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _files.write_text(self.path, json.dumps(self.document, indent=1) + "\n")
+
+
+@functools.cache
+def version() -> str:
+    """A hash of what the numbers depend on."""
+    files = [*(ROOT / "casvit_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]
+    files = [p for p in files if not {"demo", "export", "cli", "_files.py"} & set(p.parts)]
+    digest = hashlib.sha256()
+    for path in sorted([*files, *(ROOT / "bench" / "harness").glob("*.py")]):
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def stamp(options: argparse.Namespace) -> dict[str, Any]:
+    environment = benchmark.environment(options.device)
+    return {
+        "version": version(),
+        "device": environment.get("gpu", environment["cpu"]),
+        "torch": environment["torch"],
+        "backend": options.backend,
+        "quick": options.quick,
+    }
+
+
+def folder(options: argparse.Namespace, where: Path) -> Path:
+    name = options.device
+    if name != "cpu":
+        name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(name).lower()).strip("-")
+    return where / name
+
+
+def load(part: str, options: argparse.Namespace) -> Store:
+    """The part's file; what bench/results has of it is where a new $OUT goes on."""
+    name, mine = f"{part}.json", folder(options, options.out)
+    path, earlier = mine / name, folder(options, RESULTS) / name
+    found = Store(path, stamp(options))
+    if found.fresh and earlier != path:
+        found.document = Store(earlier, found.document["stamp"]).document
+    return found

@@ -1,0 +1,1 @@
+"""Tables and the picture, out of the JSON files: `python bench/report`."""

@@ -1,0 +1,94 @@
+"""Turns the results under bench/results/ into the tables and the picture of README and docs.
+
+    python bench/report            write them
+    python bench/report --check    exit 1 where they are not what the results give
+
+Needs nothing but Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench.report.accuracy import coreml_tables
+from bench.report.complete import complete_tables
+from bench.report.documents import ReportError
+from bench.report.load import load, load_accuracy, load_coreml, load_gpu, load_kept
+from bench.report.performance import performance
+from bench.report.readme import readme_table
+from bench.report.svg import picture
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+COREML_MARKS = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
+
+
+def with_table(
+    text: str, table: str, file: str = "README.md", marks: tuple[str, str] = (BEGIN, END)
+) -> str:
+    """`text` with what stands between its markers replaced.
+
+    Raises:
+        ReportError: the markers are not there, once each and in order.
+    """
+    begin, end = marks
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ReportError(f"{file}: expected the markers {begin} and {end}, once each, in order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+
+
+def outputs(root: Path) -> dict[Path, str]:
+    """What each generated file should hold.
+
+    Raises:
+        ReportError: as `load` and `with_table`; or there is no README.md.
+    """
+    readme = root / "README.md"
+    if not readme.is_file():
+        raise ReportError(f"README.md: expected a file at {readme}")
+    results = root / "bench" / "results"
+    documents, kept, gpus = load(results), load_kept(results), load_gpu(results)
+    accuracy, coreml = load_accuracy(results), load_coreml(results)
+    found = {
+        readme: with_table(readme.read_text(encoding="utf-8"), readme_table(documents)),
+        root / "docs" / "performance.md": performance(documents, gpus),
+        root / "docs" / "bench.svg": picture(documents),
+        results / "README.md": complete_tables(documents, kept, gpus, accuracy),
+    }
+    if coreml is not None:
+        page = root / "docs" / "coreml.md"
+        if not page.is_file():
+            raise ReportError(f"docs/coreml.md: expected a file at {page}")
+        tables = "\n".join(coreml_tables(coreml))
+        name = "docs/coreml.md"
+        found[page] = with_table(page.read_text(encoding="utf-8"), tables, name, COREML_MARKS)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 on a difference"
+    )
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[2])
+    options = parser.parse_args(arguments)
+    try:
+        wanted = outputs(options.root)
+    except ReportError as error:
+        print(f"bench/report: {error}", file=sys.stderr)
+        return 2
+    stale = [
+        path
+        for path, text in wanted.items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
+    for path in stale:
+        if options.check:
+            print(f"{path} is not what bench/results/ gives: run python bench/report")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(wanted[path], encoding="utf-8")
+            print(f"wrote {path}")
+    return 1 if options.check and stale else 0

@@ -1,0 +1,1 @@
+"""What is counted, not timed: machine code, traffic and saved bytes."""
