@@ -132,6 +132,21 @@ def test_what_is_there_is_not_run_again(tmp_path, ran, monkeypatch):
     assert len(checked) == 1 + len(first["cases"]) + 1
 
 
+def test_results_belong_to_kernels_and_harness_but_not_to_prose(tmp_path, monkeypatch):
+    found = store.sources()
+    assert {"csrc/cpu/infer.cpp", "casvit_kernels/module.py", "bench/harness/measure.py"} <= set(
+        found
+    )
+    assert not [name for name in found if name.endswith(".md") or "/demo/" in name]
+    # In a checkout below a folder called demo, too.
+    root = tmp_path / "demo"
+    for name in ("casvit_kernels/module.py", "casvit_kernels/demo/run.py", "csrc/README.md"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("")
+    monkeypatch.setattr(store, "ROOT", root)
+    assert store.sources() == ["casvit_kernels/module.py"]
+
+
 def test_a_new_out_goes_on_from_the_committed_results(tmp_path, ran, monkeypatch):
     monkeypatch.setattr(store, "RESULTS", tmp_path / "committed")
     assert _run(tmp_path / "committed", "--parts", "parity") == 0

@@ -16,6 +16,7 @@ from casvit_kernels import _files, benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
+NO_PART = {"demo", "export", "cli", "_files.py"}  # no number depends on these
 
 
 class Store:
@@ -44,14 +45,20 @@ class Store:
         _files.write_text(self.path, json.dumps(self.document, indent=1) + "\n")
 
 
+def sources() -> list[str]:
+    """Paths of those files, from the root: kernels, what calls and judges them, and the harness."""
+    folders = (("casvit_kernels", "*.py"), ("csrc", "*.*"), ("bench/harness", "*.py"))
+    found = [p for folder, pattern in folders for p in (ROOT / folder).rglob(pattern)]
+    names = (p.relative_to(ROOT) for p in found if p.suffix != ".md")
+    return sorted(p.as_posix() for p in names if not NO_PART & set(p.parts))
+
+
 @functools.cache
 def version() -> str:
     """A hash of what the numbers depend on."""
-    files = [*(ROOT / "casvit_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]
-    files = [p for p in files if not {"demo", "export", "cli", "_files.py"} & set(p.parts)]
     digest = hashlib.sha256()
-    for path in sorted([*files, *(ROOT / "bench" / "harness").glob("*.py")]):
-        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    for name in sources():
+        digest.update(name.encode() + (ROOT / name).read_bytes())
     return digest.hexdigest()[:12]
 
 
