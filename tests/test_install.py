@@ -222,6 +222,7 @@ def test_an_old_compiler_builds_the_instruction_sets_it_knows(
     assert "not in this build: the compiler was too old" in forced.stderr
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other CPUs have one instruction set")
 def test_a_fault_in_one_instruction_set_is_not_taken_for_an_old_compiler(tmp_path: Path) -> None:
     """The compiler knows the options of AVX-512 here, and yet its file does not compile."""
@@ -269,6 +270,7 @@ def test_without_a_build_tool_the_reason_is_said(tmp_path: Path, name: str) -> N
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.long
 def test_a_build_is_incremental_and_links_what_any_cpu_can_run_first(tmp_path: Path) -> None:
     """Of an inline function in several objects the linker takes the first: it must not be AVX's."""
     assert build(tmp_path, CXXFLAGS="-O0").returncode == 0

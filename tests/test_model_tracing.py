@@ -31,7 +31,7 @@ def run(model: nn.Module, x: Tensor) -> list[Tensor]:
         return as_list(model(x))
 
 
-@pytest.mark.parametrize("fused", [False])
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_traced_model_computes_the_same(
@@ -54,7 +54,7 @@ def test_a_trace_holds_layers_and_nothing_of_the_checks() -> None:
     assert all(node.users for node in used)
 
 
-@pytest.mark.parametrize("fused", [False])
+@pytest.mark.parametrize("fused", [False, True])
 def test_feature_extractor_of_torchvision(fused: bool) -> None:
     extraction = pytest.importorskip("torchvision.models.feature_extraction")
     model = rcvit_xs(num_classes=5, fused=fused).eval()
@@ -74,7 +74,7 @@ def test_feature_extractor_of_torchvision(fused: bool) -> None:
         assert torch.equal(found[name], seen[name])
 
 
-@pytest.mark.parametrize("fused", [False])
+@pytest.mark.parametrize("fused", [False, True])
 def test_feature_extractor_of_a_dense_backbone(fused: bool) -> None:
     extraction = pytest.importorskip("torchvision.models.feature_extraction")
     model = RCViT(TINY, fork_feat=True, fused=fused).eval()

@@ -50,18 +50,24 @@ def result(process):
     return json.loads(out.splitlines()[-1])
 
 
-def test_parity():
-    """Each half of the cases in a process."""
-    script = """
+@pytest.mark.parametrize("choice", ["cover", pytest.param("cases", marks=pytest.mark.long)])
+def test_parity(choice):
+    """Each half of the cases in a process; quick: those that cover every pair of values."""
+    every = testing.cases("triton")
+    wanted = every if choice == "cases" else testing.cover(every)
+    chosen = (
+        "testing.cases('triton')" if choice == "cases" else "testing.cover(testing.cases('triton'))"
+    )
+    script = f"""
 import json
 from casvit_kernels import testing
-rows = [testing.check(c) for c in testing.cases("triton")[{start}::2]]
+rows = [testing.check(c) for c in {chosen}[{{start}}::2]]
 print(json.dumps([len(rows), [[str(r[:5]), r.failures] for r in rows if not r.passed]]))
 """
     found = [result(p) for p in [interpret(script.format(start=i)) for i in range(2)]]
     assert [failures for _, failures in found] == [[], []]
     if not torch.cuda.is_available():
-        assert sum(count for count, _ in found) == len(testing.cases("triton"))
+        assert sum(count for count, _ in found) == len(wanted)
 
 
 TRAINING = (
@@ -70,6 +76,7 @@ TRAINING = (
 )
 
 
+@pytest.mark.long
 def test_training_tests():
     """Those of the training suites that could differ between backends, on this one."""
     suites = [str(HERE / f"test_{name}.py") for name in ("training", "field")]

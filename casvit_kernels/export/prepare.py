@@ -203,7 +203,8 @@ def _output_names(model: nn.Module, count: int) -> list[str]:
     if count == 1:
         return ["output"]
     if getattr(model, "fork_feat", False):  # a dense backbone, the published one too
-        return [f"stage{i + 1}" for i in range(count)]
+        stages = getattr(model, "out_indices", range(count))
+        return [f"stage{i + 1}" for i in stages]
     return [f"output{i}" for i in range(count)]
 
 
