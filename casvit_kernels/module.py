@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -13,21 +14,26 @@ from .backends import check_name
 from .ops.mixer import matching, reference
 from .ops.mixer.cpu import infer
 from .ops.mixer.dispatch import check, group_name, train, trains
+from .ops.mixer.norms import eps_of
 from .ops.mixer.packed import PackedWeights, fast_path
 from .ops.mixer.reference import AdditiveTokenMixer
 from .ops.mixer.structure import (
     PUBLISHED_INNER,
     Roles,
     Structure,
-    eps_of,
     examine,
-    hooked_child,
+    hooked_below,
     norms_of,
     weights_of,
 )
 from .ops.mixer.weights import MixerWeights, check_alike
 
+_HAS_HOOKS = ": has hooks, which run only where it is called"
 ORIGINAL = "_original"  # on a FusedCATM: the mixer it stands for; a plain attribute, no submodule
+
+
+# Attributes that are never the replaced mixer's.
+_OWN = frozenset((*vars(nn.Module()), "backend", "_packed", "_structure", "_warned", "_altered"))
 
 
 class UnfusedWarning(UserWarning):
@@ -74,6 +80,7 @@ class FusedCATM(AdditiveTokenMixer):
     _inner = PUBLISHED_INNER  # of each container in a gate its class; see `structure.examine`
     _structure: Structure | None = None
     _warned: frozenset[str] = frozenset()
+    _altered: str | None = None  # an attribute of the original that was set after the swap
 
     def __init__(
         self,
@@ -112,10 +119,22 @@ class FusedCATM(AdditiveTokenMixer):
         """``(B, C, H, W)`` to ``(B, C, H, W)``; raises as `casvit_kernels.catm` does."""
         if isinstance(x, fx.Proxy):
             return self._traced(x)
+        if self._altered is not None:
+            reason = (
+                f"{self._altered}: was set after the swap, and the mixer's own forward may read it"
+            )
+            if torch.compiler.is_compiling():
+                _warn_unfused(reason)
+            else:
+                self._warn_once(reason)
+            return self._unfused(x)
         if torch.compiler.is_compiling():  # it follows what it can guard: the children themselves
             difference, owners, dropout = examine(self, self._roles, self._inner)
             if difference is None:
-                difference = hooked_child(owners)
+                for name in self._roles:
+                    hooked = hooked_below(name, self._modules[name])
+                    if hooked is not None and difference is None:
+                        difference = hooked + _HAS_HOOKS
             if difference is not None:
                 _warn_unfused(difference)
                 return self._unfused(x)
@@ -124,21 +143,21 @@ class FusedCATM(AdditiveTokenMixer):
             structure = self._structure
             if structure is None or not structure.unchanged(self):
                 structure = self._structure = Structure(self, self._roles, self._inner)
-            if structure.difference is not None:
-                self._warn_once(structure.difference)
+            if structure.difference is None and structure.hooked():
+                child = structure.hooked_child()
+                if child:
+                    self._warn_once(child + _HAS_HOOKS)
                 return self._unfused(x)
-            hooked = structure.hooked()
-            if not hooked:
+            if structure.difference is None:
                 found = fast_path(x, self.backend, structure, self._packed)
                 if found is not None:
                     return infer(x, found.packed)
-            w, owners, dropout = structure.weights(), structure.owners, structure.dropout
-            if hooked:
-                check(x, w, self.backend)
-                child = structure.hooked_child()
-                if child:
-                    self._warn_once(f"{child}: has hooks, which run only where it is called")
+                if not structure.same_biases():
+                    structure = self._structure = Structure(self, self._roles, self._inner)
+            if structure.difference is not None:
+                self._warn_once(structure.difference)
                 return self._unfused(x)
+            w, owners, dropout = structure.weights(), structure.owners, structure.dropout
         chosen, dtype = check(x, w, self.backend)
         norms = norm_q, norm_k = norms_of(owners)
         eps = (eps_of(norm_q), eps_of(norm_k))
@@ -146,7 +165,7 @@ class FusedCATM(AdditiveTokenMixer):
         if True in batch:  # without, the packed weights see to it
             check_alike(w)
         if chosen is not None and trains(chosen, batch):
-            momentum = (_momentum(norm_q), _momentum(norm_k))
+            momentum = (_momentum(norm_q), _momentum(norm_k, second=norm_k is norm_q))
             out = train(chosen, x, w, eps, batch, momentum, _group(norms), dtype)
             for norm in norms:
                 if _tracks(norm):
@@ -163,6 +182,11 @@ class FusedCATM(AdditiveTokenMixer):
         original = vars(self).get(ORIGINAL)
         if original is None:
             return super().forward(x)
+        if (
+            original._modules is not self._modules
+        ):  # of a copy or a replica with children of its own
+            original = copy.copy(original)
+            _share(self, original)
         original.training = self.training
         out: Tensor = original.forward(x)
         return out
@@ -190,6 +214,14 @@ class FusedCATM(AdditiveTokenMixer):
         if mode != self.training and any(p.is_cuda for p in self.parameters()):
             self.refresh()
         return super().train(mode)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What is a plain attribute of the replaced mixer goes there: its own forward may read it."""
+        original = vars(self).get(ORIGINAL)
+        if original is not None and name in vars(original) and name not in _OWN:
+            setattr(original, name, value)
+            self._altered = name
+        super().__setattr__(name, value)
 
     def refresh(self) -> None:
         """Forget the packed weights; the next call makes them anew."""
@@ -294,12 +326,12 @@ def _tracks(norm: Any) -> bool:
     )
 
 
-def _momentum(norm: Any) -> Any:
-    """Weight of this batch in the running statistics."""
+def _momentum(norm: Any, second: bool = False) -> Any:
+    """Weight of this batch in the running statistics. second: of two in one call."""
     if isinstance(norm, _BatchNorm) and norm.momentum is not None:
         return norm.momentum
     counted: Any = norm._buffers["num_batches_tracked"] if _tracks(norm) else None
-    return 0.0 if counted is None else 1 / (counted + 1)
+    return 0.0 if counted is None else 1 / (counted + 1 + second)
 
 
 def _group(norms: tuple[Any, Any]) -> str:

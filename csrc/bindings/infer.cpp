@@ -1,6 +1,6 @@
 // The operators of casvit_kernels on CPU tensors: from torch's stable ABI to plain pointers and
-// back. Schemas, fake kernels, autograd and autocast are in casvit_kernels/ops.py. No arithmetic
-// here.
+// back. Schemas, fake kernels, autograd and autocast are in casvit_kernels/ops/mixer/schema.py. No
+// arithmetic here.
 #include "cpu/infer.h"
 #include "bindings/tensors.h"
 #include "cpu/dispatch.h"

@@ -17,10 +17,10 @@ struct PackedHeader {
   int64_t precision;
   int64_t channels;
   uint64_t fingerprint;  // see sources.h
-  int64_t stale;         // byte 48, read by casvit_kernels/packing.py
+  int64_t stale;         // byte 48, read by casvit_kernels/ops/mixer/packed.py
   double eps[2];
 };
-static_assert(offsetof(PackedHeader, stale) == 48, "packing.py reads this offset");
+static_assert(offsetof(PackedHeader, stale) == 48, "packed.py reads this offset");
 
 int64_t packed_bytes(const Kernels&, int64_t C, Precision);
 void pack(const Kernels&, const Sources&, Precision, void* to);

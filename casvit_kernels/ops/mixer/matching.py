@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
+from .norms import NORMS, is_frozen
 from .structure import (
-    NORMS,
     Roles,
     described,
     examine,
-    is_frozen,
     is_parametrized,
     norms_of,
     weights_of,

@@ -16,7 +16,8 @@ from torch import Tensor
 from ...backends import first_choice
 from ..tracing import transformed
 from .kernels import MixerKernels
-from .structure import Structure, eps_of
+from .norms import eps_of
+from .structure import Structure
 from .weights import MixerWeights, autocasts, check_alike, flatten
 
 _Key = tuple[str, tuple[float, float], torch.dtype, int]  # backend, eps, dtype, CUDA stream
@@ -114,12 +115,14 @@ class Entry:
         """As `is_current`, of the tensors registered in a mixer's modules."""
         registered = structure.registered()
         try:
-            # Compares identities, in C. Only of a tensor that was exchanged the values are looked at:
-            # one element that is equal is as good, more cannot be true or false.
+            # Compares identities, in C. Where a tensor was exchanged, `==` compares values: of one
+            # element an equal value is as good as the same tensor; of more it raises.
             same = registered == self._registered
         except Exception:
             same = False
         if not same:
+            if not structure.same_biases():
+                return False
             if not all(map(operator.is_, flatten(structure.weights()), self._sources)):
                 return False
             # What is not registered, or computed, may be exchanged unseen.

@@ -7,15 +7,15 @@ May import: torch, weights.py, reference.py.
 
 from __future__ import annotations
 
-import copy
 import operator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .norms import NORMS, is_frozen
 from .reference import ChannelOperation, SpatialOperation
-from .weights import BUFFERS, COUNT, ENTRIES, OWNERS, MixerWeights, unflatten
+from .weights import BUFFERS, COUNT, ENTRIES, MixerWeights, unflatten
 
 
 class Roles(NamedTuple):
@@ -30,11 +30,9 @@ class Roles(NamedTuple):
 
 
 NORM = 1  # index of the norm among a gate's owners
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-EPS_OF_IDENTITY = 1e-30  # lost when it is added to the variance 1; torch 2.11 refuses 0
-_FROZEN_BUFFERS = {"weight", "bias", *BUFFERS}
 _SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")
 _settings = operator.itemgetter(*_SETTINGS)
+_output_size = operator.itemgetter("output_size")
 _children = operator.itemgetter("_modules")
 _parameters = operator.attrgetter("_parameters")
 _buffers = operator.attrgetter("_buffers")
@@ -77,13 +75,16 @@ class Structure:
         self._root = mixer._modules
         # Below, what each call compares: attributes of modules, read from their dictionaries in C.
         self._inside = inside
-        self._lengths = list(map(len, inside))  # one more: forward replaced on the instance, say
+        self._lengths = list(map(len, inside))  # a method replaced on the instance adds one
         self._containers = [vars(m) for m in modules if m._modules]
         self._contents = [dict(c) for c in map(_children, self._containers)]
         self._convolutions = [vars(m) for m in modules if isinstance(m, nn.Conv2d)]
         self._set = list(map(_settings, self._convolutions))
         self._types = list(map(type, modules[1:]))
         self._modules = modules[1:]
+        self._pools = [vars(m) for m in modules if isinstance(m, nn.AdaptiveAvgPool2d)]
+        self._sizes = list(map(_output_size, self._pools))
+        self._biases = self._has_bias()
 
     def unchanged(self, mixer: nn.Module) -> bool:
         """Whether children, their types and settings are those that were examined."""
@@ -93,7 +94,18 @@ class Structure:
             and list(map(len, self._inside)) == self._lengths
             and list(map(_settings, self._convolutions)) == self._set
             and list(map(type, self._modules)) == self._types
+            and list(map(_output_size, self._pools)) == self._sizes
         )
+
+    def same_biases(self) -> bool:
+        """Whether the owners have those biases that they had.
+
+        Asked where weights are gathered; the fast path sees it by the registered tensors.
+        """
+        return self._has_bias() == self._biases
+
+    def _has_bias(self) -> list[bool]:
+        return [get(m, "bias") is not None for m in self.owners if isinstance(m, nn.Conv2d)]
 
     def hooked(self) -> bool:
         """Whether somebody waits for the call of a child, or of every module there is."""
@@ -224,8 +236,9 @@ def _collect(
     if inner.get(name) is not type(module):
         was = inner[name].__name__ if name in inner else "a layer of torch.nn"
         return f"{name}: expected {was}, got {described(module)}"
-    if "forward" in module.__dict__:
-        return f"{name}: its forward is replaced on the instance"
+    reason = _replaced(name, module)
+    if reason is not None:
+        return reason
     for key, child in module._modules.items():
         path = f"{name}.{key}"
         if child is None:
@@ -249,8 +262,19 @@ def _not_plain(name: str, module: Any, *types: type[nn.Module]) -> str | None:
     if kind not in types and not (is_parametrized(module) and kind.__mro__[1] in types):
         names = " or ".join([t.__name__ for t in types])
         return f"{name}: expected a plain {names}, got {described(module)}"
-    if "forward" in module.__dict__:
+    return _replaced(name, module)
+
+
+def _replaced(name: str, module: Any) -> str | None:
+    """A method that an attribute of the instance hides, `forward` or one that it calls."""
+    attributes = module.__dict__
+    if "forward" in attributes or "_conv_forward" in attributes:
         return f"{name}: its forward is replaced on the instance"
+    if torch.compiler.is_compiling():
+        return None
+    for key in attributes:
+        if callable(getattr(type(module), key, None)):
+            return f"{name}: its {key} is replaced on the instance"
     return None
 
 
@@ -282,67 +306,18 @@ def _another_conv(
 def _another_norm(name: str, norm: Any) -> str | None:
     kind = type(norm)
     if kind in NORMS or (is_parametrized(norm) and kind.__mro__[1] in NORMS):
-        if "forward" in norm.__dict__:
-            return f"{name}: its forward is replaced on the instance"
-        return None
+        return _replaced(name, norm)
     if kind is nn.Identity or is_frozen(norm):
-        return None
+        return _replaced(name, norm)
     return (
         f"{name}: expected a plain BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d or Identity, "
         f"got {described(norm)}"
     )
 
 
-_frozen_classes: dict[type[nn.Module], bool] = {}
-
-
-def is_frozen(norm: Any) -> bool:
-    """Whether this is a BatchNorm whose weights and statistics are buffers, as torchvision's and timm's.
-
-    A class is known by its buffers and, once, by what it computes. Where a compiler asks about one that
-    is not known yet the answer is no.
-    """
-    if norm._parameters or norm._modules or "forward" in norm.__dict__:
-        return False
-    for name in _FROZEN_BUFFERS:
-        if norm._buffers.get(name) is None:
-            return False
-    kind = type(norm)
-    if kind not in _frozen_classes:
-        if torch.compiler.is_compiling():
-            return False
-        _frozen_classes[kind] = _computes_batch_norm(norm)
-    return _frozen_classes[kind]
-
-
-def _computes_batch_norm(norm: nn.Module) -> bool:
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        probe = copy.copy(norm)
-        generator = torch.Generator(device="cpu").manual_seed(0)
-        mean, bias, var, weight = torch.rand(4, 3, dtype=torch.float64, generator=generator)
-        probe._buffers = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
-        x = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=generator)
-        expected = nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps_of(norm))
-        try:
-            return all(
-                torch.allclose(probe.train(mode).forward(x), expected, rtol=0, atol=1e-9)
-                for mode in (True, False)
-            )
-        except Exception:  # whatever somebody's forward raises
-            return False
-
-
 def norms_of(owners: tuple[Any, ...]) -> tuple[Any, ...]:
     """The norm of the q gate and that of the k gate."""
     return (owners[2], owners[6]) if owners else ()
-
-
-def eps_of(norm: Any) -> float:
-    """The epsilon of a norm; DETR's frozen one has it in its forward alone."""
-    if type(norm) is nn.Identity:
-        return EPS_OF_IDENTITY
-    eps: float = getattr(norm, "eps", 1e-5)
-    return eps
 
 
 def weights_of(owners: tuple[Any, ...], neutral: Any = None) -> MixerWeights:
@@ -386,14 +361,18 @@ def described(module: object) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def hooked_child(owners: tuple[Any, ...]) -> str | None:
-    """For a compiler: a reason where an owner of weights has hooks, or None."""
-    backward = torch.is_grad_enabled()  # only then hooks of the backward can run
-    for i, m in enumerate(owners):
-        if m._forward_pre_hooks or m._forward_hooks:
-            return f"{OWNERS[i]}: has hooks, which run only where it is called"
-        if backward and (m._backward_hooks or m._backward_pre_hooks):
-            return f"{OWNERS[i]}: has hooks, which run only where it is called"
+def hooked_below(name: str, module: Any) -> str | None:
+    """For a compiler: the first child with hooks, itself included, or None."""
+    if module._forward_pre_hooks or module._forward_hooks:
+        return name
+    # Only with gradients hooks of the backward can run.
+    if torch.is_grad_enabled() and (module._backward_hooks or module._backward_pre_hooks):
+        return name
+    for key, child in module._modules.items():
+        if child is not None:
+            found = hooked_below(f"{name}.{key}", child)
+            if found is not None:
+                return found
     return None
 
 
