@@ -32,7 +32,7 @@ _SUFFIX = ".part"
 _LOCK = "lock"  # in the hidden folder: locked by its writer
 _OLD = "replaced"  # in the hidden folder: what was at the target before
 _NO_REPLACE, _EXCHANGE = "no replace", "exchange"
-# Flags of renameat2 (Linux) and renamex_np (macOS).
+_NAMES = {"linux": "renameat2", "darwin": "renamex_np"}
 _FLAGS = {
     "linux": {_NO_REPLACE: 1, _EXCHANGE: 2},
     "darwin": {_NO_REPLACE: 4, _EXCHANGE: 2},
@@ -258,20 +258,21 @@ def _system_call() -> Callable[[bytes, bytes, str], int] | None:
     if flags is None:
         return None
     library = ctypes.CDLL(None, use_errno=True)
-    name = "renameat2" if sys.platform == "linux" else "renamex_np"
+    name, c_path = _NAMES[sys.platform], ctypes.c_char_p
     function = getattr(library, name, None)
     if function is None:  # an old C library
         return None
-    if sys.platform == "linux":
-        here = ctypes.c_int(-100)  # AT_FDCWD: paths are relative to the working directory
-        c_path = ctypes.c_char_p
+    if name == "renameat2":
         function.argtypes = [ctypes.c_int, c_path, ctypes.c_int, c_path, ctypes.c_uint]
+        here = -100  # AT_FDCWD: paths are relative to the working directory
+    else:
+        function.argtypes = [c_path, c_path, ctypes.c_uint]
 
     def call(source: bytes, target: bytes, how: str) -> int:
-        if sys.platform == "linux":
+        if name == "renameat2":
             failed = function(here, source, here, target, flags[how])
         else:
-            failed = function(source, target, ctypes.c_uint(flags[how]))
+            failed = function(source, target, flags[how])
         return ctypes.get_errno() if failed else 0
 
     return call
