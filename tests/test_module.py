@@ -727,5 +727,7 @@ def test_weights_of_another_rank_are_refused():
     require_backend("cpu")
     w = weights_of(FusedCATM(8).eval())
     w = w._replace(dwc_weight=w.dwc_weight.squeeze(1))
-    with pytest.raises(RuntimeError, match="dwc_weight: expected 4 dimensions, got 3"):
+    with pytest.raises(
+        ValueError, match=r"dwc_weight: expected shape \(8, 1, 3, 3\), got \(8, 3, 3\)"
+    ):
         catm(torch.randn(1, 8, 5, 5), w, backend="cpu")

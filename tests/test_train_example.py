@@ -20,6 +20,8 @@ import torch
 import casvit_kernels
 from casvit_kernels import models
 
+pytestmark = pytest.mark.long  # each test starts processes that train
+
 for package in ("timm", "torchvision", "tqdm", "sklearn", "PIL"):
     pytest.importorskip(package)
 
