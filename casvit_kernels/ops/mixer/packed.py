@@ -77,7 +77,7 @@ class PackedWeights:
     def at_hand(
         self, structure: Structure, eps: tuple[float, float], dtype: torch.dtype
     ) -> Entry | None:
-        """Where `get` finds those of the CPU without autocast, or None."""
+        """The entry that `get` would return for the CPU backend outside autocast, or None."""
         entry = self._entries.get(("cpu", eps, dtype, 0))
         if entry is not None and entry.alike and entry.holds(structure):
             return entry
@@ -159,7 +159,8 @@ def fast_path(
     as the smallest of these take to compute. Here they are asked at once, in C where possible, each
     anew in each call, and nothing is refused: where an answer is not the plain one, the call goes on.
 
-    To be held until it returns: it reads the weights themselves, too, which another thread may replace.
+    The caller keeps the entry alive until the kernel returns: the kernel reads the weights themselves,
+    too, and another thread may replace them meanwhile.
 
     Args:
         x, backend: as for `casvit_kernels.catm`; not checked yet.
@@ -168,7 +169,7 @@ def fast_path(
     """
     if (
         torch.is_grad_enabled()
-        # Whoever else follows what is done, or changes it (first: they shall not see what x is asked)
+        # Modes that record or change operations; before x is looked at, so that they do not see it.
         or torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
