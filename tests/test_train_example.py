@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -497,7 +498,10 @@ def refused(*arguments):
 
 def flip_a_byte(file):
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
+    with zipfile.ZipFile(file) as archive:  # not between the records, where nothing is saved
+        record = max(archive.infolist(), key=lambda info: info.file_size)
+        value = archive.read(record)
+    content[content.index(value) + len(value) // 2] ^= 1
     file.write_bytes(content)
 
 

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 
 from ..module import FusedCATM, has_own_forward, unfused
 from .fuse import unfuse
+from .recording import SAME, Call, Recording, same_outputs
 
 __all__ = ["Fold", "FoldReport", "Unfolded", "fold_for_inference"]
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _PROBE = (2, 64, 64)  # images, height, width: more than one value even after five strides of 2
-_SAME = 1e-9  # of the largest output; float64 products in another order differ by about 1e-15
 
 
 class Fold(NamedTuple):
@@ -104,7 +102,7 @@ def fold_for_inference(model: nn.Module, example_input: Tensor | None = None) ->
     probe.double()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            before = _Recording(probe, x)
+            before = Recording(probe, x)
         except Exception as error:
             raise ValueError(
                 f"example_input: the model cannot compute an input of shape {tuple(x.shape)}: "
@@ -112,24 +110,24 @@ def fold_for_inference(model: nn.Module, example_input: Tensor | None = None) ->
             ) from error
         folds, left = _plan(probe, before)
         tried = _applied(copy.deepcopy(probe), folds)
-        after = _Recording(tried, x)
-        if not _same(after, before):  # something that a recording cannot see
+        after = Recording(tried, x)
+        if not same_outputs(after, before):  # something that a recording cannot see
             harmless = []
             for fold in folds:
-                if _same(_Recording(_applied(copy.deepcopy(probe), [fold]), x), before):
+                if same_outputs(Recording(_applied(copy.deepcopy(probe), [fold]), x), before):
                     harmless.append(fold)
                 else:
                     left.append(Unfolded(fold.norm, "the model computes something else without it"))
             folds = harmless
-            after = _Recording(_applied(copy.deepcopy(probe), folds), x)
-            if not _same(after, before):
+            after = Recording(_applied(copy.deepcopy(probe), folds), x)
+            if not same_outputs(after, before):
                 left += [Unfolded(f.norm, "folding it with others is not exact") for f in folds]
                 folds, after = [], before
         overflowing = [fold for fold in folds if not _fits(folded, fold)]
         folds = [fold for fold in folds if fold not in overflowing]
         left += [Unfolded(f.norm, "its folded weights overflow their dtype") for f in overflowing]
         if overflowing:
-            after = _Recording(_applied(copy.deepcopy(probe), folds), x)
+            after = Recording(_applied(copy.deepcopy(probe), folds), x)
         parameters = _values(folded)
         _applied(folded, folds)
     report = FoldReport(
@@ -169,66 +167,6 @@ def _values(model: nn.Module) -> int:
     return sum(t.numel() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
 
 
-# What a forward does -----------------------------------------------------------------------------
-
-
-class _Call(NamedTuple):
-    function: Callable[..., Any]
-    inputs: list[Tensor]  # also weights
-    outputs: list[Tensor]
-
-
-class _Recorder(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[_Call] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        inputs = _tensors((args, kwargs))
-        out = func(*args, **(kwargs or {}))
-        outputs = _tensors(out)
-        if inputs and outputs:
-            self.calls.append(_Call(func, inputs, outputs))
-        return out
-
-
-class _Recording:
-    """One forward, with every tensor it made kept alive: identities stay unique."""
-
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
-        x = x.clone()
-        with _Recorder() as recorder:
-            result = model(x)
-        self.calls = recorder.calls
-        self.nodes = len(recorder.calls)
-        self.outputs = _tensors(result)
-        self.returned = {id(t) for t in self.outputs}
-        self.readers: dict[int, list[_Call]] = {}
-        self.makers: dict[int, _Call] = {}
-        for call in self.calls:
-            for key in {id(t) for t in call.inputs}:
-                self.readers.setdefault(key, []).append(call)
-            for t in call.outputs:
-                self.makers[id(t)] = call
-
-    def read_by(self, t: Tensor) -> list[_Call]:
-        return self.readers.get(id(t), [])
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _same(got: _Recording, expected: _Recording) -> bool:
-    return len(got.outputs) == len(expected.outputs) and all(
-        a.shape == b.shape
-        and (a.numel() == 0 or bool((a - b).abs().max() <= _SAME * (1 + b.abs().max())))
-        for a, b in zip(got.outputs, expected.outputs, strict=True)
-    )
-
-
 # What may be folded ------------------------------------------------------------------------------
 
 
@@ -239,7 +177,7 @@ class _No(Exception):
 class _Layers:
     """The layers of a model by the weights that a recorded call reads."""
 
-    def __init__(self, model: nn.Module, recording: _Recording) -> None:
+    def __init__(self, model: nn.Module, recording: Recording) -> None:
         self.recording = recording
         self.names: dict[nn.Module, str] = {m: name for name, m in model.named_modules()}
         self.uses = Counter(id(t) for call in recording.calls for t in {*call.inputs})
@@ -249,7 +187,7 @@ class _Layers:
                 if t is not None:
                     self.owners.setdefault(id(t), []).append(m)
 
-    def called(self, call: _Call, function: Any, kind: type[nn.Module]) -> Any:
+    def called(self, call: Call, function: Any, kind: type[nn.Module]) -> Any:
         """The plain layer whose weights this call alone reads, or _No."""
         if call.function is not function:
             raise _No(f"{getattr(call.function, '__name__', call.function)} is no {kind.__name__}")
@@ -269,7 +207,7 @@ class _Layers:
         return layer
 
 
-def _plan(model: nn.Module, recording: _Recording) -> tuple[list[Fold], list[Unfolded]]:
+def _plan(model: nn.Module, recording: Recording) -> tuple[list[Fold], list[Unfolded]]:
     layers = _Layers(model, recording)
     folds: list[Fold] = []
     left: list[Unfolded] = []
@@ -309,7 +247,7 @@ def _neighbours(norm: nn.Module, layers: _Layers) -> tuple[bool, list[nn.Module]
     raise _No("; ".join(reasons))
 
 
-def _before(call: _Call, layers: _Layers) -> list[nn.Module]:
+def _before(call: Call, layers: _Layers) -> list[nn.Module]:
     x, recording = call.inputs[0], layers.recording
     maker = recording.makers.get(id(x))
     if maker is None:
@@ -320,7 +258,7 @@ def _before(call: _Call, layers: _Layers) -> list[nn.Module]:
     return [layer]
 
 
-def _after(call: _Call, layers: _Layers) -> list[nn.Module]:
+def _after(call: Call, layers: _Layers) -> list[nn.Module]:
     found = []
     for reader in _readers(call.outputs[0], layers):
         layer = layers.called(reader, F.conv2d, nn.Conv2d)
@@ -332,7 +270,7 @@ def _after(call: _Call, layers: _Layers) -> list[nn.Module]:
     return found
 
 
-def _behind_mean(call: _Call, layers: _Layers) -> list[nn.Module]:
+def _behind_mean(call: Call, layers: _Layers) -> list[nn.Module]:
     out = call.outputs[0]
     mean = out.mean((2, 3))
     found = []
@@ -346,13 +284,13 @@ def _behind_mean(call: _Call, layers: _Layers) -> list[nn.Module]:
                 unread += reader.outputs
                 continue
             layer = layers.called(reader, F.linear, nn.Linear)
-            if t.shape != mean.shape or not torch.allclose(t, mean, rtol=_SAME, atol=_SAME):
+            if t.shape != mean.shape or not torch.allclose(t, mean, rtol=SAME, atol=SAME):
                 raise _No(f"{layers.names[layer]} does not read the spatial mean of its output")
             found.append(layer)
     return found
 
 
-def _readers(t: Tensor, layers: _Layers) -> list[_Call]:
+def _readers(t: Tensor, layers: _Layers) -> list[Call]:
     readers = layers.recording.read_by(t)
     if id(t) in layers.recording.returned:
         raise _No("its output is returned by the model")
