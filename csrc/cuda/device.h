@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #define CASVIT_DEVICE __device__ __forceinline__
+#define CASVIT_HOST_DEVICE __host__ __device__ __forceinline__
 #define CASVIT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 namespace casvit::cuda {
@@ -87,6 +88,9 @@ CASVIT_DEVICE void ldmatrix_x2_transposed(uint32_t (&r)[2], uint32_t address) {
                : "memory");
 }
 
+CASVIT_DEVICE uint32_t float_bits(float v) { return __float_as_uint(v); }
+CASVIT_DEVICE float bits_float(uint32_t v) { return __uint_as_float(v); }
+
 // --- Element types: bits of a 2-byte float, two of them packed in a word, the first in the low half.
 struct Bf16 {};
 struct Fp16 {};
@@ -94,7 +98,7 @@ struct Fp16 {};
 template <class T>
 CASVIT_DEVICE uint32_t pack2(float low, float high) {
   uint32_t r;
-  if constexpr (sizeof(T) && __is_same(T, Bf16))
+  if constexpr (__is_same(T, Bf16))
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   else
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -133,7 +137,30 @@ CASVIT_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// --- Arithmetic. One over 1 + exp(-x), exact to a few units in the last place; 0 and 1 at the ends.
+// d = a b + c, where c is kept.
+template <class T>
+CASVIT_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, const float (&c)[4]) {
+  if constexpr (__is_same(T, Bf16))
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
+          "f"(c[2]), "f"(c[3]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
+          "f"(c[2]), "f"(c[3]));
+}
+
+// --- Arithmetic. The larger of x and 0; NaN stays NaN, which fmaxf would hide.
+CASVIT_DEVICE float relu(float x) {
+  float r;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(r) : "f"(x));
+  return r;
+}
+// One over 1 + exp(-x), exact to a few units in the last place; 0 and 1 at the ends.
 CASVIT_DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 CASVIT_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 
