@@ -371,6 +371,7 @@ def test_report_says_that_weights_are_untrained(quick):
     assert "The weights are untrained" in quick[1]
 
 
+@pytest.mark.long
 def test_trained_weights_and_own_photographs(tmp_path):
     torch.save({"model": models.rcvit_xs().state_dict()}, tmp_path / "xs.pth")
     (tmp_path / "photos").mkdir()
@@ -390,6 +391,7 @@ def test_trained_weights_and_own_photographs(tmp_path):
     assert "&lt;one&gt;" in page
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full_in_the_end_is_said_in_one_line(tmp_path, monkeypatch):
     """After minutes of work: the report was writable when they began."""
 

@@ -35,6 +35,7 @@ def assert_fine(found):
     assert abs(top1["int8"] - top1["fp32"]) <= 1
 
 
+@pytest.mark.long
 def test_int8_is_within_a_point_of_fp32(tmp_path):
     assert_fine(int8_accuracy.measure(tmp_path))
 

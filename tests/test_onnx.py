@@ -252,6 +252,7 @@ def test_half_precision(tmp_path):
     assert_near(report.path, model, torch.randn(2, 3, 64, 64), tolerance=1e-2)
 
 
+@pytest.mark.long
 def test_half_precision_that_overflows(tmp_path):
     """The CPU would not notice: it computes fp16 in float32."""
     model = classifier()
@@ -279,6 +280,7 @@ def test_photographs_alone_count_for_the_top_class(tmp_path):
     assert report.images == len(found)
 
 
+@pytest.mark.long
 def test_int8_is_judged_at_every_batch_and_size(tmp_path, monkeypatch):
     seen = []
     compare = verify.compare
@@ -315,6 +317,7 @@ def test_int8(tmp_path, opset):
             assert makers[node.input[0]] not in quantised
 
 
+@pytest.mark.long
 def test_int8_takes_images_of_a_directory_or_a_tensor(tmp_path):
     image = pytest.importorskip("PIL.Image")
     (tmp_path / "images").mkdir()

@@ -66,6 +66,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long
 def test_the_model_counts_what_the_interpreter_does():
     pytest.importorskip("triton")
     # Half of the cases in each process.

@@ -172,17 +172,21 @@ def cases(
     ]
 
 
-def cover(every: Iterable[Case]) -> list[Case]:
+def cover(every: Iterable[Case], together: int = 2) -> list[Case]:
     """As few of these cases as cover every pair of values of dtype, layout, mode, shape and bias.
 
     Most faults show with two values together (a layout in one dtype, a mode at one shape); the others
     are for the whole list. Greedy, in order: the same cases always.
+
+    Args:
+        every: cases to choose from.
+        together: how many values; 1 covers each value by itself.
     """
     fields = ("dtype", "layout", "mode", "shape", "attn_bias")
 
     def pairs(case: Case) -> set[tuple[object, ...]]:
         values = [(field, getattr(case, field)) for field in fields]
-        return set(itertools.combinations(values, 2))
+        return set(itertools.combinations(values, together))
 
     left = {case: pairs(case) for case in every}
     chosen: dict[Case, None] = {}

@@ -1,0 +1,163 @@
+// The spatial gates, and the sums that the channel gates take: z in {q, k}, all its channels in a block.
+//
+//   s = sigmoid(sum over channels of spatial_weight relu(depthwise of z, BatchNorm folded in))
+//   pooled sum = sum over the block's pixels of z s
+//
+// A warp owns 16 positions and a share of the channels; its logits stay in registers over all chunks.
+// The sums are a product of s with z on tensor cores; s counts twice, rounded and what is left over.
+#pragma once
+
+#include "pack.h"
+
+namespace casvit::cuda {
+
+
+struct GatesArguments {
+  Maps maps;
+  Cut cut;
+  const uint16_t* qkv;
+  const uint4* packed;
+  float* spatial;  // (B, 2, H, W)
+  float* sums;     // (bands x columns, 2, B, padded)
+};
+
+// What a block keeps in shared memory: z, then logits of each group of warps, then s as the mma takes it.
+struct GatesShared {
+  int units;         // of an image, without the rows above and below
+  int units_padded;  // to whole steps of the sums
+  int groups, pixels;
+  uint32_t logits, gates, bytes;
+  CASVIT_HOST_DEVICE GatesShared(const Cut& c, int rows) {
+    units = c.strips * rows * (c.pairs + 1);
+    units_padded = (units + 31) / 32 * 32;
+    const int tiles = (c.images * c.strips * c.pairs + kPositions - 1) / kPositions;
+    groups = kWarps / tiles;
+    pixels = c.images * c.strips * rows * c.pairs * 2;
+    logits = c.images * (c.strips * rows + 2) * (c.pairs + 1) * c.unit_stride * kUnitBytes;
+    gates = logits + groups * pixels * 4;
+    bytes = gates + c.images * 4 * units_padded * 2;
+  }
+};
+
+template <class T, int ROWS>
+CASVIT_DEVICE void gates_block(const GatesArguments& a) {
+  const Maps& m = a.maps;
+  const Cut& c = a.cut;
+  const GatesShared shared(c, ROWS);
+  const PackedLayout layout(m.channels, m.padded);
+  const int thread = thread_index(), lane = thread % 32, warp = thread / 32, z = block_z();
+  const int band = block_x() / c.columns, column = block_x() - band * c.columns;
+  const int chunks = m.chunks(), rows = c.strips * ROWS;
+  const Box box{block_y() * c.images, band * rows - 1, column * 2 * c.pairs - 1, c.images, rows + 2, c.pairs + 1};
+  const uint32_t row_bytes = box.pairs * pair_bytes(c);
+
+  load_tile(a.qkv + z * m.padded, m, c, box, 0, chunks, 0);
+  copy_commit();
+  for (int i = thread; i < c.images * 4 * shared.units_padded / 2; i += kThreads)
+    store_shared(shared.gates + i * 4, uint32_t{0});  // s of the halo
+
+  const int tiles = (c.images * c.strips * c.pairs + kPositions - 1) / kPositions;
+  const int tile = warp % tiles, group = warp / tiles;
+  const Position p = position(tile * kPositions + lane % 16, c.images, c.strips, c.pairs);
+  const uint32_t address = shared_base() + (p.image * box.rows + p.strip * ROWS) * row_bytes +
+                           (p.pair + lane / 16) * pair_bytes(c);
+  float logits[ROWS][2];
+#pragma unroll
+  for (int row = 0; row < ROWS; ++row) logits[row][0] = logits[row][1] = 0.0f;
+  copy_wait<0>();
+  sync_threads();
+
+  if (group < shared.groups) {
+    const int last = (group + 1) * chunks / shared.groups;
+#pragma unroll 1
+    for (int chunk = group * chunks / shared.groups; chunk < last; ++chunk) {
+      uint32_t taps[12];
+      const uint4* from = a.packed + static_cast<int64_t>(z * chunks + chunk) * 96 + lane;
+#pragma unroll
+      for (int dy = 0; dy < 3; ++dy) {
+        const uint4 word = load_constant(from + dy * 32);
+        taps[4 * dy] = word.x, taps[4 * dy + 1] = word.y, taps[4 * dy + 2] = word.z, taps[4 * dy + 3] = word.w;
+      }
+      const float4 of = load_constant(reinterpret_cast<const float4*>(a.packed) + layout.gate_rows +
+                                      (z * chunks + chunk) * 2 + (lane & 1));
+      const float bias[4] = {of.x, of.z, of.x, of.z};
+      depthwise<T, ROWS, true>(address + chunk * kUnitBytes, row_bytes, taps, bias,
+                               [&](int row, const float(&d)[4]) {
+        logits[row][0] = fused_multiply_add(relu(d[0]), of.y, logits[row][0]);
+        logits[row][1] = fused_multiply_add(relu(d[2]), of.y, logits[row][1]);
+        logits[row][0] = fused_multiply_add(relu(d[1]), of.w, logits[row][0]);
+        logits[row][1] = fused_multiply_add(relu(d[3]), of.w, logits[row][1]);
+      });
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Position mine = position(tile * kPositions + half * 8 + lane / 4, c.images, c.strips, c.pairs);
+      const int first = ((mine.image * c.strips + mine.strip) * ROWS * c.pairs + mine.pair) * 2 + (lane >> 1 & 1);
+#pragma unroll
+      for (int row = 0; row < ROWS; ++row) {
+        const float both = logits[row][half] + shuffle_xor(logits[row][half], 1);
+        if (mine.valid && !(lane & 1))
+          store_shared(shared.logits + (group * shared.pixels + first + row * c.pairs * 2) * 4, both);
+      }
+    }
+  }
+  sync_threads();
+
+  const int width = 2 * c.pairs;
+  for (int i = thread; i < shared.pixels; i += kThreads) {
+    const int line = i / width, x = i - line * width, image = line / rows, row = line - image * rows;
+    const int y = band * rows + row, global_x = column * width + x, b = box.image + image;
+    if (y >= m.height || global_x >= m.width || b >= m.images) continue;
+    float logit = load_shared<float>(shared.logits + i * 4);
+    for (int other = 1; other < shared.groups; ++other)
+      logit += load_shared<float>(shared.logits + (other * shared.pixels + i) * 4);
+    const float s = sigmoid(logit);
+    store_global(a.spatial + (static_cast<int64_t>(b) * 2 + z) * m.height * m.width + y * m.width + global_x, s);
+    // Pixel x is half (x + 1) % 2 of the input pair (x + 1) / 2.
+    const int unit = row * box.pairs + (x + 1) / 2, half = (x + 1) & 1;
+    const uint32_t to = shared.gates + ((image * 4 + half) * shared.units_padded + unit) * 2;
+    const uint32_t word = pack2<T>(s, 0.0f);
+    store_shared(to, static_cast<uint16_t>(word));
+    store_shared(to + 2 * shared.units_padded * 2, static_cast<uint16_t>(pack2<T>(s - low2<T>(word), 0.0f)));
+  }
+  sync_threads();
+
+  // Rows of A: s of a pair's first and second pixels, and what rounding left over of these; its columns
+  // and B's rows are units; B's columns are two pixels x four channels. An image at a time: a NaN of
+  // another one would not vanish times zero.
+  const int source = lane / 4;  // row of A
+  const bool counts = source < 4 && (source & 1) == (lane >> 1 & 1);  // pixel of the row and of the column
+#pragma unroll 1
+  for (int task = warp; task < c.images * chunks; task += kWarps) {
+    const int image = task / chunks, chunk = task - image * chunks;
+    if (box.image + image >= m.images) continue;
+    const uint32_t tile = shared_base() + (image * box.rows + 1) * row_bytes + chunk * kUnitBytes;
+    const uint32_t from = shared.gates + ((image * 4 + (source & 3)) * shared.units_padded + lane % 4 * 2) * 2;
+    float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int unit = 0; unit < shared.units; unit += 32) {
+      uint32_t b[4];
+      const int mine = unit + lane < shared.units ? unit + lane : shared.units - 1;
+      ldmatrix_x4_transposed(b, tile + mine * pair_bytes(c));
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        const uint32_t low = load_shared<uint32_t>(from + (unit + step * 16) * 2);
+        const uint32_t high = load_shared<uint32_t>(from + (unit + step * 16 + 8) * 2);
+        const uint32_t s[4] = {low, 0u, high, 0u};
+        mma<T>(d, s, b + 2 * step);
+      }
+    }
+    float first = counts ? d[0] : 0.0f, second = counts ? d[1] : 0.0f;
+#pragma unroll
+    for (int mask = 2; mask <= 8; mask *= 2) {
+      first += shuffle_xor(first, mask);
+      second += shuffle_xor(second, mask);
+    }
+    if (lane < 2)
+      store_global(reinterpret_cast<float2*>(
+                       a.sums + (static_cast<int64_t>(block_x() * 2 + z) * m.images + box.image + image) * m.padded +
+                       chunk * kChunk + lane * 2),
+                   float2{first, second});
+  }
+}
+
+}  // namespace casvit::cuda
