@@ -10,8 +10,10 @@
 
 #include "lanes.h"
 #include "machine.h"
+#include "session.h"
 
 #define CASVIT_DEVICE inline
+#define CASVIT_HOST_DEVICE inline
 #define CASVIT_KERNEL(threads, blocks) void
 
 // The arguments behind a function's own that say where it is called.
@@ -238,6 +240,9 @@ inline void ldmatrix_x2_transposed(uint32_t (&r)[2], uint32_t address, CASVIT_HE
   emulation::ldmatrix<2>("ldmatrix_x2_transposed", r, address, true, file, line);
 }
 
+inline uint32_t float_bits(float v) { return emulation::bits_of(v); }
+inline float bits_float(uint32_t v) { return emulation::float_of(v); }
+
 // --- Element types.
 struct Bf16 {};
 struct Fp16 {};
@@ -270,7 +275,15 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, CASVIT_HERE) 
   });
 }
 
+template <class T>
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b, const float (&c)[4],
+         CASVIT_HERE) {
+  std::memcpy(d, c, sizeof(d));
+  mma<T>(d, a, b, file, line);
+}
+
 // --- Arithmetic.
+inline float relu(float x) { return x > 0.0f || std::isnan(x) ? x : 0.0f; }
 inline float sigmoid(float x) {
   return static_cast<float>(1.0 / (1.0 + std::exp(-static_cast<double>(x))));
 }

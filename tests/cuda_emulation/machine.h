@@ -35,6 +35,7 @@ struct Settings {
 };
 
 struct Report {
+  std::string kernel;
   std::vector<Memory::Buffer> traffic;
   std::vector<std::string> sites;  // barriers and waits that the launch came across
 };
@@ -113,6 +114,7 @@ class Machine {
   }
 
   Report run() {
+    memory.begin_launch();
     running = this;
     struct Reset {
       ~Reset() { running = nullptr; }
@@ -126,7 +128,7 @@ class Machine {
       const int across = g.x / shape_.cluster;
       run_cluster(i % across * shape_.cluster, i / across % g.y, i / across / g.y);
     }
-    Report report{memory.buffers(), {}};
+    Report report{name_, memory.buffers(), {}};
     for (const auto& met : sites_) report.sites.push_back(met.text);
     const auto& s = report.sites;
     if (!settings.skip.empty() && std::find(s.begin(), s.end(), settings.skip) == s.end())

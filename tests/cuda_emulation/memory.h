@@ -24,6 +24,14 @@ class Memory {
     buffers_.push_back({name, reinterpret_cast<uintptr_t>(pointer), bytes, writable});
   }
 
+  // Counts anew.
+  void begin_launch() {
+    for (Buffer& b : buffers_) {
+      b.read = b.written = 0;
+      b.read_as_constant = b.stored = false;
+    }
+  }
+
   // Each throws std::runtime_error with what is wrong.
   void load(const void* p, size_t bytes) { find(p, bytes).read += bytes; }
   void load_constant(const void* p, size_t bytes) {
