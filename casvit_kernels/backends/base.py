@@ -17,6 +17,7 @@ class Problem(NamedTuple):
 
     device: str  # torch device type, e.g. "cpu"
     dtype: torch.dtype  # the dtype that is computed in (autocast applied)
+    channels: int = 0  # where they may be too many; 0: not asked
 
 
 class Backend(Protocol):

@@ -1,12 +1,124 @@
-"""CUDA kernels: a name that is known and, in this version, never usable."""
+"""CUDA kernels on NVIDIA GPUs, for bfloat16 and float16: the native library's second target."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+
+import torch
+
+from . import native
 from .base import Problem
+
+DTYPES = (torch.bfloat16, torch.float16)
+OLDEST_CAPABILITY = (8, 0)  # Ampere: bfloat16 on tensor cores, cp.async
+_CHUNK = 4  # channels that a kernel reads together
+_SMALLEST_TILE = 6 * 2 * 16  # bytes for each chunk: six rows of two pairs
 
 
 class CudaBackend:
     name = "cuda"
 
     def why_not(self, problem: Problem | None = None) -> str | None:
-        return "this version has no CUDA kernels yet"
+        library, reason = native.load()
+        if library is None:
+            return reason
+        if (reason := _not_built(library)) is not None:
+            return reason
+        if problem is not None:
+            # First: to look at a GPU starts CUDA.
+            if problem.device != "cuda":
+                return f"it computes on 'cuda', the tensors are on {problem.device!r}"
+            if problem.dtype not in DTYPES:
+                return f"it computes bfloat16 and float16, not {problem.dtype}"
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        reason = _device(library, count)
+        if reason is None and problem is not None and problem.channels:
+            reason = _too_large(problem.channels, count)
+        return reason
+
+
+def channels_read(channels: int) -> int:
+    """Of q, k and v each: what the kernels read of a pixel, zeros behind its channels included."""
+    return -(-channels // _CHUNK) * _CHUNK
+
+
+@functools.cache
+def _not_built(library: ctypes.CDLL) -> str | None:
+    if not hasattr(library, "casvit_cuda_architectures"):
+        return (
+            "the native library was built without CUDA kernels: no nvcc was found "
+            "('make cuda' in the source tree installs one and builds them)"
+        )
+    for name in ("architectures", "version"):
+        getattr(library, f"casvit_cuda_{name}").restype = ctypes.c_char_p
+    library.casvit_cuda_driver.restype = ctypes.c_int
+    library.casvit_cuda_runtime.restype = ctypes.c_int
+    return None
+
+
+def build() -> str | None:
+    """What the CUDA kernels were compiled with and for; None where they were not."""
+    library, _ = native.load()
+    if library is None or _not_built(library) is not None:
+        return None
+    names = library.casvit_cuda_architectures().decode()
+    return f"nvcc {library.casvit_cuda_version().decode()} for {names}"
+
+
+@functools.cache
+def _device(library: ctypes.CDLL, count: int) -> str | None:
+    """Why the GPUs here cannot be used. count: of them."""
+    if torch.version.hip is not None:
+        return "it needs an NVIDIA GPU, this PyTorch is built for AMD"
+    if count == 0:
+        return "no GPU that this PyTorch can use: torch.cuda.is_available() is False"
+    driver, runtime = library.casvit_cuda_driver(), library.casvit_cuda_runtime()
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"it was built with CUDA {_version(runtime)}, the driver serves up to {_version(driver)}: "
+            "install a newer driver"
+        )
+    newest = max(range(count), key=torch.cuda.get_device_capability)
+    major, minor = torch.cuda.get_device_capability(newest)
+    where = f"{torch.cuda.get_device_name(newest)} (cuda:{newest}), has {major}.{minor}"
+    if (major, minor) < OLDEST_CAPABILITY:
+        return f"it needs a GPU of compute capability 8.0 or later, the newest here, {where}"
+    names = library.casvit_cuda_architectures().decode().split(",")
+    if serves(names, major, minor):
+        return None
+    return f"it was built for {', '.join(names)}, the newest GPU here, {where}"
+
+
+def serves(architectures: list[str], major: int, minor: int) -> bool:
+    """Whether a library built for these runs on a compute capability.
+
+    Args:
+        architectures: ``sm_80`` (machine code, for later ones of its major version, too), ``sm_90a``
+            (for that one alone) or ``compute_80`` (compiled by the driver, for all later ones).
+    """
+    have = major * 10 + minor
+    for name in architectures:
+        kind, _, number = name.partition("_")
+        own = int(number.rstrip("abcdefghijklmnopqrstuvwxyz"))
+        alone = not number.isdigit()
+        if have == own or (not alone and own <= have and (kind == "compute" or own // 10 == major)):
+            return True
+    return False
+
+
+def _too_large(channels: int, count: int) -> str | None:
+    own = channels_read(channels) // _CHUNK | 1
+    least = min(
+        torch.cuda.get_device_properties(i).shared_memory_per_block_optin for i in range(count)
+    )
+    if own * _SMALLEST_TILE + 2048 <= least:
+        return None
+    return (
+        f"{channels} channels of the smallest tile need {own * _SMALLEST_TILE + 2048:,} bytes of shared "
+        f"memory, a block may have {least:,}"
+    )
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"

@@ -210,7 +210,7 @@ CASVIT_DEVICE void combine_block(const CombineArguments& a) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t at = first[half] + row * u_row_bytes;
-      const uint32_t v = load_shared<uint32_t>(at);
+      const uint32_t v = valid[half] ? load_shared<uint32_t>(at) : 0u;
       const uint32_t u = pack2<T>(l[2 * half] * low2<T>(v), l[2 * half + 1] * high2<T>(v));
       if (valid[half]) store_shared(at, u);
     }

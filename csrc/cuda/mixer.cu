@@ -4,6 +4,7 @@
 #include <map>
 #include <mutex>
 #include <tuple>
+#include <utility>
 
 #include "launch.h"
 #include "plan.h"
@@ -84,6 +85,21 @@ const char* run_combine(const Problem& p, const Plan& plan, const CombineArgumen
 }
 
 }  // namespace
+
+#ifndef CASVIT_EMULATED
+const char* look_at_device(int device, Problem* p) {
+  const std::pair<cudaDeviceAttr, int*> wanted[] = {
+      {cudaDevAttrMultiProcessorCount, &p->multiprocessors},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &p->shared_per_block},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &p->shared_per_multiprocessor},
+  };
+  for (const auto& [attribute, value] : wanted) {
+    const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  return nullptr;
+}
+#endif
 
 int64_t packed_words(int channels) { return PackedLayout(channels, padded(channels)).end; }
 

@@ -16,6 +16,9 @@ struct Problem {
   void* stream;
 };
 
+// Fills in what a plan needs to know of a device. Not in the emulation.
+const char* look_at_device(int device, Problem* p);
+
 // Blocks that write sums (of the gates) and moments (of the statistics).
 struct Parts {
   int sums, moments;

@@ -2,23 +2,9 @@
 #pragma once
 
 #include "tile.h"
+#include "weights.h"
 
 namespace casvit::cuda {
-
-// A weight as the user has it: contiguous float32, bfloat16 or float16; null for none.
-struct Weight {
-  const void* data;
-  int dtype;  // 0: float32, 1: bfloat16, 2: float16
-};
-
-struct GateWeights {
-  Weight depthwise, bias, norm_weight, norm_bias, spatial, channel;
-};
-
-struct Weights {
-  GateWeights gates[2];  // q, k
-  Weight dwc, dwc_bias, proj, proj_bias;
-};
 
 // Where the pieces lie in the one buffer of packed weights, in 16-byte words.
 //   gate taps   [gate][chunk][kernel row][lane] uint4: two words, two more of what rounding left over

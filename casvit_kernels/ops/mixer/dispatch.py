@@ -12,6 +12,7 @@ from ..tracing import exporting, formulas_only
 from . import kernels, reference
 from .autograd import mix_training
 from .cpu import CpuKernels
+from .cuda import CudaKernels, Native
 from .kernels import MixerKernels
 from .schema import Settings, output_memory_format
 from .training import update_running
@@ -41,7 +42,12 @@ class ReferenceKernels:
         return out.contiguous(memory_format=output_memory_format(x))
 
 
-for _kernels in (CpuKernels(), TritonKernels(), ReferenceKernels()):
+for _kernels in (
+    CpuKernels(),
+    CudaKernels("cuda", Native()),
+    TritonKernels(),
+    ReferenceKernels(),
+):
     kernels.register(_kernels)
 
 
@@ -137,11 +143,11 @@ def check(
         dtype = torch.get_autocast_dtype(device)
     if formulas_only(x, weight):
         return None, dtype
-    return kernels.get(_choose(backend, device, dtype)), dtype
+    return kernels.get(_choose(backend, device, dtype, weight.shape[1])), dtype
 
 
-def _choose(backend: str | None, device: str, dtype: torch.dtype) -> str:
-    return select(backend, Problem(device, dtype)).name
+def _choose(backend: str | None, device: str, dtype: torch.dtype, channels: int) -> str:
+    return select(backend, Problem(device, dtype, channels)).name
 
 
 # A compiled function keeps the choice it was compiled with. This is what the decorator

@@ -69,6 +69,17 @@ for _phase in (
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
 ):
     library.define(_phase)
+# On CUDA: qkv has channels innermost, each of q, k and v filled up with zeros to a multiple of 4.
+# packed: what cuda_pack made, with statistics folded in, or without any for cuda_statistics. Reached by
+# way of cuda.py alone.
+for _operator in (
+    f"cuda_pack({_WEIGHTS}, Tensor? statistics, ScalarType dtype) -> Tensor",
+    "cuda_statistics(Tensor qkv, Tensor packed, int[] shape) -> Tensor",
+    "cuda_mix(Tensor qkv, Tensor packed, int[] shape, bool channels_last)"
+    " -> (Tensor out, Tensor spatial, Tensor pooled, Tensor channel)",
+    "cuda_infer(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor packed) -> Tensor",
+):
+    library.define(_operator)
 native.load()
 
 
