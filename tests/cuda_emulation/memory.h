@@ -24,12 +24,9 @@ class Memory {
     buffers_.push_back({name, reinterpret_cast<uintptr_t>(pointer), bytes, writable});
   }
 
-  // Counts anew.
+  // The counts go on; what was written by an earlier launch is constant in this one.
   void begin_launch() {
-    for (Buffer& b : buffers_) {
-      b.read = b.written = 0;
-      b.read_as_constant = b.stored = false;
-    }
+    for (Buffer& b : buffers_) b.read_as_constant = b.stored = false;
   }
 
   // Each throws std::runtime_error with what is wrong.
