@@ -31,6 +31,8 @@ CASVIT_DEVICE void sync_threads() { __syncthreads(); }
 CASVIT_DEVICE void sync_warp() { __syncwarp(); }
 CASVIT_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 CASVIT_DEVICE float shuffle(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+CASVIT_DEVICE uint32_t vote_ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
+CASVIT_DEVICE bool vote_any(bool v) { return __any_sync(0xffffffffu, v); }
 
 // --- Global memory: V is 1 to 16 bytes, its address a multiple of its size.
 template <class V>
@@ -48,6 +50,53 @@ CASVIT_DEVICE void store_shared(uint32_t offset, V v) { *reinterpret_cast<V*>(sh
 
 // The address that ldmatrix and cp.async take; add byte offsets to it.
 CASVIT_DEVICE uint32_t shared_base() { return static_cast<uint32_t>(__cvta_generic_to_shared(shared_buffer)); }
+
+// --- Clusters of blocks, from sm_90. All threads of the cluster meet; what they wrote before is
+// then seen by all. A block that others read may not end before they have: meet once more at the
+// end.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+CASVIT_DEVICE int cluster_rank() {
+  int r;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+CASVIT_DEVICE void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+// load_shared of the block with this rank.
+template <class V>
+CASVIT_DEVICE V load_cluster_shared(int rank, uint32_t offset) {
+  static_assert(sizeof(V) == 2 || sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16);
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(shared_base() + offset), "r"(rank));
+  alignas(16) uint32_t words[4];
+  if constexpr (sizeof(V) == 2) {
+    uint16_t half;
+    asm volatile("ld.shared::cluster.u16 %0, [%1];" : "=h"(half) : "r"(address) : "memory");
+    words[0] = half;
+  } else if constexpr (sizeof(V) == 4) {
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(words[0]) : "r"(address) : "memory");
+  } else if constexpr (sizeof(V) == 8) {
+    asm volatile("ld.shared::cluster.v2.u32 {%0,%1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+  }
+  V v;
+  memcpy(&v, words, sizeof(V));
+  return v;
+}
+#endif
 
 // --- Copies of N = 8 or 16 bytes from global to shared memory that run on; zeros where not `valid`.
 template <int N>
