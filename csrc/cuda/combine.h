@@ -252,10 +252,11 @@ CASVIT_DEVICE void combine_block(const CombineArguments& a) {
   } else {
     // Rows of pixels of a channel: neighbouring threads write neighbouring pixels.
     const int width = 2 * c.pairs, lines = c.images * shared.own_rows;
+    const Divisor by_rows(shared.own_rows);
     const int own = chunks * kChunk < m.channels - chunk0 * kChunk ? chunks * kChunk : m.channels - chunk0 * kChunk;
     for (int i = thread_index(); i < own * lines * width; i += kThreads) {
       const int x = i % width, rest = i / width, line = rest % lines, channel = rest / lines;
-      const int local = line / shared.own_rows, row = line - local * shared.own_rows;
+      const int local = by_rows.quotient(line), row = by_rows.remainder(line, local);
       if (image0 + local >= m.images || row0 + row >= m.height || x0 + x >= m.width) continue;
       const uint32_t from = line * out_row_bytes + (x >> 1) * pair_bytes(c) + channel / kChunk * kUnitBytes +
                             (x & 1) * 8 + channel % kChunk * 2;

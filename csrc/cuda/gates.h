@@ -103,16 +103,20 @@ CASVIT_DEVICE void gates_block(const GatesArguments& a) {
   }
   sync_threads();
 
-  const int width = 2 * c.pairs;
+  const int width = 2 * c.pairs, map = m.height * m.width;
+  const Divisor by_width(width), by_rows(rows);
+  float* spatial = a.spatial + (static_cast<int64_t>(box.image) * 2 + z) * map;
   for (int i = thread; i < shared.pixels; i += kThreads) {
-    const int line = i / width, x = i - line * width, image = line / rows, row = line - image * rows;
-    const int y = band * rows + row, global_x = column * width + x, b = box.image + image;
-    if (y >= m.height || global_x >= m.width || b >= m.images) continue;
+    const int line = by_width.quotient(i), x = by_width.remainder(i, line);
+    const int image = by_rows.quotient(line), row = by_rows.remainder(line, image);
+    const int y = band * rows + row, global_x = column * width + x;
+    if (y >= m.height || global_x >= m.width || box.image + image >= m.images) continue;
     float logit = load_shared<float>(shared.logits + i * 4);
+#pragma unroll 1
     for (int other = 1; other < shared.groups; ++other)
       logit += load_shared<float>(shared.logits + (other * shared.pixels + i) * 4);
     const float s = sigmoid(logit);
-    store_global(a.spatial + (static_cast<int64_t>(b) * 2 + z) * m.height * m.width + y * m.width + global_x, s);
+    store_global(spatial + static_cast<int64_t>(image) * 2 * map + y * m.width + global_x, s);
     // Pixel x is half (x + 1) % 2 of the input pair (x + 1) / 2.
     const int unit = row * box.pairs + (x + 1) / 2, half = (x + 1) & 1;
     const uint32_t to = shared.gates + ((image * 4 + half) * shared.units_padded + unit) * 2;
@@ -127,36 +131,48 @@ CASVIT_DEVICE void gates_block(const GatesArguments& a) {
   // another one would not vanish times zero.
   const int source = lane / 4;  // row of A
   const bool counts = source < 4 && (source & 1) == (lane >> 1 & 1);  // pixel of the row and of the column
+  const int pairs_of_chunks = (chunks + 1) / 2;
+  const Divisor by_pairs(pairs_of_chunks);
 #pragma unroll 1
-  for (int task = warp; task < c.images * chunks; task += kWarps) {
-    const int image = task / chunks, chunk = task - image * chunks;
+  for (int task = warp; task < c.images * pairs_of_chunks; task += kWarps) {
+    const int image = by_pairs.quotient(task), chunk = by_pairs.remainder(task, image) * 2;
     if (box.image + image >= m.images) continue;
-    const uint32_t tile = shared_base() + (image * box.rows + 1) * row_bytes + chunk * kUnitBytes;
-    const uint32_t from = shared.gates + ((image * 4 + (source & 3)) * shared.units_padded + lane % 4 * 2) * 2;
-    float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    const uint32_t first_unit = shared_base() + (image * box.rows + 1) * row_bytes + chunk * kUnitBytes;
+    const uint32_t last_unit = first_unit + (shared.units - 1) * pair_bytes(c);
+    const uint32_t next_chunk = chunk + 1 < chunks ? kUnitBytes : 0;
+    uint32_t mine = first_unit + lane * pair_bytes(c);
+    uint32_t from = shared.gates + ((image * 4 + (source & 3)) * shared.units_padded + lane % 4 * 2) * 2;
+    float d[2][4] = {};
+#pragma unroll 2
     for (int unit = 0; unit < shared.units; unit += 32) {
-      uint32_t b[4];
-      const int mine = unit + lane < shared.units ? unit + lane : shared.units - 1;
-      ldmatrix_x4_transposed(b, tile + mine * pair_bytes(c));
+      uint32_t b[2][4];
+      const uint32_t address = mine < last_unit ? mine : last_unit;  // behind it s is zero
+      ldmatrix_x4_transposed(b[0], address);
+      ldmatrix_x4_transposed(b[1], address + next_chunk);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        const uint32_t low = load_shared<uint32_t>(from + (unit + step * 16) * 2);
-        const uint32_t high = load_shared<uint32_t>(from + (unit + step * 16 + 8) * 2);
-        const uint32_t s[4] = {low, 0u, high, 0u};
-        mma<T>(d, s, b + 2 * step);
+        const uint32_t s[4] = {load_shared<uint32_t>(from + step * 32), 0u,
+                               load_shared<uint32_t>(from + step * 32 + 16), 0u};
+        mma<T>(d[0], s, b[0] + 2 * step);
+        mma<T>(d[1], s, b[1] + 2 * step);
       }
+      mine += 32 * pair_bytes(c);
+      from += 64;
     }
-    float first = counts ? d[0] : 0.0f, second = counts ? d[1] : 0.0f;
 #pragma unroll
-    for (int mask = 2; mask <= 8; mask *= 2) {
-      first += shuffle_xor(first, mask);
-      second += shuffle_xor(second, mask);
+    for (int which = 0; which < 2; ++which) {
+      float first = counts ? d[which][0] : 0.0f, second = counts ? d[which][1] : 0.0f;
+#pragma unroll
+      for (int mask = 2; mask <= 8; mask *= 2) {
+        first += shuffle_xor(first, mask);
+        second += shuffle_xor(second, mask);
+      }
+      if (lane < 2 && chunk + which < chunks)
+        store_global(reinterpret_cast<float2*>(
+                         a.sums + (static_cast<int64_t>(block_x() * 2 + z) * m.images + box.image + image) * m.padded +
+                         (chunk + which) * kChunk + lane * 2),
+                     float2{first, second});
     }
-    if (lane < 2)
-      store_global(reinterpret_cast<float2*>(
-                       a.sums + (static_cast<int64_t>(block_x() * 2 + z) * m.images + box.image + image) * m.padded +
-                       chunk * kChunk + lane * 2),
-                   float2{first, second});
   }
 }
 

@@ -23,6 +23,20 @@ struct Cut {
   int unit_stride;     // units from a pair to the next: odd, so that ldmatrix meets no bank twice
 };
 
+// Division by what is the same for a whole block, of numbers below 2^16: a multiplication.
+class Divisor {
+ public:
+  CASVIT_DEVICE explicit Divisor(int d) : d_(d), inverse_(0xffffffffu / d + 1) {}
+  CASVIT_DEVICE int quotient(int n) const {
+    return d_ == 1 ? n : static_cast<int>(static_cast<uint64_t>(n) * inverse_ >> 32);
+  }
+  CASVIT_DEVICE int remainder(int n, int quotient) const { return n - quotient * d_; }
+
+ private:
+  int d_;
+  uint32_t inverse_;
+};
+
 // Pixels, rows and channels of a tile in shared memory, halo included.
 struct Box {
   int image, row, x;        // the first, may lie outside of the map
