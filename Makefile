@@ -6,9 +6,10 @@ TORCH  ?= torch
 # What the demo and the tests need beyond the package; pyproject.toml names the versions.
 EXTRAS ?= test,lint
 NATIVE := $(shell find csrc -type f)
-SOURCES := $(filter %.cpp %.h,$(NATIVE))
+SOURCES := $(filter %.cpp %.h %.cu,$(NATIVE))
+CUDA_TOOLKIT := build/cuda-toolkit/.installed
 
-.PHONY: demo test test-long setup bench parity lint format gpu clean
+.PHONY: demo test test-long setup cuda bench parity lint format gpu clean
 .DEFAULT_GOAL := test
 # Two processes: one test's threads, compilers and waiting leave a second core free.
 PYTEST := CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -52,6 +53,15 @@ gpu:
 	done; \
 	if test -z "$$found"; then $(MAKE) setup && found=$(BIN)/python; fi && \
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $$found bench/gpu $(ARGS)
+
+# nvcc from PyPI (276 MB), and the library with CUDA kernels; every later build has them.
+cuda: $(CUDA_TOOLKIT) setup
+
+$(CUDA_TOOLKIT): csrc/cuda/toolkit.txt | $(VENV)/.packages
+	rm -rf build/cuda-toolkit
+	$(BIN)/python -m pip install --quiet --no-deps --target build/cuda-toolkit -r $<
+	rm -f $(VENV)/.native
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist casvit_kernels.egg-info casvit_kernels/_C.so .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -53,6 +53,16 @@ def run(*command: str) -> str:
     return done.stdout + done.stderr
 
 
+def nvcc() -> str:
+    """The CUDA compiler: that of CUDA_HOME, of `make cuda`, or on PATH; empty where none is."""
+    homes = [os.environ.get("CUDA_HOME"), ROOT / "build" / "cuda-toolkit" / "nvidia" / "cu13"]
+    places = [Path(home, "bin") for home in homes if home] + [Path("/usr/local/cuda/bin")]
+    for place in places:
+        if found := shutil.which("nvcc", path=str(place)):
+            return found
+    return shutil.which("nvcc") or ""
+
+
 def compile_library(folder: Path) -> Path:
     """The library, built in a folder that is kept: what has not changed is not compiled again."""
     try:
@@ -69,6 +79,7 @@ def compile_library(folder: Path) -> Path:
         "CMAKE_MAKE_PROGRAM": ninja,
         "CASVIT_TORCH_INCLUDE": ";".join(include_paths()),
         "CASVIT_TORCH_LIB": ";".join(library_paths()),
+        "CASVIT_NVCC": nvcc(),
         "CASVIT_REQUIRE_NATIVE": "ON" if native_is_required() else "OFF",
     }
     # CMake keeps the compiler and its flags of the first time: where these change, it starts anew.

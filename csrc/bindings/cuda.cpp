@@ -9,6 +9,7 @@
 #include <array>
 #include <map>
 #include <mutex>
+#include <vector>
 
 #include "bindings/tensors.h"
 #include "cuda/weights.h"
@@ -201,7 +202,9 @@ Tensor infer(const Tensor& x, const Tensor& qkv_weight, const Optional& qkv_bias
   STD_TORCH_CHECK(x.is_cuda() && x.dim() == 4, "x: expected a CUDA tensor of 4 dimensions (B, C, H, W)");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const std::array<int64_t, 4> shape = shape_of(x.sizes());
-  if (x.numel() == 0) return empty_output(x, qkv_weight.scalar_type());
+  if (x.numel() == 0)
+    return torch::stable::empty(x.sizes(), qkv_weight.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                                is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   return run_mix(project(x, qkv_weight, qkv_bias), packed, shape, is_channels_last(x), false).out;
 }
 

@@ -5,7 +5,8 @@
 // of the next one, so four pixels x four channels. B holds the taps of one row of the kernel, zero where
 // channels differ; its 8 columns are two output pixels x four channels. With input pairs of the pixels
 // (2 j - 1, 2 j), position j is the output pixels 2 j and 2 j + 1. Three mma, one for each row of the
-// kernel, make 16 positions of a row; a warp sweeps down the rows, so that each A serves three.
+// kernel, make 16 positions of a row; a warp sweeps down the rows, so that each A serves three. The
+// transposed convolution is the same with the taps turned round.
 //
 // (DESIGN: 3 mma for 128 outputs, where a kernel on pixels x 8 channels takes 4 1/2.)
 #pragma once
@@ -50,6 +51,46 @@ CASVIT_DEVICE void depthwise(uint32_t address, uint32_t row_bytes, const uint32_
       mma<T>(c, a[(row + 2) % 3], taps + 2 * kWords + 2);
     }
     epilogue(row, c);
+  }
+}
+
+// The gradient of the taps: for each kernel row, A's rows are the four pixels x four channels of input
+// that a pair of outputs sees, B's columns the gradient at these two pixels x four channels, and the sum
+// goes over positions. Where channels agree, sums[dy] holds a tap; `taps_of` says which.
+//
+// address: of this lane's row of A in the row above the first: that of position lane % 8 + 8 (lane / 16),
+// its next pair if lane / 8 is odd. gradient: of its row of B, a unit of the pixels (2 j, 2 j + 1) of
+// position j = lane % 16 in the first row. A lane without a position points to a unit of zeros, with
+// gradient_row_bytes 0.
+template <class T, int ROWS>
+CASVIT_DEVICE void depthwise_gradient(float (&sums)[3][4], uint32_t address, uint32_t row_bytes, uint32_t gradient,
+                                      uint32_t gradient_row_bytes) {
+  uint32_t g[ROWS][2];
+#pragma unroll
+  for (int row = 0; row < ROWS; ++row) {
+    ldmatrix_x2_transposed(g[row], gradient);
+    gradient += gradient_row_bytes;
+  }
+#pragma unroll
+  for (int row = 0; row < ROWS + 2; ++row) {  // of input, from the one above
+    uint32_t a[4];
+    ldmatrix_x4_transposed(a, address);
+    address += row_bytes;
+#pragma unroll
+    for (int dy = 0; dy < 3; ++dy)
+      if (row - dy >= 0 && row - dy < ROWS) mma<T>(sums[dy], a, g[row - dy]);
+  }
+}
+
+// Calls at(dx, channel of the chunk, pixel of the pair, value) for those of a lane's four sums that belong
+// to a tap: the tap's gradient is the sum over both pixels.
+template <class At>
+CASVIT_DEVICE void taps_of(const float (&sums)[4], int lane, At&& at) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int m = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
+    const int dx = m / kChunk - n / kChunk;
+    if (m % kChunk == n % kChunk && dx >= 0 && dx < 3) at(dx, n % kChunk, n / kChunk, sums[i]);
   }
 }
 

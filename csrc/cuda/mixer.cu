@@ -143,3 +143,19 @@ const char* mix(const Problem& p, const void* qkv, const void* packed, float* su
 }
 
 }  // namespace casvit::cuda
+
+// What Python asks before any call, through ctypes.
+#ifndef CASVIT_EMULATED
+#define CASVIT_EXPORT extern "C" __attribute__((visibility("default")))
+#define CASVIT_TEXT(number) CASVIT_TEXT_OF(number)
+#define CASVIT_TEXT_OF(number) #number
+CASVIT_EXPORT const char* casvit_cuda_architectures() { return CASVIT_CUDA_NAMES; }
+CASVIT_EXPORT const char* casvit_cuda_version() {
+  return CASVIT_TEXT(__CUDACC_VER_MAJOR__) "." CASVIT_TEXT(__CUDACC_VER_MINOR__) "." CASVIT_TEXT(__CUDACC_VER_BUILD__);
+}
+CASVIT_EXPORT int casvit_cuda_runtime() { return CUDART_VERSION; }
+CASVIT_EXPORT int casvit_cuda_driver() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+#endif

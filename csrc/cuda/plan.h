@@ -13,7 +13,8 @@ struct Device {
 };
 
 constexpr int kReserved = 1024;  // bytes of shared memory that the driver takes of each block's
-constexpr int kMostPositions = kPositions * kWarps;
+// A warp of the gates' kernel holds the logits of its positions; the others go over many.
+constexpr int most_positions(bool gates) { return kPositions * kWarps * (gates ? 1 : 4); }
 
 // A kernel's cut, its rows (7 or 4), and what that costs.
 struct Plan {
@@ -61,19 +62,20 @@ inline uint32_t shared_bytes(Kernel kernel, const Maps& m, const Cut& c, int row
 inline Plan plan(Kernel kernel, const Maps& m, const Device& device) {
   Plan best{{}, 0, false, 0, 1e300};
   const int all = m.chunks(), half_width = divide_up(m.width, 2);
+  const int most = most_positions(kernel == Kernel::kGates);
   for (const int rows : {7, 4}) {
-    for (int strips = 1; strips <= 8; ++strips) {
+    for (int strips = 1; strips <= 16; ++strips) {
       const int own = rows * strips;
       if (own - rows >= m.height) break;
       const bool halo = own < m.height;
       if (kernel == Kernel::kCombine && halo && strips != 2) continue;
       for (int columns = 1; columns <= half_width; columns = columns < 8 ? columns + 1 : columns * 2) {
         const int pairs = divide_up(half_width, columns);
-        if (strips * pairs > kMostPositions) continue;
+        if (strips * pairs > most) continue;
         for (int slices = 1; slices <= (kernel == Kernel::kGates ? 1 : all); slices = slices < 8 ? slices + 1 : slices * 2) {
           const int chunks = divide_up(all, slices);
           if (divide_up(all, chunks) != slices) continue;
-          for (int images = 1; images <= m.images && images * strips * pairs <= kMostPositions; images = images < 4 ? images + 1 : images * 2) {
+          for (int images = 1; images <= m.images && images * strips * pairs <= most; images = images < 4 ? images + 1 : images * 2) {
             if (images > 1 && (halo || columns > 1)) break;
             Cut c{images, strips, pairs, chunks, divide_up(m.height, own), divide_up(half_width, pairs), chunks | 1};
             const uint32_t shared = shared_bytes(kernel, m, c, rows, halo);

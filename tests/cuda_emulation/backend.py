@@ -14,7 +14,7 @@ from torch import Tensor
 from casvit_kernels import testing
 from casvit_kernels.backends import Problem
 from casvit_kernels.ops.mixer import kernels
-from casvit_kernels.ops.mixer.cpu import CpuKernels
+from casvit_kernels.ops.mixer.cpu import CpuPhases
 from casvit_kernels.ops.mixer.cuda import CudaKernels, CudaPhases, Shape, channels_read, product
 from casvit_kernels.ops.mixer.kernels import Mixed
 from casvit_kernels.ops.mixer.weights import MixerWeights
@@ -42,7 +42,7 @@ class Emulated:
         self.skip = skip
         self.races = True
         self.sites: dict[str, None] = {}
-        self.traffic: list[tuple[str, int, int]] = []
+        self.traffic: list[tuple[str, list[tuple[str, int, int]]]] = []  # of the last call
 
     def call(self, shape: Shape, dtype: torch.dtype, **buffers: tuple[Tensor, bool]) -> Any:
         """The module's object for a call that may touch these buffers; and whether it may write."""
@@ -159,16 +159,23 @@ class Emulated:
         return self.mix(rows, packed, (b, c, height, width), channels_last).out
 
 
+class CpuBackward(CpuPhases):
+    """The CPU's phases.
+
+    In float16 they compute with q, k and v that are not rounded, so that gradients may differ from
+    those of a GPU where a ReLU is nearly shut.
+    """
+
+    def adopt(self, rows: Tensor, x: Tensor, w: MixerWeights) -> Any:
+        return self.project(x, w, rows.dtype)
+
+
 class EmulatedKernels(CudaKernels):
     """The forward emulated; the backward by the CPU's kernels."""
 
-    phases = None  # type: ignore[assignment]
-
     def __init__(self, operators: Emulated) -> None:
         super().__init__(NAME, operators)
-        backward = CpuKernels().phases
-        assert backward is not None
-        self.phases = CudaPhases(operators, backward)  # type: ignore[assignment]
+        self.__dict__["phases"] = CudaPhases(operators, CpuBackward())
 
 
 class EmulatedBackend:

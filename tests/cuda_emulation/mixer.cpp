@@ -80,11 +80,14 @@ void bind_mixer(py::module_& m) {
              check(cuda::mix(c.problem, at<const void>(qkv), at<const void>(packed), at<float>(sums),
                              at<float>(spatial), at<float>(pooled), at<float>(channel), at(out), channels_last));
            })
-      .def("traffic",  // by buffer, over all launches: bytes read and written
+      .def("traffic",  // of each launch: its arguments' type, and by buffer bytes read and written
            [](const Call& c) {
-             std::vector<std::tuple<std::string, uint64_t, uint64_t>> rows;
-             for (const auto& b : c.session.memory.buffers()) rows.emplace_back(b.name, b.read, b.written);
-             return rows;
+             std::vector<std::pair<std::string, std::vector<std::tuple<std::string, uint64_t, uint64_t>>>> launches;
+             for (const auto& report : c.session.reports) {
+               launches.push_back({report.kernel, {}});
+               for (const auto& b : report.traffic) launches.back().second.emplace_back(b.name, b.read, b.written);
+             }
+             return launches;
            })
       .def("sites", [](const Call& c) {
         std::vector<std::string> sites;

@@ -3,8 +3,9 @@
 
 namespace py = pybind11;
 
-void bind_probes(py::module_& m);  // probes.cpp
-void bind_mixer(py::module_& m);   // mixer.cpp
+void bind_probes(py::module_& m);     // probes.cpp
+void bind_depthwise(py::module_& m);  // depthwise.cpp
+void bind_mixer(py::module_& m);      // mixer.cpp
 
 PYBIND11_MODULE(casvit_cuda_emulation, m) {
   using namespace casvit::cuda::emulation;
@@ -23,5 +24,6 @@ PYBIND11_MODULE(casvit_cuda_emulation, m) {
         return rows;
       });
   bind_probes(m);
+  bind_depthwise(m);
   bind_mixer(m);
 }

@@ -86,7 +86,7 @@ class Packed(NamedTuple):
 class Projected:
     """qkv for the kernels of the forward or, when asked for it, for those of the backward."""
 
-    def __init__(self, x: Tensor, w: MixerWeights, dtype: torch.dtype, backward: Phases) -> None:
+    def __init__(self, x: Tensor, w: MixerWeights, dtype: torch.dtype, backward: Backward) -> None:
         self._given = (x, w, dtype)
         self._backward = backward
 
@@ -97,7 +97,8 @@ class Projected:
 
     @functools.cached_property
     def for_backward(self) -> Any:
-        return self._backward.project(*self._given)
+        x, w, _ = self._given
+        return self._backward.adopt(self.rows, x, w)
 
 
 def padded_product(w: MixerWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -121,15 +122,21 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.contiguous().flatten(2).transpose(1, 2), weight, bias)
 
 
+class Backward(Phases, Protocol):
+    """Another backend's phases, of which the backward ones are used."""
+
+    def adopt(self, rows: Tensor, x: Tensor, w: MixerWeights) -> Any:
+        """What its `project` would return, of the very q, k and v that the forward has computed.
+
+        A product of its own may round another way: a ReLU that was open in the forward would be shut.
+        """
+        ...
+
+
 class CudaPhases:
-    """`kernels.Phases`: the forward by these kernels, the backward by another backend's.
+    """`kernels.Phases`: the forward by these kernels, the backward by another backend's."""
 
-    Args:
-        operators: the kernels.
-        backward: phases that take x and weights of the same kinds.
-    """
-
-    def __init__(self, operators: Operators, backward: Phases) -> None:
+    def __init__(self, operators: Operators, backward: Backward) -> None:
         self._operators = operators
         self._backward = backward
 
@@ -223,9 +230,7 @@ class CudaKernels:
 
     @functools.cached_property
     def phases(self) -> Phases:
-        from .triton.phases import TritonPhases  # imports triton
-
-        return CudaPhases(self._operators, TritonPhases())
+        return CudaPhases(self._operators, _triton())
 
     def pack(self, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype) -> Packed:
         moments = (w.q.norm_mean, w.q.norm_var, w.k.norm_mean, w.k.norm_var)
@@ -246,6 +251,21 @@ class CudaKernels:
             return empty_output(x, dtype)
         with torch.autocast(device, enabled=False):
             return self._operators.infer(x, *packed)
+
+
+def _triton() -> Backward:
+    """Triton's phases; imports triton."""
+    from .triton import phases as triton
+
+    class Adopting(triton.TritonPhases):
+        def adopt(self, rows: Tensor, x: Tensor, w: MixerWeights) -> triton.Projected:
+            b, c, height, width = x.shape
+            parts = rows.view(b, height, width, 3, -1)[..., :c]
+            maps = parts.flatten(3).permute(0, 3, 1, 2)  # a view where C is a multiple of 4
+            layout = output_memory_format(x)
+            return triton.Projected(maps.contiguous(memory_format=layout), triton.vectors(w))
+
+    return Adopting()
 
 
 def _differentiates(x: Tensor, w: MixerWeights) -> bool:

@@ -1,0 +1,57 @@
+# The CUDA kernels, a second target of the same library, where CASVIT_NVCC names a compiler that works.
+# One object with machine code for each architecture and PTX for later ones, and the static runtime: no
+# library of CUDA is needed to load it.
+set(CASVIT_CUDA_ARCHITECTURES sm_80 sm_90a sm_100 sm_120 compute_80)
+
+function(add_cuda_kernels target)
+  if(NOT CASVIT_NVCC)
+    message(NOTICE "casvit_kernels: building without CUDA kernels: no nvcc was found "
+                   "(CUDA_HOME names its folder; 'make cuda' installs one)")
+    return()
+  endif()
+  get_filename_component(home ${CASVIT_NVCC} DIRECTORY)
+  get_filename_component(home ${home} DIRECTORY)
+  find_library(runtime NAMES libcudart_static.a HINTS ${home}/lib64 ${home}/lib ${home}/targets/x86_64-linux/lib
+               NO_CACHE NO_DEFAULT_PATH)
+  # What this nvcc knows of the list; a trial of each, since it may lack a host compiler, too.
+  set(try ${CMAKE_CURRENT_BINARY_DIR}/try.cu)
+  file(WRITE ${try} "__global__ void nothing() {}\n")
+  set(codes)
+  set(names)
+  set(reason "libcudart_static.a is not beside it")
+  foreach(name IN LISTS CASVIT_CUDA_ARCHITECTURES)
+    if(runtime)
+      string(REGEX REPLACE "^[a-z]+_" "" number ${name})
+      execute_process(COMMAND ${CASVIT_NVCC} -ccbin ${CMAKE_CXX_COMPILER} -gencode arch=compute_${number},code=${name}
+                              -c ${try} -o ${try}.o
+                      RESULT_VARIABLE failed ERROR_VARIABLE reason OUTPUT_QUIET)
+      if(NOT failed)
+        list(APPEND codes -gencode arch=compute_${number},code=${name})
+        list(APPEND names ${name})
+      endif()
+    endif()
+  endforeach()
+  if(NOT names)
+    string(STRIP "${reason}" reason)
+    string(REGEX REPLACE "\n.*" "" reason "${reason}")
+    message(NOTICE "casvit_kernels: building without CUDA kernels: ${CASVIT_NVCC} cannot be used: ${reason}")
+    if(CASVIT_REQUIRE_NATIVE)
+      message(FATAL_ERROR "CUDA kernels are required where nvcc is")
+    endif()
+    return()
+  endif()
+  list(JOIN names "," list)
+  set(object ${CMAKE_CURRENT_BINARY_DIR}/cuda_mixer.o)
+  add_custom_command(
+    OUTPUT ${object}
+    COMMAND ${CASVIT_NVCC} -ccbin ${CMAKE_CXX_COMPILER} -std=c++17 -O3 --threads 2 ${codes}
+            "-DCASVIT_CUDA_NAMES=\"${list}\"" -I${CMAKE_CURRENT_SOURCE_DIR}
+            -Xcompiler -fPIC,-fvisibility=hidden -MD -MF ${object}.d -MT ${object}
+            -c ${CMAKE_CURRENT_SOURCE_DIR}/cuda/mixer.cu -o ${object}
+    DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/cuda/mixer.cu
+    DEPFILE ${object}.d
+    VERBATIM)
+  target_sources(${target} PRIVATE ${object} bindings/cuda.cpp)
+  set_source_files_properties(${object} PROPERTIES EXTERNAL_OBJECT ON GENERATED ON)
+  target_link_libraries(${target} PRIVATE ${runtime} dl rt pthread)
+endfunction()

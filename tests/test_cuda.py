@@ -1,0 +1,366 @@
+"""The CUDA kernels in the emulation, and what the backend says.
+
+Here no GPU runs them: what these tests cannot show is in tests/cuda_emulation/README.md.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulation import backend as emulated
+from cuda_emulation import build
+
+from casvit_kernels import BackendUnavailable, FusedCATM, backends, testing, use_backend
+from casvit_kernels.backends import Problem, cuda, get, native
+from casvit_kernels.ops.mixer import kernels
+from casvit_kernels.ops.mixer.cuda import padded_product
+from casvit_kernels.ops.mixer.structure import Structure
+from casvit_kernels.testing.cases import Case, Target
+
+HERE = Path(__file__).parent
+NAME = emulated.NAME
+registry = sys.modules["casvit_kernels.backends.registry"]
+emulation = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+DEVICES = {  # multiprocessors, shared memory a block may ask for
+    "A100": (108, 166912),
+    "H100": (132, 232448),
+    "RTX 5090": (170, 101376),
+}
+
+
+@pytest.fixture
+def operators():
+    """The emulated backend, registered for one test."""
+    yield emulated.register()
+    registry._REGISTRY.pop(NAME)
+    kernels._TABLE.pop(NAME)
+    testing.BACKENDS.pop(NAME)
+
+
+def parity_cases():
+    testing.BACKENDS[NAME] = Target("cpu", emulated.DTYPES)
+    registry._REGISTRY[NAME] = emulated.EmulatedBackend()
+    try:
+        every = testing.cases(NAME)
+        quick = set(testing.cover(every, 1))
+    finally:
+        testing.BACKENDS.pop(NAME)
+        registry._REGISTRY.pop(NAME)
+    return [
+        pytest.param(c, id=f"{c}-{c.seed}", marks=[] if c in quick else pytest.mark.long)
+        for c in every
+    ]
+
+
+@emulation
+@pytest.mark.parametrize("case", parity_cases())
+def test_parity(case, operators):
+    row = testing.check(case)
+    assert row.passed, row.failures
+    assert operators.sites or 0 in case.shape  # the kernels ran, not the formulas
+
+
+@emulation
+@pytest.mark.parametrize(
+    "shape", [(1, 48, 56, 56), (1, 56, 28, 28), (1, 112, 14, 14), (2, 220, 7, 7)]
+)
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.long
+def test_parity_at_real_sizes_as_each_device_cuts_them(name, shape, operators):
+    """One multiprocessor: cut as for a large batch."""
+    operators.device = (1, DEVICES[name][1])
+    for dtype, layout, mode in (
+        (torch.bfloat16, "channels_last", "train"),
+        (torch.bfloat16, "contiguous", "eval"),
+        (torch.float16, "contiguous", "eval"),
+    ):
+        row = testing.check(Case(NAME, dtype, layout, mode, shape))
+        assert row.passed, row.failures
+
+
+def mixer(c, dtype, **options):
+    torch.manual_seed(0)
+    return FusedCATM(c, backend=NAME, **options).to(dtype).eval()
+
+
+@emulation
+@pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
+def test_every_schedule_gives_the_same_bits(dtype, operators):
+    m, x = mixer(20, dtype), torch.randn(2, 20, 11, 9).to(dtype)
+    found = []
+    for _ in range(3):  # each call takes the next schedule
+        x_train = x.clone().requires_grad_()
+        m.train()
+        found.append([m(x_train).detach()])
+        m.eval()
+        with torch.no_grad():
+            found[-1].append(m(x))
+        m.load_state_dict(mixer(20, dtype).state_dict())
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+def step(operators, shape, dtype=torch.bfloat16, **device):
+    """Output and running statistics of a training forward, which takes every kernel."""
+    m = mixer(shape[1], dtype).train()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        out = m(torch.randn(shape).to(dtype))
+    return [out, *m.buffers()]
+
+
+@emulation
+def test_no_barrier_and_no_wait_can_be_left_out(operators):
+    """Each is skipped in turn, in each schedule: an error, or another result."""
+    shapes = ((2, 8, 5, 6), (1, 12, 19, 4))  # several images of a block; bands with halos
+    expected = [step(operators, shape) for shape in shapes]
+    sites = list(operators.sites)
+    assert len(sites) >= 8
+    unnoticed = []
+    for site in sites:
+        operators.skip = site
+        noticed = False
+        for shape, right in zip(shapes, expected, strict=True):
+            for _ in range(3):
+                try:
+                    got = step(operators, shape)
+                except RuntimeError as error:
+                    noticed |= "never came to" not in str(error)
+                else:
+                    noticed |= not all(map(torch.equal, got, right))
+        unnoticed += [] if noticed else [site]
+    assert unnoticed == []
+
+
+@emulation
+def test_nothing_chooses_it_and_it_says_what_it_cannot(operators):
+    x = torch.randn(1, 8, 4, 4, dtype=torch.bfloat16)
+    assert registry.select(None, Problem("cpu", torch.bfloat16)).name != NAME
+    with use_backend(NAME), torch.no_grad():
+        FusedCATM(8).bfloat16().eval()(x)
+        assert operators.sites
+        with pytest.raises(BackendUnavailable, match="it computes bfloat16 and float16"):
+            FusedCATM(8).eval()(x.float())
+
+
+@emulation
+def test_nan_of_one_image_stays_there(operators):
+    m = mixer(8, torch.bfloat16)
+    x = torch.randn(3, 8, 4, 4).bfloat16()
+    with torch.no_grad():
+        right = m(x)
+        x[1, 3, 2, 1] = float("nan")
+        got = m(x)
+    assert got[1].isnan().all()
+    assert torch.equal(got[[0, 2]], right[[0, 2]])
+
+
+@emulation
+def test_channels_that_fit_nowhere_are_refused(operators):
+    m, x = mixer(2400, torch.bfloat16), torch.randn(1, 2400, 1, 1).bfloat16()
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="does not fit into the device's shared"),
+    ):
+        m(x)
+
+
+@emulation
+@pytest.mark.parametrize("name", DEVICES)
+def test_plans_cover_the_maps_and_fit(name):
+    multiprocessors, shared = DEVICES[name]
+    shapes = [c.shape for batch in (1, 256) for c in testing.real_cases("reference", batch)]
+    for shape in dict.fromkeys([*shapes, (1, 3, 1, 1), (7, 1, 501, 3), (1, 4, 3, 2000)]):
+        b, c, height, width = shape
+        call = build.module().MixerCall(
+            list(shape), False, multiprocessors, shared, 0, 0, True, "", []
+        )
+        for plan in call.plans():
+            assert plan["shared"] <= shared
+            assert plan["bands"] * plan["strips"] * plan["rows"] >= height
+            assert plan["columns"] * plan["pairs"] * 2 >= width
+            assert plan["halo"] == (plan["bands"] > 1)
+            assert plan["images"] <= b
+            assert plan["chunks"] <= -(-c // 4)
+
+
+@emulation
+@pytest.mark.parametrize(
+    ("shape", "most"),
+    [
+        ((1, 48, 56, 56), 7.1),
+        ((1, 56, 28, 28), 6.3),
+        ((1, 112, 14, 14), 6.3),
+        ((2, 220, 7, 7), 6.3),
+    ],
+)
+def test_bytes_that_gates_and_combine_ask_for(shape, most, operators):
+    """In units of the maps: q and k twice, v and out once are 6; at 56x56 bands read their halos."""
+    operators.device = (1, DEVICES["H100"][1])
+    step(operators, shape)
+    found = dict(operators.traffic)
+    unit = 2 * torch.Size(shape).numel()
+    moved = sum(
+        read + written
+        for launch in ("GatesArguments", "CombineArguments")
+        for name, read, written in found[launch]
+        if name in ("qkv", "out")
+    )
+    assert 6 <= moved / unit <= most
+
+
+def test_the_products_rows_are_filled_up_with_zeros():
+    m = FusedCATM(6, attn_bias=True)
+    w = Structure(m, m._roles, m._inner).weights()
+    weight, bias = padded_product(w, torch.bfloat16)
+    assert weight.shape == (24, 6)
+    assert bias.shape == (24,)
+    given = m.qkv.weight.flatten(1).bfloat16()
+    for part in range(3):
+        assert torch.equal(weight[8 * part :][:6], given[6 * part :][:6])
+        assert not weight[8 * part + 6 :][:2].any()
+        assert not bias[8 * part + 6 :][:2].any()
+
+
+COMPOSED = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from cuda_emulation import backend as emulated
+from casvit_kernels import testing
+from casvit_kernels.ops.mixer import cuda, kernels
+operators = emulated.register()
+vars(kernels.get(emulated.NAME))["phases"] = cuda.CudaPhases(operators, cuda._triton())
+shapes = ((3, 3, 13, 9), (5, 3, 1, 1))
+cases = [c for c in testing.cases(emulated.NAME) if c.shape in shapes and c.mode != "eval"]
+cases = testing.cover(cases, 1)
+print(json.dumps([[str(c), testing.check(c).failures] for c in cases]))
+"""
+
+
+@emulation
+@pytest.mark.long
+def test_forward_here_and_backward_by_triton():
+    """What `cuda` does in training on a GPU; both parts on the CPU, emulated and interpreted."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPOSED.format(tests=str(HERE))],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(HERE.parent),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) >= 8
+    assert [row for row in found if row[1]] == []
+
+
+# What the backend says of itself.
+
+
+class Library:
+    """Stands for a native library with CUDA kernels."""
+
+    def __init__(self, names=b"sm_80,sm_90a,sm_100,sm_120,compute_80", driver=13000):
+        answers = {"architectures": names, "version": b"13.0", "driver": driver, "runtime": 13000}
+        for name, value in answers.items():
+            setattr(self, f"casvit_cuda_{name}", _Answer(value))
+
+
+class _Answer:
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self):
+        return self.value
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Sets what is there: `gpu(capability=(9, 0), library=Library())`."""
+
+    def set_up(capability=(9, 0), library=None, optin=232448):
+        library = library or Library()
+        monkeypatch.setattr(native, "load", lambda: (library, None))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "a GPU")
+        properties = type("Properties", (), {"shared_memory_per_block_optin": optin})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
+
+    return set_up
+
+
+@pytest.mark.parametrize(
+    ("set_up", "problem", "reason"),
+    [
+        ({}, None, None),
+        ({}, Problem("cuda", torch.bfloat16, 220), None),
+        ({}, Problem("cuda", torch.float16), None),
+        ({}, Problem("cuda", torch.float32), "bfloat16 and float16, not torch.float32"),
+        ({}, Problem("cpu", torch.float16), "the tensors are on 'cpu'"),
+        ({"capability": None}, None, "no GPU that this PyTorch can use"),
+        ({"capability": (7, 5)}, None, r"8.0 or later, the newest here, a GPU \(cuda:0\), has 7.5"),
+        (
+            {"capability": (11, 0), "library": Library(b"sm_80,sm_90a")},
+            None,
+            "built for sm_80, sm_90a",
+        ),
+        ({"library": Library(driver=12080)}, None, "CUDA 13.0, the driver serves up to 12.8"),
+        ({"library": object()}, None, "built without CUDA kernels: no nvcc was found"),
+        ({}, Problem("cuda", torch.float16, 6000), "6000 channels .* a block may have 232,448"),
+    ],
+)
+def test_reasons(set_up, problem, reason, gpu):
+    cuda._device.cache_clear()
+    gpu(**set_up)
+    got = get("cuda").why_not(problem)
+    cuda._device.cache_clear()
+    if reason is None:
+        assert got is None
+    else:
+        assert re.search(reason, got or ""), got
+
+
+@pytest.mark.parametrize(
+    ("names", "capability", "runs"),
+    [
+        (["sm_80"], (8, 0), True),
+        (["sm_80"], (8, 9), True),
+        (["sm_86"], (8, 0), False),
+        (["sm_80"], (9, 0), False),
+        (["sm_90a"], (9, 0), True),
+        (["sm_100"], (10, 3), True),
+        (["sm_100a"], (10, 3), False),
+        (["sm_100"], (12, 0), False),
+        (["compute_80"], (12, 1), True),
+        (["compute_90a"], (12, 1), False),
+        (["compute_120"], (10, 0), False),
+    ],
+)
+def test_which_machine_code_runs_where(names, capability, runs):
+    assert cuda.serves(names, *capability) is runs
+
+
+def test_it_stands_before_triton_for_half_precision():
+    names = [status.name for status in backends()]
+    assert names.index("cuda") < names.index("triton")
+
+
+@pytest.mark.skipif(cuda.build() is None, reason="the library has no CUDA kernels ('make cuda')")
+def test_the_library_loads_without_a_gpu():
+    assert "sm_80" in cuda.build()
+    if not torch.cuda.is_available():
+        assert "no GPU" in get("cuda").why_not()
+        with pytest.raises(BackendUnavailable, match="the tensors are on 'cpu'"):
+            FusedCATM(8, backend="cuda").bfloat16().eval()(torch.randn(1, 8, 4, 4).bfloat16())
