@@ -200,10 +200,12 @@ def _warp(emulation: Any, settings: Any) -> tuple[Any, bool]:
     votes = np.zeros((4, 32), np.uint32)
     report = emulation.warp(x, mirrored, sums, votes, settings)
     flipped = x[:, ::-1]
+    partners = flipped[:, np.arange(32) ^ 9]
+    totals = flipped.sum(1, keepdims=True) + flipped[:, 5:6] + 2 * partners
     ballots = ((flipped > 0) << np.arange(32)).sum(1, keepdims=True)
     right = (
         np.array_equal(mirrored, flipped)
-        and np.array_equal(sums, flipped.sum(1, keepdims=True) + flipped[:, 5:6] + 0 * x)
+        and np.array_equal(sums, totals)
         and np.array_equal(votes, ballots + 0 * votes)
     )
     return report, right
@@ -312,6 +314,7 @@ FAULTS = {
     18: "copy_async .*shared offset -",
     19: "copy_async .*no multiple of 16",
     20: "load_cluster_shared .*rank 1 of a cluster of 1",
+    23: "copy_async .*no multiple of 16",
 }
 FINE = {21: "copy_async from nowhere that is not valid", 22: "ldmatrix of unwritten bytes"}
 
@@ -347,6 +350,7 @@ PAIRS = [
     (LOAD, COPY),
 ]
 NOTHING, SYNC_WARP, SYNC_THREADS, SHUFFLE = range(4)
+WAIT_WITHOUT_COMMIT, WAIT_FOR_ANOTHER, WAIT, WAIT_AND_SYNC = range(4, 8)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -379,12 +383,22 @@ def test_races(emulation: Any, pair: tuple[int, int], schedule: int) -> None:
 
 
 @pytest.mark.parametrize("then", [STORE, LOAD, MATRIX, COPY])
-@pytest.mark.parametrize("between", [NOTHING, SYNC_THREADS])
+@pytest.mark.parametrize("between", [NOTHING, SYNC_THREADS, WAIT_WITHOUT_COMMIT, WAIT_FOR_ANOTHER])
 def test_a_copy_without_its_wait_is_a_race(emulation: Any, then: int, between: int) -> None:
     data = np.zeros(64, np.float32)
     for other in (0, 9, 41):
         with pytest.raises(RuntimeError, match=r"race: .*copy_async"):
             emulation.race(COPY, then, other, 0, between, data, emulation.Settings())
+
+
+@pytest.mark.parametrize("then", [STORE, LOAD, COPY])
+@pytest.mark.parametrize("other", [9, 41])
+def test_after_its_wait_a_copy_is_a_store(emulation: Any, other: int, then: int) -> None:
+    data = np.zeros(64, np.float32)
+    emulation.race(COPY, then, 0, 0, WAIT, data, emulation.Settings())
+    emulation.race(COPY, then, other, 0, WAIT_AND_SYNC, data, emulation.Settings())
+    with pytest.raises(RuntimeError, match=r"race: .*written by thread 0"):
+        emulation.race(COPY, then, other, 0, WAIT, data, emulation.Settings())
 
 
 def test_loads_do_not_race(emulation: Any) -> None:

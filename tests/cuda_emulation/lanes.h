@@ -58,12 +58,11 @@ inline uint16_t to_fp16(float v) {
   return static_cast<uint16_t>(sign | (units + ((exponent + 14) << 10)));
 }
 inline float from_fp16(uint32_t v) {
-  const float sign = v & 0x8000 ? -1.0f : 1.0f;
-  const int exponent = v >> 10 & 31;
-  const int mantissa = v & 1023;
-  if (exponent == 31) return mantissa ? std::nanf("") : sign * INFINITY;
-  if (exponent == 0) return sign * std::ldexp(static_cast<float>(mantissa), -24);
-  return sign * std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25);
+  const uint32_t sign = (v & 0x8000) << 16, exponent = v >> 10 & 31, mantissa = v & 1023;
+  if (exponent == 31) return float_of(sign | 0x7f800000u | mantissa << 13);
+  if (exponent != 0) return float_of(sign | (exponent + 112) << 23 | mantissa << 13);
+  const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+  return sign ? -magnitude : magnitude;
 }
 
 // What the lanes bring to an mma and take from it.

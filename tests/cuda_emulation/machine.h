@@ -190,7 +190,7 @@ class Machine {
     if (w.arrived == 0) {
       w.what = t.what;
       w.site = t.site;
-    } else if (!(w.site == t.site) || std::strcmp(w.what, t.what) != 0) {
+    } else if (!(w.site == t.site) || (w.what != t.what && std::strcmp(w.what, t.what) != 0)) {
       throw std::runtime_error("the warp has diverged: other lanes wait in " + std::string(w.what) +
                                " (" + w.site.text() + ")");
     }

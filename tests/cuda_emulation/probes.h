@@ -103,7 +103,7 @@ warp_probe(const float* from, float* mirrored, float* sums, uint32_t* votes) {
   store_global(mirrored + thread, v);
   float sum = v;
   for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-  store_global(sums + thread, sum + shuffle(v, 5));
+  store_global(sums + thread, sum + shuffle(v, 5) + 2.0f * shuffle_xor(v, 9));
   store_global(votes + thread, vote_ballot(v > 0.0f) + (vote_any(v > 1e6f) ? 1u : 0u));
 }
 
@@ -174,10 +174,11 @@ fault_probe(int fault, const float* input, float* output) {
     case 20: load_cluster_shared<float>(1, 0); break;
     case 21: copy_async<16>(shared_base() + 16 * thread, input + 1000, false); break;  // is fine
     case 22: ldmatrix_x4(r, shared_base()); break;                                     // is fine
+    case 23: copy_async<16>(shared_base() + 16 * thread, input + 1, false); break;
   }
 }
 
-// Two accesses and what lies between them. What: 0 nothing, 1 sync_warp, 2 sync_threads. Thread 0
+// Two accesses and what lies between them, by number; the test names them. Thread 0
 // does the first access to byte 0 to 7, thread `other` the second to byte `offset` and the next.
 enum Touch { kStore, kLoad, kMatrix, kCopy };
 CASVIT_KERNEL(64, 1)
@@ -200,6 +201,11 @@ race_probe(int first, int second, int other, int offset, int between, const floa
     shuffle(1.0f, 0);
     if (thread >= 32) sync_warp();
   }
+  if (between == 4) copy_wait<0>();  // of a copy that belongs to no group yet
+  if (between >= 5) copy_commit();
+  if (between == 5) copy_wait<1>();
+  if (between >= 6) copy_wait<0>();
+  if (between == 7) sync_threads();
   touch(second, offset, other);
 }
 
