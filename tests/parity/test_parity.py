@@ -314,7 +314,7 @@ def _faults():
             )
 
 
-@pytest.mark.parametrize(("fault", "dtype", "shape"), _faults())
+@pytest.mark.parametrize(("fault", "dtype", "shape"), list(_faults()))
 def test_a_fault_is_seen(fault, dtype, shape):
     case = _case(dtype, shape=shape)
     assert _check(AdditiveTokenMixer, case).passed
