@@ -1,8 +1,8 @@
-"""No speed without parity: which verdicts a timed case needs, and what is left of one that lacks them.
+"""No speed without parity: which verdicts a timed case needs, and what is left of one without them.
 
-A case needs green verdicts on its backend, dtype, mode and shape; what is red at another shape is no matter
-of it. Where its own shape was not judged, `CHECKED_IMAGES` images of the same mixer count. Needs
-nothing but Python.
+A case needs green verdicts on its backend, dtype, mode and shape; what is red at another shape is no
+matter of it. Where its own shape was not judged, `CHECKED_IMAGES` images of the same mixer count.
+Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -46,20 +46,31 @@ def verdicts(
 
 def refusal(case: Case, backend: str, parity: Iterable[Case]) -> str | None:
     """Why the speed of a case must not be reported, or None."""
-    parity, mode = list(parity), mode_of(case)
+    parity = list(parity)
+    for shape in shapes_of(case):
+        for verdict in _nearest(parity, backend, case, shape):
+            if not verdict.get("passed"):
+                return f"no speed: parity is red, {verdict['id']}"
+    return unjudged(case, backend, parity)
+
+
+def unjudged(case: Case, backend: str, parity: Iterable[Case]) -> str | None:
+    """What of a case has no verdict, red or green, or None."""
+    parity = list(parity)
     shapes = shapes_of(case)
     if not shapes:
         return "no speed: it does not say which mixers it computes"
     for shape in shapes:
-        judged = verdicts(parity, backend, case["dtype"], mode, shape)
-        judged = judged or verdicts(parity, backend, case["dtype"], mode, few(shape))
-        red = [c["id"] for c in judged if not c.get("passed")]
-        if red:
-            return f"no speed: parity is red, {red[0]}"
-        if not judged:
-            text = "x".join(map(str, shape))
-            return f"no speed: no parity case of {backend}, {case['dtype']}, {mode}, {text}"
+        if not _nearest(parity, backend, case, shape):
+            text = "-".join((backend, case["dtype"], mode_of(case), "x".join(map(str, shape))))
+            return f"no speed: no parity case of {text}"
     return None
+
+
+def _nearest(parity: list[Case], backend: str, case: Case, shape: tuple[int, ...]) -> list[Case]:
+    """The verdicts on a shape; where there are none, those on a few images of it."""
+    judged = verdicts(parity, backend, case["dtype"], mode_of(case), shape)
+    return judged or verdicts(parity, backend, case["dtype"], mode_of(case), few(shape))
 
 
 def gated(document: Document, parity: Document) -> Document:

@@ -1,7 +1,6 @@
 """Benchmarks: `timer.py` takes turns, `candidates.py` what is timed, `gpu.py` a GPU's clock.
 
 `environment.py` says where. Used by `bench/` and the command line.
-
 """
 
 from .candidates import (
