@@ -30,7 +30,7 @@ from bench.gpu.cases import run_short
 from bench.gpu.counters import probe
 from bench.gpu.schedule import GATED, PARTS, SCHEDULE, SPEED, items, serves
 from bench.gpu.store import RESULTS, ROOT
-from bench.gpu.worker import NOT_IN_TURN, work
+from bench.gpu.worker import NOT_IN_TURN, end_with_parent, work
 from bench.report.counters import diagnosis
 from bench.report.gate import gated
 from bench.report.goals import goal_lines
@@ -114,7 +114,7 @@ def conclude(options: argparse.Namespace) -> int:
 def said(case: dict[str, Any]) -> list[str]:
     """What went wrong in a case, and with its candidates."""
     texts = [case.get(key) for key in ("error", "refused", NOT_IN_TURN)]
-    texts = [text or "; ".join(case.get("failures", ())) for text in texts[:1]] + texts[1:]
+    texts += case.get("failures", ())
     if case.get("passed") is False and not any(texts):
         texts.append("failed")
     found = [f"{case['id']}: {text}" for text in texts if text]
@@ -191,4 +191,7 @@ def main(given: list[str] | None = None) -> int:
         return run_short(options)
     if options.probe:
         return probe(options)
-    return work(options.child, options) if options.child else run(options)
+    if options.child:
+        end_with_parent()
+        return work(options.child, options)
+    return run(options)

@@ -47,7 +47,7 @@ class Store:
     def begun(self, key: str) -> dict[str, Any] | None:
         """What there is of a case that is not done."""
         cases = [c for c in self.document["cases"] if c["id"] == key and UNFINISHED in c]
-        return cases[0] if cases else None
+        return dict(cases[0]) if cases else None
 
     def add(self, *cases: dict[str, Any]) -> None:
         """Cases that are done; also in place of what there was of them."""

@@ -6,6 +6,8 @@ import argparse
 import json
 import math
 import os
+import signal
+import threading
 import time
 from typing import Any
 
@@ -47,8 +49,7 @@ def work(part: str, options: argparse.Namespace) -> int:
             continue  # it waits for the parity part
         mark(options, item.key)
         try:
-            found = run_item(part, item, file, options)
-            found |= {"copy_bytes_per_s": copy} if part in GATED else {}
+            found = run_item(part, item, file, copy, options)
         except OutOfTime:
             mark(options, None)
             return 0
@@ -69,7 +70,9 @@ def work(part: str, options: argparse.Namespace) -> int:
     return 0
 
 
-def run_item(part: str, item: Item, file: Store, options: argparse.Namespace) -> dict[str, Any]:
+def run_item(
+    part: str, item: Item, file: Store, copy: float | None, options: argparse.Namespace
+) -> dict[str, Any]:
     """One case as JSON; `lost` in it: the context is, and the case is not done."""
     if part == "parity":
         return gates.run_parity(item.case)
@@ -77,7 +80,7 @@ def run_item(part: str, item: Item, file: Store, options: argparse.Namespace) ->
         return run_behaviour(item.case, options)
     if part == "sanitizer":
         return run_sanitizer(item.case, options)
-    described = gates.described(item.case)
+    described = {**gates.described(item.case), "copy_bytes_per_s": copy}
     reason = gates.refusal(item.case, options.backend, store.load("parity", options))
     if reason is not None:
         return {**described, "refused": reason}
@@ -132,9 +135,8 @@ class Speed:
         found = self._joined(measured.as_json())
         self.file.add({"id": self.item.key, **found, UNFINISHED: True})
         rows = {row["candidate"]: row for row in found["rows"]}
-        name = next(reversed(measured.timings), None) if measured.timings else None
-        if name in measured.alone:
-            say(self.options, f"{self.item.key}, {name}: {told(rows[name])}")
+        if self.at in rows:
+            say(self.options, f"{self.item.key}, {self.at}: {told(rows[self.at])}")
 
     def _joined(self, found: dict[str, Any]) -> dict[str, Any]:
         """With what is known from before of the candidates that this process has no row of."""
@@ -145,12 +147,26 @@ class Speed:
 
 
 def told(row: dict[str, Any]) -> str:
+    if "median_s" not in row:
+        return str(row.get("absent") or row.get("error"))[:200]
     call = f", {1e3 * row['call_s']:.4g} ms of CPU a call" if "call_s" in row else ""
     return f"{1e3 * row['median_s']:.4g} ms{call}"
 
 
 def say(options: argparse.Namespace, text: str) -> None:
     print(f"[{time.time() - options.started:4.0f} s]   {text}", flush=True)
+
+
+def end_with_parent() -> None:
+    """End this process and those it started when its parent is gone: the GPU is for the next run."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def left(part: str, file: Store, options: argparse.Namespace) -> list[Item]:

@@ -49,7 +49,8 @@ def share_of_floor(candidate: str) -> Callable[[Case], float | None]:
 
     def figure(case: Case) -> float | None:
         units = FLOOR_UNITS * case["batch"] * case["channels"] * case["size"] ** 2
-        return _divide(units * 2 / case["copy_bytes_per_s"], row_value(case, candidate))
+        floor = _divide(units * 2, case.get("copy_bytes_per_s"))
+        return _divide(floor, row_value(case, candidate))
 
     return figure
 

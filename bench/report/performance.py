@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.report.captions import gpu_machine, machines, missing
+from bench.report.counters import diagnosis
 from bench.report.documents import MODELS, NOT_MEASURED, SPEED, Document, by_set, find
 from bench.report.goals import goal_lines
 from bench.report.verdict import columns, judge, ratio
@@ -44,8 +45,12 @@ def performance(
     for parts in (gpus or {}).values():
         document = next(iter(parts.values()))
         lines += ["", f"## {document['environment']['gpu']}", "", f"{gpu_machine(document)}.", ""]
-        lines += ["Mixers of stages 1 and 2; bfloat16, batch 256, 224x224 input:", ""]
+        lines += [
+            "Mixers of stages 1 and 2; bfloat16, 224x224 input, batch 256 where a line says nothing:",
+            "",
+        ]
         lines += [f"- {line}" for line in goal_lines(parts[p] for p in SPEED if p in parts)]
+        lines += [f"- {line}" for line in diagnosis(parts.get("counters"))]
     return "\n".join(lines) + "\n"
 
 
