@@ -151,6 +151,11 @@ def goal_case(level, stage, medians_us, model="xs", batch=256, calls_us=None, **
     return {"id": case.id, **vars(case), "rows": rows, "copy_bytes_per_s": 3e12}
 
 
+def hang_in_pool(group):
+    """Instead of `pool.run_group`, in a process of the pool."""
+    time.sleep(300)
+
+
 class _Patch:
     """For a process that ends with its patches."""
 

@@ -4,7 +4,8 @@
     python tests/mutate.py "halo row"      those whose name contains this
 
 Works in a copy of the checkout, whose library it builds once and then in parts. Of the quick suite it
-runs the files named beside each mutation, up to the first failure; once before, all of these files have to pass as they are.
+runs the files named beside each mutation, up to the first failure; once before, all of these files have
+to pass as they are.
 """
 
 from __future__ import annotations

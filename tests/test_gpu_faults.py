@@ -205,6 +205,25 @@ def test_after_a_cuda_error_a_process_of_the_pool_does_no_more(monkeypatch):
 
 
 @pytest.mark.long
+def test_a_pool_that_hangs_is_given_up_and_its_cases_run_one_at_a_time(tmp_path, monkeypatch):
+    gpu_script.inside(monkeypatch)
+    monkeypatch.setattr(pool, "run_group", gpu_script.hang_in_pool)
+    given = ("--parts", "parity", "--jobs", "2", "--case-limit", "20")
+    begin = time.time()
+    assert run(tmp_path, *given) == 0
+    assert 20 < time.time() - begin < 120
+    assert len(read(tmp_path, "parity")["cases"]) == 28
+
+
+@pytest.mark.long
+def test_a_pool_judges_every_case(tmp_path, monkeypatch):
+    gpu_script.inside(monkeypatch)
+    monkeypatch.setattr(gates, "run_parity", None)  # of this process
+    assert run(tmp_path, "--parts", "parity", "--jobs", "2") == 0
+    assert {case["passed"] for case in read(tmp_path, "parity")["cases"]} == {True}
+
+
+@pytest.mark.long
 def test_the_worker_ends_with_its_parent_and_what_it_measured_stays(tmp_path):
     """The real command in its real processes, killed from outside as at the end of a lease."""
     judge(tmp_path)

@@ -3,6 +3,7 @@
 Its parts run in this process, but where processes are the subject.
 """
 
+import gc
 import itertools
 import json
 import os
@@ -39,6 +40,7 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("trial")
     with pytest.MonkeyPatch.context() as patch:
         gpu_script.inside(patch)
+        patch.setattr(gc, "collect", lambda: 0)
         assert gpu_script.run(out) == 0
     return out
 
@@ -64,7 +66,7 @@ def test_a_trial_goes_through_every_part(results):
     assert "saw no kernel" in gpu_script.read(results, "counters")["cases"][0]["absent"]
     (step,) = gpu_script.read(results, "training")["cases"]
     kept = {row["candidate"]: row["kept_bytes"] for row in step["rows"]}
-    assert kept["eager bf16"] > 2 * kept["fused bf16"] > 0
+    assert kept["eager bf16"] > 2 * kept["fused channels_last bf16"] > 0
 
 
 def test_the_real_command_starts_a_process_for_each_part(tmp_path):
@@ -205,7 +207,7 @@ def test_a_process_that_dies_costs_the_case_it_was_at(tmp_path, monkeypatch):
 def test_a_process_that_dies_at_once_is_not_started_for_ever(tmp_path, monkeypatch, capsys):
     started = _stub(monkeypatch, "sys.exit(5)")
     assert gpu_script.run(tmp_path, "--parts", "sanitizer") == 1
-    assert len(started) == 1
+    assert len(started) == 2  # the second time after all other steps
     assert "ended with status 5 before its first case" in capsys.readouterr().out
 
 
@@ -345,26 +347,22 @@ def test_no_candidate_begins_after_the_step_is_over(tmp_path, ran, monkeypatch):
     gpu_script.judge(tmp_path)
     steps = (schedule.Step("mixer", 0, 0.2),)
     monkeypatch.setattr(gpu, "SCHEDULE", steps)
-    rows = []
+    begun, rows = [], []
 
     def slow():
-        if not rows:
+        if not begun:
             time.sleep(0.3)
-            return
-        rows.append(0)
+        begun.append("eager channels_last bf16")
 
     def third():
-        (case,) = gpu_script.read(tmp_path, "mixer")["cases"]
-        rows.extend(case["rows"])
+        if not rows:
+            rows.extend(gpu_script.read(tmp_path, "mixer")["cases"][0]["rows"])
+            assert len(ran) == 2
 
     faults["eager channels_last bf16"] = slow
     faults["fused channels_last bf16"] = third
     assert gpu_script.run(tmp_path, "--parts", "mixer") == 0
-    assert ran == ["mixer", "mixer"]
-    assert [row["candidate"] for row in rows if row][:2] == [
-        "eager bf16",
-        "eager channels_last bf16",
-    ]
+    assert [row["candidate"] for row in rows] == ["eager bf16", "eager channels_last bf16"]
 
 
 def test_a_library_that_serves_is_not_built_again(monkeypatch, capsys):

@@ -102,7 +102,7 @@ def speed_items(part: str, case: Case, quick: bool) -> list[Item]:
 
     def item(suffix: str, least: int, names: Iterable[str]) -> Item:
         kept = [n for n in names if not (quick and COMPILERS & set(n.split()))]
-        return Item(case.id + suffix, max(least, its_rank), case, tuple(kept))
+        return Item(case.id + suffix, 0 if quick else max(least, its_rank), case, tuple(kept))
 
     if part in FIRST:
         plain = [n for n in every if not COMPILERS & set(n.split())]

@@ -31,6 +31,10 @@ HEAD = (
     "| | fused, ms | best baseline, ms | speed-up | over eager | batch 1 | bf16 | training step | "
     "training step, bf16 |"
 )
+WITHOUT_GPU = """\
+`make gpu` measures where one is, in the order of what decides most:
+some parity, the mixers of rcvit_xs, profiler counters, a training step, the whole model, then the rest. It
+gives GPU time and the CPU time of a call apart, and no speed of a case whose own parity is not green."""
 
 
 def performance(
@@ -41,7 +45,7 @@ def performance(
     for of_set in by_set(documents) or [[]]:
         lines += ["", *_machine(of_set)]
     if not gpus:
-        lines += ["", "## GPU", "", f"Any GPU: {NOT_MEASURED}. `make gpu` measures where one is."]
+        lines += ["", "## GPU", "", f"Any GPU: {NOT_MEASURED}. {WITHOUT_GPU}"]
     for parts in (gpus or {}).values():
         document = next(iter(parts.values()))
         lines += ["", f"## {document['environment']['gpu']}", "", f"{gpu_machine(document)}.", ""]
