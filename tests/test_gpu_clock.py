@@ -1,5 +1,8 @@
 """Device time, call time and graphs, on a GPU that is made of a clock and a queue."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -75,3 +78,46 @@ def test_call_time_ends_early_where_calls_are_slow(monkeypatch):
 def test_a_graph_without_a_gpu_is_absent_with_its_reason():
     with pytest.raises(benchmark.Unavailable, match="needs a CUDA device, this is cpu"):
         benchmark.graphed(lambda: None, CPU)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """Stands for what of torch.cuda records graphs; a list of what was done."""
+    done = []
+    stream = SimpleNamespace(wait_stream=lambda other: done.append("wait"))
+
+    @contextlib.contextmanager
+    def record(graph):
+        done.append("begin")
+        yield
+        done.append("end")
+
+    graph = SimpleNamespace(replay=lambda: done.append("replay"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    return done
+
+
+def test_a_graph_is_recorded_once_on_a_warm_call_and_then_replayed(recorder):
+    def call():
+        recorder.append("call")
+        return "out"
+
+    replay = benchmark.graphed(call, torch.device("cuda"))
+    warm = ["call"] * gpu.RECORDED_AFTER
+    assert recorder == ["wait", *warm, "wait", "begin", "call", "end"]
+    recorder.clear()
+    assert [replay(), replay()] == ["out", "out"]
+    assert recorder == ["replay", "replay"]
+
+
+def test_what_cannot_be_recorded_is_absent_with_the_reason(recorder):
+    def call():
+        if "begin" in recorder:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    with pytest.raises(benchmark.Unavailable, match="recorded: RuntimeError: operation not .*ing$"):
+        benchmark.graphed(call, torch.device("cuda"))

@@ -14,7 +14,7 @@ from conftest import require_native
 from gpu_script import KEY, KEYS, judge, read, run, schedule, store, worker
 
 from bench.gpu import gates, pool
-from casvit_kernels import testing
+from casvit_kernels import benchmark, testing
 
 FUSED = "fused channels_last bf16"
 OTHERS = [part for part in schedule.PARTS if part not in schedule.SPEED]
@@ -142,11 +142,24 @@ def test_a_crash_while_taking_turns_keeps_what_each_took_alone(
 
 
 def _die_in_turn(case, candidates, settings):
-    from casvit_kernels import benchmark
-
     if len(candidates) > 1:
         os.abort()
     return benchmark.interleave(candidates, rounds=1, min_round_seconds=0, pause_seconds=0)
+
+
+def test_a_graph_whose_recording_spoils_the_context_is_recorded_once(tmp_path, forks, faults):
+    def spoil():
+        raise benchmark.Unavailable("it cannot be recorded: RuntimeError: CUDA error: here")
+
+    judge(tmp_path)
+    faults["fused mix channels_last bf16"] = spoil  # not the last
+    assert run(tmp_path, "--parts", "mixer") == 0
+    assert len(forks) == 2
+    (case,) = read(tmp_path, "mixer")["cases"]
+    rows = _rows(case)
+    assert "cannot be recorded" in rows.pop("fused mix channels_last bf16")["absent"]
+    assert len(rows) == 4
+    assert all(row["median_s"] > 0 and "alone" not in row for row in rows.values())
 
 
 def test_a_red_parity_case_blocks_only_its_own_speed(tmp_path, forks, faults, capsys):

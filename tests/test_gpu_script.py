@@ -261,6 +261,8 @@ def test_smoke_takes_every_dtype_layout_and_mode_and_then_the_mixers_of_rank_0(t
         )
     )
     assert all(torch.Size(c.shape).numel() < 100_000 for c in smoke)
+    odd = [(c.shape, c.dtype, c.mode) for c in smoke[18:]]  # channels that fill no block
+    assert odd == [((5, 220, 7, 7), torch.bfloat16, "train")] * 2
     shapes = [(48, 56), (56, 28), (112, 14), (220, 7)]
     assert {(c.dtype, c.layout, c.mode, c.shape) for c in first[20:]} == {
         (torch.bfloat16, "channels_last", mode, (batch, c, size, size))

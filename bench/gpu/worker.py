@@ -103,8 +103,8 @@ class Speed:
         self.part, self.item, self.file = part, item, file
         self.described, self.options, self.at = described, options, ""
         before = (file.begun(item.key) or {}).get("rows", [])
-        # What was measured is measured again, in turn with the rest; what went wrong is not.
-        self.wrong = [row for row in before if "error" in row]
+        # What was measured is measured again, in turn with the rest; what could not be is not.
+        self.wrong = [row for row in before if "error" in row or "absent" in row]
         self.before = [row for row in before if "median_s" in row]
 
     def run(self) -> dict[str, Any]:

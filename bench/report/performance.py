@@ -33,8 +33,8 @@ HEAD = (
 )
 WITHOUT_GPU = """\
 `make gpu` measures where one is, in the order of what decides most:
-some parity, the mixers of rcvit_xs, profiler counters, a training step, the whole model, then the rest. It
-gives GPU time and the CPU time of a call apart, and no speed of a case whose own parity is not green."""
+some parity, the mixers of rcvit_xs, profiler counters, a training step, the whole model, then the rest.
+It gives GPU time and the CPU time of a call apart, and no speed of a case whose own parity is not green."""
 
 
 def performance(
