@@ -119,5 +119,7 @@ def test_what_cannot_be_recorded_is_absent_with_the_reason(recorder):
         if "begin" in recorder:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    with pytest.raises(benchmark.Unavailable, match="recorded: RuntimeError: operation not .*ing$"):
+    with pytest.raises(
+        benchmark.Unavailable, match=r"recorded: RuntimeError: operation not .*ing$"
+    ):
         benchmark.graphed(call, torch.device("cuda"))

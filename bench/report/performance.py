@@ -34,7 +34,8 @@ HEAD = (
 WITHOUT_GPU = """\
 `make gpu` measures where one is, in the order of what decides most:
 some parity, the mixers of rcvit_xs, profiler counters, a training step, the whole model, then the rest.
-It gives GPU time and the CPU time of a call apart, and no speed of a case whose own parity is not green."""
+It gives GPU time and the CPU time of a call apart, and no speed of a case whose own parity is red or
+unknown."""
 
 
 def performance(
