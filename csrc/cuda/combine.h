@@ -30,6 +30,7 @@ struct CombineShared {
   int own_rows;  // of out
   int first_a;   // of a, from the first row of out
   int a_rows, u_rows;
+  int mean_words;  // of an image and gate, two channels each: rounded, then what that left over
   uint32_t u, means, gates, bytes;
   CASVIT_HOST_DEVICE CombineShared(const Maps& m, const Cut& c, int rows, bool halo) {
     own_rows = c.strips * rows;
@@ -39,7 +40,8 @@ struct CombineShared {
     const uint32_t pair = c.unit_stride * kUnitBytes;
     u = c.images * a_rows * (c.pairs + 2) * pair;
     means = u + c.images * u_rows * (c.pairs + 1) * pair;
-    gates = means + 2 * c.images * m.padded * 4;
+    mean_words = (m.channels + 15) / 16 * 8 + 4;  // rows of an A operand meet no bank twice
+    gates = means + 2 * c.images * 2 * mean_words * 4;
     bytes = gates + 2 * c.images * c.chunks * kChunk * 4;
   }
 };
@@ -66,46 +68,83 @@ CASVIT_DEVICE uint2 gated(uint2 q, uint2 k, const float (&gq)[4], const float (&
 }
 
 // The gates of the block's channels and images into shared memory; some blocks write them out, too.
+// A product on tensor cores, rows of A being images: both factors are rounded, and what that leaves
+// over of either counts, too.
 template <class T>
 CASVIT_DEVICE void channel_gates(const CombineArguments& a, const CombineShared& shared, int image0,
                                  int chunk0, int chunks, bool first_tile, bool first_slice) {
   const Maps& m = a.maps;
   const Cut& c = a.cut;
   const PackedLayout layout(m.channels, m.padded);
+  const int lane = thread_index() % 32, warp = thread_index() / 32;
+  const int images = m.images - image0 < c.images ? m.images - image0 : c.images;
   const float scale = 1.0f / (static_cast<float>(m.height) * static_cast<float>(m.width));
-  for (int i = thread_index(); i < 2 * c.images * m.channels; i += kThreads) {
-    const int line = i / m.channels, channel = i - line * m.channels, z = line / c.images;
-    const int image = image0 + line - z * c.images;
-    float sum = 0.0f;
-    if (image < m.images)
-      for (int part = 0; part < a.parts; ++part)
-        sum += load_constant(
-            a.sums + (static_cast<int64_t>(part * 2 + z) * m.images + image) * m.padded + channel);
-    store_shared(shared.means + (line * m.padded + channel) * 4, sum * scale);
-    if (a.pooled && first_tile && first_slice && image < m.images)
-      store_global(a.pooled + (static_cast<int64_t>(z) * m.images + image) * m.channels + channel,
-                   sum * scale);
+  for (int line = warp; line < 2 * images; line += kWarps) {
+    const int z = line >= images, image = line - z * images;
+    const float* sums = a.sums + (static_cast<int64_t>(z) * m.images + image0 + image) * m.padded;
+    const uint32_t to = shared.means + (z * c.images + image) * 2 * shared.mean_words * 4;
+    for (int word = lane; word < layout.channel_steps * 8; word += 32) {
+      float first = 0.0f, second = 0.0f;
+      if (2 * word < m.padded) {
+        const float* from = sums + 2 * word;
+#pragma unroll 4
+        for (int part = 0; part < a.parts; ++part) {
+          const float2 two = load_constant(reinterpret_cast<const float2*>(from));
+          first += two.x;
+          second += two.y;
+          from += static_cast<int64_t>(2 * m.images) * m.padded;
+        }
+      }
+      first *= scale, second *= scale;
+      const uint32_t rounded = pack2<T>(first, second);
+      store_shared(to + word * 4, rounded);
+      store_shared(to + (shared.mean_words + word) * 4,
+                   pack2<T>(first - low2<T>(rounded), second - high2<T>(rounded)));
+      if (a.pooled && first_tile && first_slice) {
+        float* pooled = a.pooled +
+                        (static_cast<int64_t>(z) * m.images + image0 + image) * m.channels +
+                        2 * word;
+        if (2 * word < m.channels) store_global(pooled, first);
+        if (2 * word + 1 < m.channels) store_global(pooled + 1, second);
+      }
+    }
   }
   sync_threads();
-  const int own = chunks * kChunk;
-  for (int i = thread_index(); i < 2 * own; i += kThreads) {
-    const int z = i / own, index = i - z * own, channel = chunk0 * kChunk + index;
-    const float* weights = reinterpret_cast<const float*>(a.packed + layout.channel) +
-                           static_cast<int64_t>(z) * m.channels * m.padded + channel;
-    for (int image = 0; image < c.images; ++image) {
-      const uint32_t means = shared.means + (z * c.images + image) * m.padded * 4;
-      float logit = 0.0f;
-#pragma unroll 8
-      for (int input = 0; input < m.channels; ++input)
-        logit = fused_multiply_add(load_constant(weights + static_cast<int64_t>(input) * m.padded),
-                                   load_shared<float>(means + input * 4), logit);
-      const float g = sigmoid(logit);
-      store_shared(shared.gates + ((z * c.images + image) * c.chunks * kChunk + index) * 4, g);
-      if (a.channel && first_tile && channel < m.channels && image0 + image < m.images)
-        store_global(a.channel +
-                         (static_cast<int64_t>(z) * m.images + image0 + image) * m.channels +
-                         channel,
-                     g);
+
+  const int first_tile_of_8 = chunk0 / 2, tiles = (chunk0 + chunks - 1) / 2 - first_tile_of_8 + 1;
+  const int image = lane / 4 < images ? lane / 4 : images - 1;  // row of A
+#pragma unroll 1
+  for (int task = warp; task < 2 * tiles; task += kWarps) {
+    const int z = task >= tiles, tile = first_tile_of_8 + task - z * tiles;
+    const uint4* weights =
+        a.packed + layout.channel +
+        static_cast<int64_t>(z * layout.channel_tiles + tile) * layout.channel_steps * 32 + lane;
+    uint32_t from = shared.means + ((z * c.images + image) * 2 * shared.mean_words + lane % 4) * 4;
+    float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
+    for (int step = 0; step < layout.channel_steps; ++step) {
+      const uint4 w = load_constant(weights + step * 32);
+      const uint32_t words[2] = {w.x, w.y}, rests[2] = {w.z, w.w};
+      const uint32_t mean[4] = {load_shared<uint32_t>(from), 0u, load_shared<uint32_t>(from + 16),
+                                0u};
+      const uint32_t rest[4] = {load_shared<uint32_t>(from + shared.mean_words * 4), 0u,
+                                load_shared<uint32_t>(from + shared.mean_words * 4 + 16), 0u};
+      mma<T>(d, mean, words);
+      mma<T>(d, mean, rests);
+      mma<T>(d, rest, words);
+      from += 32;
+    }
+    const int channel = tile * 8 + lane % 4 * 2, index = channel - chunk0 * kChunk;
+    if (lane / 4 < images && index >= 0 && index < chunks * kChunk) {
+      const float g[2] = {sigmoid(d[0]), sigmoid(d[1])};
+      store_shared(shared.gates + ((z * c.images + image) * c.chunks * kChunk + index) * 4,
+                   float2{g[0], g[1]});
+      if (a.channel && first_tile)
+        for (int i = 0; i < 2 && channel + i < m.channels; ++i)
+          store_global(a.channel +
+                           (static_cast<int64_t>(z) * m.images + image0 + image) * m.channels +
+                           channel + i,
+                       g[i]);
     }
   }
 }
@@ -124,6 +163,7 @@ CASVIT_DEVICE void make_a(const CombineArguments& a, const CombineShared& shared
   walk(
       m, c, box, chunks,
       [&](int image, int local, int chunk, int pixel) {
+        if (local >= m.images - box.image) local = 0;  // there is no such image: outside, all of it
         const uint32_t from = shared.gates + (local * c.chunks + chunk) * kUnitBytes;
         const float4 q = load_shared<float4>(from);
         const float4 k = load_shared<float4>(from + c.images * c.chunks * kUnitBytes);
@@ -157,13 +197,14 @@ CASVIT_DEVICE void convolve(const CombineArguments& a, int conv, int chunk0, int
                             uint32_t to, int to_rows, int to_pairs, At&& at) {
   const PackedLayout layout(a.maps.channels, a.maps.padded);
   const int lane = thread_index() % 32, warp = thread_index() / 32, all = a.maps.chunks();
-  const int tiles = (c.images * c.strips * to_pairs + kPositions - 1) / kPositions;
+  const Positions positions(c.images, c.strips, to_pairs);
+  const int tiles = positions.tiles();
   const uint32_t row_bytes = source_pairs * pair_bytes(c);
 #pragma unroll 1
   for (int tile = warp % tiles; tile < tiles; tile += kWarps) {
     const int groups = tiles < kWarps ? kWarps / tiles : 1, group = warp / tiles;
     if (group >= groups) break;
-    const Position p = position(tile * kPositions + lane % 16, c.images, c.strips, to_pairs);
+    const Position p = positions.at(tile * kPositions + lane % 16);
     const uint32_t address = shared_base() + source +
                              (p.image * source_rows + p.strip * ROWS) * row_bytes +
                              (p.pair + lane / 16) * pair_bytes(c);
@@ -171,8 +212,7 @@ CASVIT_DEVICE void convolve(const CombineArguments& a, int conv, int chunk0, int
     bool valid[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Position mine =
-          position(tile * kPositions + half * 8 + lane / 4, c.images, c.strips, to_pairs);
+      const Position mine = positions.at(tile * kPositions + half * 8 + lane / 4);
       lane_to[half] =
           to + ((mine.image * to_rows + mine.strip * ROWS) * to_pairs + mine.pair) * pair_bytes(c) +
           lane % 4 * 4;

@@ -59,9 +59,9 @@ CASVIT_DEVICE void gates_block(const GatesArguments& a) {
   for (int i = thread; i < c.images * 4 * shared.units_padded / 2; i += kThreads)
     store_shared(shared.gates + i * 4, uint32_t{0});  // s of the halo
 
-  const int tiles = (c.images * c.strips * c.pairs + kPositions - 1) / kPositions;
-  const int tile = warp % tiles, group = warp / tiles;
-  const Position p = position(tile * kPositions + lane % 16, c.images, c.strips, c.pairs);
+  const Positions positions(c.images, c.strips, c.pairs);
+  const int tiles = positions.tiles(), group = warp / tiles, tile = warp - group * tiles;
+  const Position p = positions.at(tile * kPositions + lane % 16);
   const uint32_t address = shared_base() + (p.image * box.rows + p.strip * ROWS) * row_bytes +
                            (p.pair + lane / 16) * pair_bytes(c);
   float logits[ROWS][2];
@@ -95,8 +95,7 @@ CASVIT_DEVICE void gates_block(const GatesArguments& a) {
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Position mine =
-          position(tile * kPositions + half * 8 + lane / 4, c.images, c.strips, c.pairs);
+      const Position mine = positions.at(tile * kPositions + half * 8 + lane / 4);
       const int first =
           ((mine.image * c.strips + mine.strip) * ROWS * c.pairs + mine.pair) * 2 + (lane >> 1 & 1);
 #pragma unroll

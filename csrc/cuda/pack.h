@@ -12,14 +12,17 @@ namespace casvit::cuda {
 //   channels conv taps   [dwc, proj][chunk][kernel row][lane] uint2 conv biases [dwc, proj][chunk]
 //   float4 channel     [gate][input channel][padded] float: the channel gates' weights, transposed
 struct PackedLayout {
+  int channel_tiles, channel_steps;  // of 8 channels, of 16 inputs
   int64_t gate_rows, conv_taps, conv_bias, channel, end;
   CASVIT_HOST_DEVICE PackedLayout(int channels, int padded) {
     const int64_t chunks = padded / kChunk;
+    channel_tiles = (padded + 7) / 8;
+    channel_steps = (channels + 15) / 16;
     gate_rows = 2 * chunks * 3 * 32;
     conv_taps = gate_rows + 2 * chunks * 2;
     conv_bias = conv_taps + 2 * chunks * 3 * 16;
     channel = conv_bias + 2 * chunks;
-    end = channel + 2 * static_cast<int64_t>(channels) * chunks;
+    end = channel + static_cast<int64_t>(2 * 32) * channel_tiles * channel_steps;
   }
 };
 
@@ -47,6 +50,35 @@ struct PackArguments {
 };
 
 constexpr int kPackThreads = 96;  // three kernel rows x 32 lanes
+
+// Of one gate, the chunk's half of a tile of 8 channels; the last chunk fills a tile alone.
+template <class T>
+CASVIT_DEVICE void pack_channel_gate(const PackArguments& a, const PackedLayout& layout, int gate,
+                                     int chunk) {
+  const bool alone = chunk % 2 == 0 && (chunk + 1) * kChunk == a.padded;
+  const int columns = alone ? 8 : kChunk, first = chunk % 2 * kChunk;
+  uint4* to =
+      a.packed + layout.channel +
+      static_cast<int64_t>(gate * layout.channel_tiles + chunk / 2) * layout.channel_steps * 32;
+  for (int i = thread_index(); i < layout.channel_steps * columns * 4; i += kPackThreads) {
+    const int step = i / (columns * 4), lane = first * 4 + i % (columns * 4);
+    const int channel = chunk / 2 * 8 + lane / 4;
+    uint32_t words[2], rests[2];
+    for (int half = 0; half < 2; ++half) {
+      float v[2];
+      for (int e = 0; e < 2; ++e) {
+        const int input = step * 16 + half * 8 + lane % 4 * 2 + e;
+        const bool there = channel < a.channels && input < a.channels;
+        v[e] = there ? read(a.weights.gates[gate].channel,
+                            static_cast<int64_t>(channel) * a.channels + input)
+                     : 0.0f;
+      }
+      words[half] = pack2<T>(v[0], v[1]);
+      rests[half] = pack2<T>(v[0] - low2<T>(words[half]), v[1] - high2<T>(words[half]));
+    }
+    store_global(to + step * 32 + lane, uint4{words[0], words[1], rests[0], rests[1]});
+  }
+}
 
 // Grid: (chunks, 2 gates + 2 convolutions). Of gates without statistics the weight of a row's
 // channel is the scale of its taps, by which statistics have to be multiplied.
@@ -128,17 +160,7 @@ CASVIT_DEVICE void pack_block(const PackArguments& a) {
                    float4{bias[0], bias[1], bias[2], bias[3]});
     }
   }
-  if (gate && a.statistics) {
-    float* to = reinterpret_cast<float*>(a.packed + layout.channel) +
-                static_cast<int64_t>(which) * a.channels * a.padded + chunk * kChunk;
-    for (int i = thread_index(); i < a.channels * kChunk; i += kPackThreads) {
-      const int input = i / kChunk, channel = chunk * kChunk + i % kChunk;
-      const bool there = channel < a.channels;
-      store_global(
-          to + static_cast<int64_t>(input) * a.padded + i % kChunk,
-          there ? read(g.channel, static_cast<int64_t>(channel) * a.channels + input) : 0.0f);
-    }
-  }
+  if (gate && a.statistics) pack_channel_gate<T>(a, layout, which, chunk);
 }
 
 }  // namespace casvit::cuda

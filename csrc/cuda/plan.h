@@ -49,8 +49,8 @@ inline double block_cost(Kernel kernel, const Maps& m, const Cut& c, int rows, b
     const int extra = halo ? 4 : 2, u_rows = halo ? rows + 1 : rows;
     return granules(c.pairs + 1, 2, 8) + granules(c.pairs + 2, extra, 45) +
            granules(c.pairs, 0, 8) + sweeps(c.images * c.strips * (c.pairs + 1), u_rows, 24, 30) +
-           sweeps(positions, rows, 12, 30) +
-           2.0 * c.images * c.chunks * kChunk * m.channels / 32 * 3 + 2000;
+           sweeps(positions, rows, 12, 30) + c.chunks * (m.channels / 16.0) * 14 +
+           c.images * m.channels + 3000;
   }
   return granules(c.pairs + 1, 2, 8) +
          sweeps(positions, rows, kernel == Kernel::kGates ? 18 : 24, 40) +
@@ -85,6 +85,7 @@ inline Plan plan(Kernel kernel, const Maps& m, const Device& device) {
           for (int images = 1; images <= m.images && images * strips * pairs <= most;
                images = images < 4 ? images + 1 : images * 2) {
             if (images > 1 && (halo || columns > 1)) break;
+            if (images > 8 && kernel == Kernel::kCombine) break;  // rows of the channel gates' A
             Cut c{images,
                   strips,
                   pairs,

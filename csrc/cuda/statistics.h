@@ -47,7 +47,8 @@ CASVIT_DEVICE void statistics_block(const StatisticsArguments& a) {
   const int block = block_x() + c.bands * c.columns * block_y();
   if (block_z() == 0 && thread_index() == 0) store_global(a.counts + block, number);
 
-  const int tiles = (c.images * c.strips * c.pairs + kPositions - 1) / kPositions;
+  const Positions positions(c.images, c.strips, c.pairs);
+  const int tiles = positions.tiles();
 #pragma unroll 1
   for (int chunk = warp; chunk < chunks; chunk += kWarps) {
     uint32_t taps[12];
@@ -64,14 +65,13 @@ CASVIT_DEVICE void statistics_block(const StatisticsArguments& a) {
     float first[2] = {0.0f, 0.0f}, sum[2] = {0.0f, 0.0f}, squares[2] = {0.0f, 0.0f};
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
-      const Position p = position(tile * kPositions + lane % 16, c.images, c.strips, c.pairs);
+      const Position p = positions.at(tile * kPositions + lane % 16);
       const uint32_t address = shared_base() + (p.image * box.rows + p.strip * ROWS) * row_bytes +
                                (p.pair + lane / 16) * pair_bytes(c) + chunk * kUnitBytes;
       int left[2];  // rows of each half's positions that lie in the map
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Position mine =
-            position(tile * kPositions + half * 8 + lane / 4, c.images, c.strips, c.pairs);
+        const Position mine = positions.at(tile * kPositions + half * 8 + lane / 4);
         const bool inside =
             mine.valid && mine.image < images && 2 * mine.pair + (lane >> 1 & 1) < across;
         left[half] = inside ? height - mine.strip * ROWS : 0;

@@ -54,11 +54,16 @@ CASVIT_DEVICE uint32_t pair_bytes(const Cut& c) {
 template <class Begin, class At>
 CASVIT_DEVICE void walk(const Maps& m, const Cut& c, const Box& box, int chunk_count, Begin&& begin,
                         At&& at) {
-  const int granules = 2 * box.pairs * chunk_count;
+  const int width = 2 * box.pairs;
   const uint32_t row_bytes = box.pairs * pair_bytes(c);
-  for (int g = thread_index(); g < granules; g += kThreads) {
-    const int column = g / chunk_count, chunk = g - column * chunk_count, x = box.x + column;
-    uint32_t offset = (column >> 1) * pair_bytes(c) + chunk * kUnitBytes + (column & 1) * 8;
+  const int column_step = kThreads / chunk_count, chunk_step = kThreads - column_step * chunk_count;
+  int column = thread_index() / chunk_count, chunk = thread_index() - column * chunk_count;
+#pragma unroll 1
+  while (column < width) {
+    const int x = box.x + column;
+    uint32_t offset =
+        (column >> 1) * pair_bytes(c) + chunk * kUnitBytes + (column & 1) * (kUnitBytes / 2);
+#pragma unroll 1
     for (int i = 0; i < box.images; ++i) {
       const int image = box.image + i;
       const unsigned height = x >= 0 && x < m.width && image < m.images ? m.height : 0;
@@ -70,6 +75,12 @@ CASVIT_DEVICE void walk(const Maps& m, const Cut& c, const Box& box, int chunk_c
         offset += row_bytes;
       }
     }
+    column += column_step;
+    chunk += chunk_step;
+    if (chunk >= chunk_count) {
+      chunk -= chunk_count;
+      ++column;
+    }
   }
 }
 
@@ -77,12 +88,13 @@ CASVIT_DEVICE void walk(const Maps& m, const Cut& c, const Box& box, int chunk_c
 CASVIT_DEVICE void load_tile(const uint16_t* map, const Maps& m, const Cut& c, const Box& box,
                              int chunk0, int chunk_count, uint32_t to) {
   const uint32_t base = shared_base() + to;
-  const int64_t pixel_stride = 3 * m.padded, row_stride = pixel_stride * m.width;
+  const int pixel_stride = 3 * m.padded;
+  const int64_t row_stride = static_cast<int64_t>(pixel_stride) * m.width;
   const uint16_t* from = map;
   walk(
       m, c, box, chunk_count,
       [&](int, int, int chunk, int pixel) {
-        from = map + pixel * pixel_stride + (chunk0 + chunk) * kChunk;
+        from = map + static_cast<int64_t>(pixel) * pixel_stride + (chunk0 + chunk) * kChunk;
       },
       [&](uint32_t offset, bool inside) {
         copy_async<8>(base + offset, from, inside);
@@ -90,19 +102,27 @@ CASVIT_DEVICE void load_tile(const uint16_t* map, const Maps& m, const Cut& c, c
       });
 }
 
-// Where a lane's mma position lies: unit offset of its pair in a box whose images have `box_rows`
-// rows of `box_pairs` pairs, strips of `rows` rows.
+// Where the mma positions of a block lie.
 struct Position {
   int image, strip, pair;
   bool valid;
 };
-CASVIT_DEVICE Position position(int index, int images, int strips, int pairs) {
-  const int count = images * strips * pairs;
-  const bool valid = index < count;
-  index = valid ? index : count - 1;
-  const int line = index / pairs;
-  const int image = line / strips;
-  return {image, line - image * strips, index - line * pairs, valid};
-}
+class Positions {
+ public:
+  CASVIT_DEVICE Positions(int images, int strips, int pairs)
+      : by_pairs_(pairs), by_strips_(strips), count_(images * strips * pairs) {}
+  CASVIT_DEVICE int tiles() const { return (count_ + kPositions - 1) / kPositions; }
+  // What lies behind the last one counts as the last one, but is not valid.
+  CASVIT_DEVICE Position at(int index) const {
+    const bool valid = index < count_;
+    index = valid ? index : count_ - 1;
+    const int line = by_pairs_.quotient(index), image = by_strips_.quotient(line);
+    return {image, by_strips_.remainder(line, image), by_pairs_.remainder(index, line), valid};
+  }
+
+ private:
+  Divisor by_pairs_, by_strips_;
+  int count_;
+};
 
 }  // namespace casvit::cuda

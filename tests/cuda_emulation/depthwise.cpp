@@ -31,7 +31,8 @@ void forward_probe(const ProbeArguments a) {
   copy_commit();
   copy_wait<0>();
   sync_threads();
-  const int tiles = (c.images * c.strips * c.pairs + kPositions - 1) / kPositions;
+  const Positions positions(c.images, c.strips, c.pairs);
+  const int tiles = positions.tiles();
   for (int task = warp; task < tiles * chunks; task += kWarps) {
     const int tile = task / chunks, chunk = task % chunks;
     constexpr int kWords = EXACT ? 4 : 2;
@@ -48,14 +49,13 @@ void forward_probe(const ProbeArguments a) {
         if (EXACT)
           taps[dy * kWords + 2 + half] = pack2<T>(v[0] - low2<T>(word), v[1] - high2<T>(word));
       }
-    const Position p = position(tile * kPositions + lane % 16, c.images, c.strips, c.pairs);
+    const Position p = positions.at(tile * kPositions + lane % 16);
     const uint32_t address = shared_base() + (p.image * box.rows + p.strip * ROWS) * row_bytes +
                              (p.pair + lane / 16) * pair_bytes(c) + chunk * kUnitBytes;
     const float bias[4] = {};
     depthwise<T, ROWS, EXACT>(address, row_bytes, taps, bias, [&](int row, const float (&d)[4]) {
       for (int i = 0; i < 4; ++i) {
-        const Position mine =
-            position(tile * kPositions + i / 2 * 8 + lane / 4, c.images, c.strips, c.pairs);
+        const Position mine = positions.at(tile * kPositions + i / 2 * 8 + lane / 4);
         const int y = mine.strip * ROWS + row, x = 2 * mine.pair + lane % 4 / 2;
         if (mine.valid && y < a.maps.height && x < a.maps.width)
           store_global(
@@ -84,13 +84,13 @@ void gradient_probe(const ProbeArguments a) {
   if (thread_index() == 0) store_shared(zeros, uint4{0, 0, 0, 0});
   copy_wait<0>();
   sync_threads();
-  const int tiles = (c.images * c.strips * c.pairs + kPositions - 1) / kPositions;
+  const Positions positions(c.images, c.strips, c.pairs);
+  const int tiles = positions.tiles();
   for (int chunk = 0; chunk < chunks; ++chunk) {
     float sums[3][4] = {};
     for (int tile = warp; tile < tiles; tile += kWarps) {
-      const Position p =
-          position(tile * kPositions + lane % 8 + lane / 16 * 8, c.images, c.strips, c.pairs);
-      const Position q = position(tile * kPositions + lane % 16, c.images, c.strips, c.pairs);
+      const Position p = positions.at(tile * kPositions + lane % 8 + lane / 16 * 8);
+      const Position q = positions.at(tile * kPositions + lane % 16);
       const uint32_t address = shared_base() + (p.image * box.rows + p.strip * ROWS) * row_bytes +
                                (p.pair + lane / 8 % 2) * pair_bytes(c) + chunk * kUnitBytes;
       const uint32_t from = gradient + (q.image * own.rows + q.strip * ROWS) * own_row_bytes +
