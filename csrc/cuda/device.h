@@ -232,6 +232,12 @@ CASVIT_DEVICE float relu(float x) {
 // One over 1 + exp(-x), exact to a few units in the last place; 0 and 1 at the ends.
 CASVIT_DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 CASVIT_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+// a b + c of both halves of bfloat16 words, rounded once.
+CASVIT_DEVICE uint32_t fused_multiply_add2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
 
 }  // namespace casvit::cuda
 #endif
