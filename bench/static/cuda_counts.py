@@ -50,7 +50,6 @@ def _has(*names: str) -> Callable[[Sequence[Instruction]], int]:
 
 
 _TRANSPOSED = _has("LDSM.MT88")
-_CONVERTED = _has("F2FP")
 _EXPONENTIAL = _has("MUFU.EX2")
 
 
@@ -68,7 +67,7 @@ def phase_of(kernel: str, loop: Loop) -> str | None:
     if n["LDG"] and _EXPONENTIAL(loop.code):
         return "channel gates"
     if n["LDG"] and n["STS"]:
-        return "make a" if _CONVERTED(loop.code) else "means"
+        return "make a" if _has("STS.64")(loop.code) else "means"
     if _EXPONENTIAL(loop.code):
         return "pixels"
     if _has("STG.64", "STG.128")(loop.code) and n["LDS"]:

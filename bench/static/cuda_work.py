@@ -107,13 +107,13 @@ def rounds(kernel: str, plan: Plan, shape: Shape, chunks: int, parts: int) -> di
     if kernel == "statistics":
         return {**copy, "sweep": Rounds(sweep, (chunks,))}
     pixels = _up(plan.images * plan.own_rows * plan.pairs * 2, LANES)
-    tasks = plan.images * _up(chunks, 2)
+    tasks = plan.images * _up(chunks, 2)  # of two chunks; an mma sums 16 units of one
     return {
         **copy,
         "zeros": Rounds(_up(plan.images * 2 * _units(plan), LANES), ()),
         "sweep": Rounds(sweep, ()),
         "pixels": Rounds(pixels, (), pixels * (WARPS // tiles - 1)),
-        "pooled sums": Rounds(tasks * _units(plan) // 32 * 8, (tasks,)),
+        "pooled sums": Rounds(tasks * 2 * _units(plan) // 16, (tasks,)),
     }
 
 
