@@ -206,6 +206,33 @@ def test_loops_of_machine_code():
     assert inner.inner == ()
 
 
+UNROLLED = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   IMAD R2, R3, R4, R5 ;
+        /*0020*/              @!P0 BRA 0x80 ;
+        /*0030*/                   LDGSTS.E.64 [R2], [R4.64] ;
+        /*0040*/                   LDGSTS.E.64 [R2+0x10], [R4.64+0x10] ;
+        /*0050*/                   IADD3 R2, R2, 0x20, RZ ;
+        /*0060*/                   ISETP.NE.AND P0, PT, R2, R3, PT ;
+        /*0070*/               @P0 BRA 0x30 ;
+        /*0080*/                   LDGSTS.E.64 [R2], [R4.64] ;
+        /*0090*/                   FADD R5, R5, R6 ;
+        /*00a0*/                   FADD R5, R5, R6 ;
+        /*00b0*/                   FADD R5, R5, R6 ;
+        /*00c0*/              @!P1 BRA 0x10 ;
+        /*00d0*/                   EXIT ;
+"""
+
+
+def test_an_unrolled_loop_and_what_lies_around_it():
+    """Five instructions for two copies; of the seven around them 2.5 are for the third."""
+    function = sass.Function("f", *sass.loops(sass.parse(UNROLLED)), 32, 0)
+    (copy_phase,) = counts.phases("gates", function).values()
+    assert copy_phase == counts.Phase("copy", 5, 2, 0, (4,), 0, 0)
+    assert copy_phase.instructions(work.Rounds(8, (3, 2))) == 8 * 2.5 + 2 * 4
+    assert len(function.straight) == 2
+
+
 NVCC = bench.tool("nvcc") if bench.tool("cuobjdump") else None
 
 

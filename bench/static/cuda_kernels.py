@@ -11,7 +11,8 @@ loop the body counts, not its remainders: its instructions over the pieces of wo
 how many copies, mma, stores, ... it has. Times the pieces that a block has, from how the map is cut
 (`rounds` in cuda_work.py); so a body of 35 instructions with 4 copies costs 8.75 a copy of 8 bytes.
 Loops around it count as often as they go round, without the remainders' work in them. What is in no
-loop counts once for each warp ("straight"; both sides of branches, so that is an upper bound). Then
+loop counts once for each warp ("straight", in the table "rest"). Both sides of a branch count, there
+and around bodies, so the sum errs upwards; subroutines (divisions in rare cases) do not count. Then
 times the blocks and 32 threads of a warp, over B C H W: thread-instructions for each output pixel and
 channel, q and k both counted.
 """
