@@ -40,6 +40,7 @@ lint: setup
 	$(BIN)/python bench/report --check
 	$(BIN)/python bench/static/triton_kernels.py --check
 	$(BIN)/python bench/static/triton_traffic.py --check
+	$(BIN)/python bench/static/cuda_kernels.py --check
 
 format: setup
 	$(BIN)/ruff check --fix .
