@@ -401,6 +401,16 @@ def test_after_its_wait_a_copy_is_a_store(emulation: Any, other: int, then: int)
         emulation.race(COPY, then, other, 0, WAIT, data, emulation.Settings())
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("store_first", [True, False])
+def test_races_between_blocks(emulation: Any, store_first: bool, schedule: int) -> None:
+    nothing, sync_threads, cluster_sync = range(3)
+    emulation.cluster_race(store_first, cluster_sync, emulation.Settings(schedule))
+    for between in (nothing, sync_threads):
+        with pytest.raises(RuntimeError, match=r"race: .*without cluster_sync between"):
+            emulation.cluster_race(store_first, between, emulation.Settings(schedule))
+
+
 def test_loads_do_not_race(emulation: Any) -> None:
     data = np.zeros(64, np.float32)
     emulation.race(LOAD, LOAD, 41, 0, NOTHING, data, emulation.Settings())

@@ -209,7 +209,26 @@ race_probe(int first, int second, int other, int offset, int between, const floa
   touch(second, offset, other);
 }
 
-// The same order as seen by the clock: a thread's own accesses never race.
+// A store by block 0 and a load of it by block 1, and what lies between: 0 nothing, 1 sync_threads,
+// 2 cluster_sync.
+CASVIT_KERNEL(32, 1)
+cluster_race_probe(bool store_first, int between) {
+  const int thread = thread_index(), rank = cluster_rank();
+  store_shared(4 * thread, 0.0f);
+  cluster_sync();
+  for (int turn = 0; turn < 2; turn++) {
+    if (store_first == (turn == 0)) {
+      if (rank == 0 && thread == 3) store_shared(12, 1.0f);
+    } else {
+      if (rank == 1 && thread == 5) load_cluster_shared<float>(0, 12);
+    }
+    if (turn == 0 && between == 1) sync_threads();
+    if (turn == 0 && between == 2) cluster_sync();
+  }
+  cluster_sync();
+}
+
+// A thread's own accesses never race.
 CASVIT_KERNEL(64, 1)
 own_probe(float* output) {
   const int thread = thread_index();
