@@ -401,6 +401,28 @@ def test_after_its_wait_a_copy_is_a_store(emulation: Any, other: int, then: int)
         emulation.race(COPY, then, other, 0, WAIT, data, emulation.Settings())
 
 
+@pytest.mark.parametrize("other", [9, 41])
+def test_a_store_races_with_every_reader(emulation: Any, other: int) -> None:
+    for schedule in SCHEDULES:
+        emulation.readers(other, SYNC_THREADS, emulation.Settings(schedule))
+        for between in (NOTHING, SYNC_WARP):
+            if (other, between) == (9, SYNC_WARP):  # of one warp
+                emulation.readers(other, between, emulation.Settings(schedule))
+                continue
+            with pytest.raises(RuntimeError, match="race: "):
+                emulation.readers(other, between, emulation.Settings(schedule))
+
+
+def test_poison(emulation: Any) -> None:
+    """Of bytes that nobody wrote, in every block, and, in schedule 1, of a copy under way."""
+    data = np.ones((32, 4), np.float32)
+    for schedule in SCHEDULES:
+        found = np.zeros((3, 2, 32), np.uint32)
+        emulation.poison(data, found, emulation.Settings(schedule, races=False))
+        assert (found[:, 0] == 0xFFFFFFFF).all()
+        assert (found[:, 1] == (0xFFFFFFFF if schedule == 1 else data.view(np.uint32)[0, 0])).all()
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("store_first", [True, False])
 def test_races_between_blocks(emulation: Any, store_first: bool, schedule: int) -> None:

@@ -107,6 +107,20 @@ Report cluster_race(bool store_first, int between, const Settings& s) {
       memory, s);
 }
 
+Report readers(int other, int between, const Settings& s) {
+  Memory memory;
+  return launch(
+      "readers", [&] { probes::readers_probe(other, between); }, {{}, 64, 256}, memory, s);
+}
+
+Report poison(const py::array& from, const py::array& to, const Settings& s) {
+  Memory memory;
+  const auto* in = reinterpret_cast<const float4*>(input<float>(memory, "from", from));
+  auto* out = output<uint32_t>(memory, "to", to);
+  const int blocks = static_cast<int>(to.size() / 64);
+  return launch("poison", [&] { probes::poison_probe(in, out); }, {{blocks}, 32, 1024}, memory, s);
+}
+
 Report own(const py::array& to, const Settings& s) {
   Memory memory;
   float* out = output<float>(memory, "to", to);
@@ -155,6 +169,8 @@ void bind_probes(py::module_& m) {
   m.def("fault", &fault);
   m.def("race", &race);
   m.def("cluster_race", &cluster_race);
+  m.def("readers", &readers);
+  m.def("poison", &poison);
   m.def("own", &own);
   m.def("work", &work);
   m.def("narrow", &narrow);

@@ -209,6 +209,35 @@ race_probe(int first, int second, int other, int offset, int between, const floa
   touch(second, offset, other);
 }
 
+// Two threads load the same word, then the other one stores to it; between is as above.
+CASVIT_KERNEL(64, 1)
+readers_probe(int other, int between) {
+  const int thread = thread_index();
+  store_shared(4 * thread, 0.0f);
+  sync_threads();
+  if (thread == 0) load_shared<float>(0);
+  if (between == 1) sync_warp();
+  if (between == 2) sync_threads();
+  if (thread == other) {
+    load_shared<float>(0);
+    store_shared(0, 1.0f);
+  }
+}
+
+// What ldmatrix reads that nobody wrote, and what a copy's target holds before any wait. Races.
+CASVIT_KERNEL(32, 1)
+poison_probe(const float4* input, uint32_t* output) {
+  const int lane = thread_index();
+  output += block_x() * 64;
+  uint32_t r[4];
+  ldmatrix_x4(r, shared_base() + 16 * lane);
+  store_global(output + lane, r[lane % 4]);
+  store_shared(512 + 16 * lane, uint4{0, 0, 0, 0});
+  copy_async<16>(shared_base() + 512 + 16 * lane, input + lane, true);
+  store_global(output + 32 + lane, load_shared<uint32_t>(512 + 16 * lane));
+  store_shared(16 * lane, uint4{0, 0, 0, 0});
+}
+
 // A store by block 0 and a load of it by block 1, and what lies between: 0 nothing, 1 sync_threads,
 // 2 cluster_sync.
 CASVIT_KERNEL(32, 1)
