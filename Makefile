@@ -6,7 +6,8 @@ TORCH  ?= torch
 # What the demo and the tests need beyond the package; pyproject.toml names the versions.
 EXTRAS ?= test,lint
 NATIVE := $(shell find csrc -type f)
-SOURCES := $(filter %.cpp %.h %.cu,$(NATIVE))
+EMULATION := $(wildcard tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp)
+SOURCES := $(filter %.cpp %.h %.cu,$(NATIVE)) $(EMULATION)
 CUDA_TOOLKIT := build/cuda-toolkit/.installed
 
 .PHONY: demo test test-long setup cuda bench parity lint format gpu clean

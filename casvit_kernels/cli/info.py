@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import benchmark
-from ..backends import backends, cpu
+from ..backends import backends, cpu, cuda
 from ..demo import phrases
 from .arguments import Outcome, add_verb
 
@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
         "environment": benchmark.environment(),
         "cpu_features": _cpu_features(),
         "instruction_sets": cpu.instruction_sets(),
+        "cuda_build": cuda.build(),
         "backends": [status._asdict() for status in backends()],
     }
     return Outcome(document, _text(document))
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
 def _text(document: dict[str, Any]) -> str:
     facts = [[n, v] for n, v in phrases.facts(document["environment"])]
     facts.append(["CPU features", " ".join(document["cpu_features"]) or "unknown"])
+    facts.append(["CUDA kernels", document["cuda_build"] or "not built"])
     sets = document["instruction_sets"]
     backends = [
         [b["name"], "usable" if b["usable"] else f"not usable: {b['reason']}"]

@@ -37,6 +37,7 @@ def _triton_device() -> str:
 BACKENDS: dict[str, Target] = {
     "reference": Target("cpu", (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
     "cpu": Target("cpu", (torch.float32, torch.bfloat16, torch.float16)),
+    "cuda": Target("cuda", (torch.bfloat16, torch.float16)),
     "triton": Target(_triton_device(), (torch.float32, torch.bfloat16, torch.float16)),
 }
 

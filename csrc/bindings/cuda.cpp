@@ -1,6 +1,6 @@
-// The mixer's operators on CUDA tensors: from torch's stable ABI to plain pointers and back. The qkv
-// product is the library's. Needs neither CUDA's headers nor libtorch_cuda: the current stream's getter
-// is looked up where the process has it.
+// The mixer's operators on CUDA tensors: from torch's stable ABI to plain pointers and back. The
+// qkv product is the library's. Needs neither CUDA's headers nor libtorch_cuda: the current
+// stream's getter is looked up where the process has it.
 #include "cuda/mixer.h"
 
 #include <dlfcn.h>
@@ -49,7 +49,8 @@ cuda::Problem problem(const Tensor& like, const std::array<int64_t, 4>& shape, S
     }
   }
   for (const int64_t size : shape)
-    STD_TORCH_CHECK(size >= 0 && size < (int64_t{1} << 31), "shape: expected sizes below 2^31, got ", size);
+    STD_TORCH_CHECK(size >= 0 && size < (int64_t{1} << 31),
+                    "shape: expected sizes below 2^31, got ", size);
   p.images = static_cast<int>(shape[0]);
   p.channels = static_cast<int>(shape[1]);
   p.height = static_cast<int>(shape[2]);
@@ -60,7 +61,8 @@ cuda::Problem problem(const Tensor& like, const std::array<int64_t, 4>& shape, S
 }
 
 std::array<int64_t, 4> shape_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  STD_TORCH_CHECK(sizes.size() == 4, "shape: expected (B, C, H, W), got ", sizes.size(), " dimensions");
+  STD_TORCH_CHECK(sizes.size() == 4, "shape: expected (B, C, H, W), got ", sizes.size(),
+                  " dimensions");
   return {sizes[0], sizes[1], sizes[2], sizes[3]};
 }
 
@@ -100,19 +102,24 @@ Tensor pack(WEIGHT_PARAMETERS, const Optional& statistics, ScalarType dtype) {
     return cuda::GateWeights{KEPT(depthwise, 9 * C), KEPT(bias, C),    KEPT(norm_weight, C),
                              KEPT(norm_bias, C),     KEPT(spatial, C), KEPT(channel, C * C)};
   };
-  const cuda::Weights weights{
-      {gate(q_depthwise_weight, q_depthwise_bias, q_norm_weight, q_norm_bias, q_spatial_weight, q_channel_weight),
-       gate(k_depthwise_weight, k_depthwise_bias, k_norm_weight, k_norm_bias, k_spatial_weight, k_channel_weight)},
-      KEPT(dwc_weight, 9 * C), KEPT(dwc_bias, C), KEPT(proj_weight, 9 * C), KEPT(proj_bias, C)};
+  const cuda::Weights weights{{gate(q_depthwise_weight, q_depthwise_bias, q_norm_weight,
+                                    q_norm_bias, q_spatial_weight, q_channel_weight),
+                               gate(k_depthwise_weight, k_depthwise_bias, k_norm_weight,
+                                    k_norm_bias, k_spatial_weight, k_channel_weight)},
+                              KEPT(dwc_weight, 9 * C),
+                              KEPT(dwc_bias, C),
+                              KEPT(proj_weight, 9 * C),
+                              KEPT(proj_bias, C)};
   const torch::stable::accelerator::DeviceGuard guard(dwc_bias.get_device_index());
   const cuda::Problem p = problem(dwc_bias, {1, C, 1, 1}, dtype);
   Tensor packed = floats<2>(dwc_bias, {cuda::packed_words(p.channels), 4});
   const float eps[2] = {static_cast<float>(eps_q), static_cast<float>(eps_k)};
   const float* of = nullptr;
   if (statistics) {
-    STD_TORCH_CHECK(statistics->is_cuda() && statistics->is_contiguous() && statistics->numel() == 4 * C &&
-                        statistics->scalar_type() == ScalarType::Float,
-                    "statistics: expected a contiguous float32 CUDA tensor of shape (2, 2, ", C, ")");
+    STD_TORCH_CHECK(
+        statistics->is_cuda() && statistics->is_contiguous() && statistics->numel() == 4 * C &&
+            statistics->scalar_type() == ScalarType::Float,
+        "statistics: expected a contiguous float32 CUDA tensor of shape (2, 2, ", C, ")");
     of = static_cast<const float*>(statistics->const_data_ptr());
   }
   check(cuda::pack(p, weights, of, eps, packed.mutable_data_ptr()));
@@ -122,14 +129,18 @@ Tensor pack(WEIGHT_PARAMETERS, const Optional& statistics, ScalarType dtype) {
 void check_inputs(const Tensor& qkv, const Tensor& packed, const std::array<int64_t, 4>& shape) {
   const auto [B, C, H, W] = shape;
   STD_TORCH_CHECK(qkv.is_cuda() && qkv.is_contiguous() && qkv.numel() == B * H * W * 3 * padded(C),
-                  "qkv: expected a contiguous CUDA tensor of ", B * H * W, " pixels x ", 3 * padded(C), " channels");
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(qkv.const_data_ptr()) % 16 == 0, "qkv: expected 16-byte alignment");
-  STD_TORCH_CHECK(packed.is_cuda() && packed.is_contiguous() && packed.get_device_index() == qkv.get_device_index() &&
+                  "qkv: expected a contiguous CUDA tensor of ", B * H * W, " pixels x ",
+                  3 * padded(C), " channels");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(qkv.const_data_ptr()) % 16 == 0,
+                  "qkv: expected 16-byte alignment");
+  STD_TORCH_CHECK(packed.is_cuda() && packed.is_contiguous() &&
+                      packed.get_device_index() == qkv.get_device_index() &&
                       packed.numel() == 4 * cuda::packed_words(static_cast<int>(C)),
                   "packed: expected weights packed for ", C, " channels on qkv's device");
 }
 
-Tensor statistics(const Tensor& qkv, const Tensor& packed, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+Tensor statistics(const Tensor& qkv, const Tensor& packed,
+                  torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   const std::array<int64_t, 4> shape = shape_of(sizes);
   check_inputs(qkv, packed, shape);
   const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
@@ -139,8 +150,10 @@ Tensor statistics(const Tensor& qkv, const Tensor& packed, torch::headeronly::In
   Tensor counts = floats<1>(packed, {parts.moments});
   Tensor moments = floats<4>(packed, {parts.moments, 2, 2, padded(shape[1])});
   Tensor result = floats<3>(packed, {2, 2, shape[1]});
-  check(cuda::statistics(p, qkv.const_data_ptr(), packed.const_data_ptr(), static_cast<float*>(counts.mutable_data_ptr()),
-                         static_cast<float*>(moments.mutable_data_ptr()), static_cast<float*>(result.mutable_data_ptr())));
+  check(cuda::statistics(p, qkv.const_data_ptr(), packed.const_data_ptr(),
+                         static_cast<float*>(counts.mutable_data_ptr()),
+                         static_cast<float*>(moments.mutable_data_ptr()),
+                         static_cast<float*>(result.mutable_data_ptr())));
   return result;
 }
 
@@ -149,8 +162,8 @@ struct Mixed {
   Optional pooled, channel;
 };
 
-Mixed run_mix(const Tensor& qkv, const Tensor& packed, const std::array<int64_t, 4>& shape, bool channels_last,
-              bool training) {
+Mixed run_mix(const Tensor& qkv, const Tensor& packed, const std::array<int64_t, 4>& shape,
+              bool channels_last, bool training) {
   check_inputs(qkv, packed, shape);
   const auto [B, C, H, W] = shape;
   const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
@@ -158,8 +171,9 @@ Mixed run_mix(const Tensor& qkv, const Tensor& packed, const std::array<int64_t,
   cuda::Parts parts;
   check(cuda::parts(p, &parts));
   Tensor sums = floats<4>(packed, {parts.sums, 2, B, padded(C)});
-  Mixed m{torch::stable::empty({shape.data(), 4}, qkv.scalar_type(), std::nullopt, qkv.device(), std::nullopt,
-                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous),
+  Mixed m{torch::stable::empty(
+              {shape.data(), 4}, qkv.scalar_type(), std::nullopt, qkv.device(), std::nullopt,
+              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous),
           floats<4>(packed, {B, 2, H, W}), std::nullopt, std::nullopt};
   float *pooled = nullptr, *channel = nullptr;
   if (training) {
@@ -168,43 +182,52 @@ Mixed run_mix(const Tensor& qkv, const Tensor& packed, const std::array<int64_t,
     pooled = static_cast<float*>(m.pooled->mutable_data_ptr());
     channel = static_cast<float*>(m.channel->mutable_data_ptr());
   }
-  check(cuda::mix(p, qkv.const_data_ptr(), packed.const_data_ptr(), static_cast<float*>(sums.mutable_data_ptr()),
-                  static_cast<float*>(m.spatial.mutable_data_ptr()), pooled, channel, m.out.mutable_data_ptr(),
-                  channels_last));
+  check(cuda::mix(p, qkv.const_data_ptr(), packed.const_data_ptr(),
+                  static_cast<float*>(sums.mutable_data_ptr()),
+                  static_cast<float*>(m.spatial.mutable_data_ptr()), pooled, channel,
+                  m.out.mutable_data_ptr(), channels_last));
   return m;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mix(const Tensor& qkv, const Tensor& packed,
-                                               torch::headeronly::IntHeaderOnlyArrayRef sizes, bool channels_last) {
+                                               torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                                               bool channels_last) {
   Mixed m = run_mix(qkv, packed, shape_of(sizes), channels_last, true);
   return {m.out, m.spatial, *m.pooled, *m.channel};
 }
 
 // The product by the library, channels innermost whatever x's layout is: either is a plain GEMM.
 Tensor project(const Tensor& x, const Tensor& weight, const Optional& bias) {
-  const Tensor cast = x.scalar_type() == weight.scalar_type() ? x : torch::stable::to(x, weight.scalar_type());
+  const Tensor cast =
+      x.scalar_type() == weight.scalar_type() ? x : torch::stable::to(x, weight.scalar_type());
   Tensor rows;
   if (is_channels_last(cast)) {
     const Tensor pixels = torch::stable::transpose(torch::stable::transpose(cast, 1, 2), 2, 3);
     rows = torch::stable::contiguous(pixels);
   } else {
     const int64_t maps[] = {x.size(0), x.size(1), x.size(2) * x.size(3)};
-    rows = torch::stable::transpose(torch::stable::reshape(torch::stable::contiguous(cast), {maps, 3}), 1, 2);
+    rows = torch::stable::transpose(
+        torch::stable::reshape(torch::stable::contiguous(cast), {maps, 3}), 1, 2);
   }
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(rows), torch::stable::detail::from(weight),
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(rows),
+                                    torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // x to out with the statistics that were packed.
-Tensor infer(const Tensor& x, const Tensor& qkv_weight, const Optional& qkv_bias, const Tensor& packed) {
-  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 4, "x: expected a CUDA tensor of 4 dimensions (B, C, H, W)");
+Tensor infer(const Tensor& x, const Tensor& qkv_weight, const Optional& qkv_bias,
+             const Tensor& packed) {
+  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 4,
+                  "x: expected a CUDA tensor of 4 dimensions (B, C, H, W)");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const std::array<int64_t, 4> shape = shape_of(x.sizes());
   if (x.numel() == 0)
-    return torch::stable::empty(x.sizes(), qkv_weight.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                                is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+    return torch::stable::empty(
+        x.sizes(), qkv_weight.scalar_type(), std::nullopt, x.device(), std::nullopt,
+        is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   return run_mix(project(x, qkv_weight, qkv_bias), packed, shape, is_channels_last(x), false).out;
 }
 

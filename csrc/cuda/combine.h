@@ -1,8 +1,9 @@
 // The channel gates, and from them out = proj(dwc(a) v), a = sum over z in {q, k} of z s g.
 //
-// Channels do not meet here, so a block takes a slice of them. Tiles in shared memory: a, with two rows
-// and columns more than out on each side, then u = dwc(a) v in the place of v, with one, then out in
-// the place of a. Outside of the map v is zero, and so is u, as the second convolution's padding asks.
+// Channels do not meet here, so a block takes a slice of them. Tiles in shared memory: a, with two
+// rows and columns more than out on each side, then u = dwc(a) v in the place of v, with one, then
+// out in the place of a. Outside of the map v is zero, and so is u, as the second convolution's
+// padding asks.
 #pragma once
 
 #include "gates.h"
@@ -23,11 +24,11 @@ struct CombineArguments {
   bool channels_last;
 };
 
-// HALO: rows above and below the block's own belong to other blocks of the map. Otherwise it holds all
-// rows, and those of u outside of the map are zero as v is.
+// HALO: rows above and below the block's own belong to other blocks of the map. Otherwise it holds
+// all rows, and those of u outside of the map are zero as v is.
 struct CombineShared {
-  int own_rows;       // of out
-  int first_a;        // of a, from the first row of out
+  int own_rows;  // of out
+  int first_a;   // of a, from the first row of out
   int a_rows, u_rows;
   uint32_t u, means, gates, bytes;
   CASVIT_HOST_DEVICE CombineShared(const Maps& m, const Cut& c, int rows, bool halo) {
@@ -43,19 +44,31 @@ struct CombineShared {
   }
 };
 
-// Four channels of a pixel.
-struct Four {
-  float v[4];
-};
+// q sq gq + k sk gk of four channels of a pixel. In bfloat16 on packed words: each gate is rounded
+// once, and each product, one rounding less than PyTorch does. Products of gates may be too small
+// for float16.
 template <class T>
-CASVIT_DEVICE Four unpack(uint2 w) {
-  return {{low2<T>(w.x), high2<T>(w.x), low2<T>(w.y), high2<T>(w.y)}};
+CASVIT_DEVICE uint2 gated(uint2 q, uint2 k, const float (&gq)[4], const float (&gk)[4], float sq,
+                          float sk) {
+  const auto two = [&](uint32_t q2, uint32_t k2, int i) {
+    if constexpr (__is_same(T, Bf16)) {
+      const uint32_t by_q = pack2<T>(gq[i] * sq, gq[i + 1] * sq);
+      const uint32_t by_k = pack2<T>(gk[i] * sk, gk[i + 1] * sk);
+      return fused_multiply_add2(q2, by_q, fused_multiply_add2(k2, by_k, 0u));
+    } else {
+      const float first = fused_multiply_add(low2<T>(q2) * gq[i], sq, low2<T>(k2) * gk[i] * sk);
+      const float second =
+          fused_multiply_add(high2<T>(q2) * gq[i + 1], sq, high2<T>(k2) * gk[i + 1] * sk);
+      return pack2<T>(first, second);
+    }
+  };
+  return {two(q.x, k.x, 0), two(q.y, k.y, 2)};
 }
 
 // The gates of the block's channels and images into shared memory; some blocks write them out, too.
 template <class T>
-CASVIT_DEVICE void channel_gates(const CombineArguments& a, const CombineShared& shared, int image0, int chunk0,
-                                 int chunks, bool first_tile, bool first_slice) {
+CASVIT_DEVICE void channel_gates(const CombineArguments& a, const CombineShared& shared, int image0,
+                                 int chunk0, int chunks, bool first_tile, bool first_slice) {
   const Maps& m = a.maps;
   const Cut& c = a.cut;
   const PackedLayout layout(m.channels, m.padded);
@@ -66,10 +79,12 @@ CASVIT_DEVICE void channel_gates(const CombineArguments& a, const CombineShared&
     float sum = 0.0f;
     if (image < m.images)
       for (int part = 0; part < a.parts; ++part)
-        sum += load_constant(a.sums + (static_cast<int64_t>(part * 2 + z) * m.images + image) * m.padded + channel);
+        sum += load_constant(
+            a.sums + (static_cast<int64_t>(part * 2 + z) * m.images + image) * m.padded + channel);
     store_shared(shared.means + (line * m.padded + channel) * 4, sum * scale);
     if (a.pooled && first_tile && first_slice && image < m.images)
-      store_global(a.pooled + (static_cast<int64_t>(z) * m.images + image) * m.channels + channel, sum * scale);
+      store_global(a.pooled + (static_cast<int64_t>(z) * m.images + image) * m.channels + channel,
+                   sum * scale);
   }
   sync_threads();
   const int own = chunks * kChunk;
@@ -87,15 +102,18 @@ CASVIT_DEVICE void channel_gates(const CombineArguments& a, const CombineShared&
       const float g = sigmoid(logit);
       store_shared(shared.gates + ((z * c.images + image) * c.chunks * kChunk + index) * 4, g);
       if (a.channel && first_tile && channel < m.channels && image0 + image < m.images)
-        store_global(a.channel + (static_cast<int64_t>(z) * m.images + image0 + image) * m.channels + channel, g);
+        store_global(a.channel +
+                         (static_cast<int64_t>(z) * m.images + image0 + image) * m.channels +
+                         channel,
+                     g);
     }
   }
 }
 
 // a = q sq gq + k sk gk into its tile, zero outside of the map.
 template <class T>
-CASVIT_DEVICE void make_a(const CombineArguments& a, const CombineShared& shared, const Box& box, int chunk0,
-                          int chunks) {
+CASVIT_DEVICE void make_a(const CombineArguments& a, const CombineShared& shared, const Box& box,
+                          int chunk0, int chunks) {
   const Maps& m = a.maps;
   const Cut& c = a.cut;
   const int map = m.height * m.width;
@@ -103,43 +121,40 @@ CASVIT_DEVICE void make_a(const CombineArguments& a, const CombineShared& shared
   float gq[4], gk[4];
   const uint16_t *q_from = a.qkv, *k_from = a.qkv;
   const float *sq_from = a.spatial, *sk_from = a.spatial;
-  walk(m, c, box, chunks,
-       [&](int image, int local, int chunk, int pixel) {
-         const uint32_t from = shared.gates + (local * c.chunks + chunk) * kUnitBytes;
-         const float4 q = load_shared<float4>(from);
-         const float4 k = load_shared<float4>(from + c.images * c.chunks * kUnitBytes);
-         gq[0] = q.x, gq[1] = q.y, gq[2] = q.z, gq[3] = q.w;
-         gk[0] = k.x, gk[1] = k.y, gk[2] = k.z, gk[3] = k.w;
-         q_from = a.qkv + static_cast<int64_t>(pixel) * (3 * m.padded) + (chunk0 + chunk) * kChunk;
-         k_from = q_from + m.padded;
-         sq_from = a.spatial + static_cast<int64_t>(image) * map + pixel;  // (B, 2, H, W)
-         sk_from = sq_from + map;
-       },
-       [&](uint32_t to, bool inside) {
-         uint2 q_word{0, 0}, k_word{0, 0};
-         float sq = 0.0f, sk = 0.0f;
-         if (inside) {
-           q_word = load_constant(reinterpret_cast<const uint2*>(q_from));
-           k_word = load_constant(reinterpret_cast<const uint2*>(k_from));
-           sq = load_constant(sq_from);
-           sk = load_constant(sk_from);
-         }
-         q_from += row_stride, k_from += row_stride, sq_from += m.width, sk_from += m.width;
-         const Four q = unpack<T>(q_word), k = unpack<T>(k_word);
-         float v[4];
-#pragma unroll
-         for (int i = 0; i < 4; ++i) v[i] = fused_multiply_add(q.v[i] * gq[i], sq, k.v[i] * gk[i] * sk);
-         store_shared(to, uint2{pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3])});
-       });
+  walk(
+      m, c, box, chunks,
+      [&](int image, int local, int chunk, int pixel) {
+        const uint32_t from = shared.gates + (local * c.chunks + chunk) * kUnitBytes;
+        const float4 q = load_shared<float4>(from);
+        const float4 k = load_shared<float4>(from + c.images * c.chunks * kUnitBytes);
+        gq[0] = q.x, gq[1] = q.y, gq[2] = q.z, gq[3] = q.w;
+        gk[0] = k.x, gk[1] = k.y, gk[2] = k.z, gk[3] = k.w;
+        q_from = a.qkv + static_cast<int64_t>(pixel) * (3 * m.padded) + (chunk0 + chunk) * kChunk;
+        k_from = q_from + m.padded;
+        sq_from = a.spatial + static_cast<int64_t>(image) * map + pixel;  // (B, 2, H, W)
+        sk_from = sq_from + map;
+      },
+      [&](uint32_t to, bool inside) {
+        uint2 q_word{0, 0}, k_word{0, 0};
+        float sq = 0.0f, sk = 0.0f;
+        if (inside) {
+          q_word = load_constant(reinterpret_cast<const uint2*>(q_from));
+          k_word = load_constant(reinterpret_cast<const uint2*>(k_from));
+          sq = load_constant(sq_from);
+          sk = load_constant(sk_from);
+        }
+        q_from += row_stride, k_from += row_stride, sq_from += m.width, sk_from += m.width;
+        store_shared(to, gated<T>(q_word, k_word, gq, gk, sq, sk));
+      });
 }
 
-// One convolution of the block, from a tile of `source_rows` rows of `source_pairs` pairs for each image:
-// at(first, valid, row, c), first being the offsets of this lane's words of its two positions in row 0 of
-// a tile of `to_rows` rows of `to_pairs` pairs.
+// One convolution of the block, from a tile of `source_rows` rows of `source_pairs` pairs for each
+// image: at(first, valid, row, c), first being the offsets of this lane's words of its two
+// positions in row 0 of a tile of `to_rows` rows of `to_pairs` pairs.
 template <class T, int ROWS, class At>
-CASVIT_DEVICE void convolve(const CombineArguments& a, int conv, int chunk0, int chunks, const Cut& c,
-                            uint32_t source, int source_rows, int source_pairs, uint32_t to, int to_rows, int to_pairs,
-                            At&& at) {
+CASVIT_DEVICE void convolve(const CombineArguments& a, int conv, int chunk0, int chunks,
+                            const Cut& c, uint32_t source, int source_rows, int source_pairs,
+                            uint32_t to, int to_rows, int to_pairs, At&& at) {
   const PackedLayout layout(a.maps.channels, a.maps.padded);
   const int lane = thread_index() % 32, warp = thread_index() / 32, all = a.maps.chunks();
   const int tiles = (c.images * c.strips * to_pairs + kPositions - 1) / kPositions;
@@ -149,14 +164,18 @@ CASVIT_DEVICE void convolve(const CombineArguments& a, int conv, int chunk0, int
     const int groups = tiles < kWarps ? kWarps / tiles : 1, group = warp / tiles;
     if (group >= groups) break;
     const Position p = position(tile * kPositions + lane % 16, c.images, c.strips, to_pairs);
-    const uint32_t address = shared_base() + source + (p.image * source_rows + p.strip * ROWS) * row_bytes +
+    const uint32_t address = shared_base() + source +
+                             (p.image * source_rows + p.strip * ROWS) * row_bytes +
                              (p.pair + lane / 16) * pair_bytes(c);
     uint32_t lane_to[2];
     bool valid[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Position mine = position(tile * kPositions + half * 8 + lane / 4, c.images, c.strips, to_pairs);
-      lane_to[half] = to + ((mine.image * to_rows + mine.strip * ROWS) * to_pairs + mine.pair) * pair_bytes(c) + lane % 4 * 4;
+      const Position mine =
+          position(tile * kPositions + half * 8 + lane / 4, c.images, c.strips, to_pairs);
+      lane_to[half] =
+          to + ((mine.image * to_rows + mine.strip * ROWS) * to_pairs + mine.pair) * pair_bytes(c) +
+          lane % 4 * 4;
       valid[half] = mine.valid;
     }
 #pragma unroll 1
@@ -174,7 +193,7 @@ CASVIT_DEVICE void convolve(const CombineArguments& a, int conv, int chunk0, int
       const float bias[4] = {b.x, b.y, b.x, b.y};
       const uint32_t first[2] = {lane_to[0] + chunk * kUnitBytes, lane_to[1] + chunk * kUnitBytes};
       depthwise<T, ROWS, false>(address + chunk * kUnitBytes, row_bytes, taps, bias,
-                                [&](int row, const float(&d)[4]) { at(first, valid, row, d); });
+                                [&](int row, const float (&d)[4]) { at(first, valid, row, d); });
     }
   }
 }
@@ -182,7 +201,8 @@ CASVIT_DEVICE void convolve(const CombineArguments& a, int conv, int chunk0, int
 // Grid: (bands x columns, image groups, slices). ROWS: of out in a strip; HALO: see CombineShared.
 template <class T, int ROWS, bool HALO>
 CASVIT_DEVICE void combine_block(const CombineArguments& a) {
-  constexpr int U_ROWS = HALO ? ROWS + 1 : ROWS;  // two strips: so they make the rows above and below
+  constexpr int U_ROWS =
+      HALO ? ROWS + 1 : ROWS;  // two strips: so they make the rows above and below
   const Maps& m = a.maps;
   const Cut& c = a.cut;
   const CombineShared shared(m, c, ROWS, HALO);
@@ -201,30 +221,33 @@ CASVIT_DEVICE void combine_block(const CombineArguments& a) {
   copy_wait<0>();
   sync_threads();
 
-  // u = dwc(a) v. Its pixels are those of its tile, a pixel left of out: a's tile is a pixel further.
+  // u = dwc(a) v. Its pixels are those of its tile, a pixel left of out: a's tile is a pixel
+  // further.
   const uint32_t u_row_bytes = u_box.pairs * pair_bytes(c);
   const int first_row = HALO ? 0 : 1;
-  convolve<T, U_ROWS>(a, 0, chunk0, chunks, c, 0, shared.a_rows, a_box.pairs,
-                      shared.u + first_row * u_row_bytes, shared.u_rows, u_box.pairs,
-                      [&](const uint32_t(&first)[2], const bool(&valid)[2], int row, const float(&l)[4]) {
+  convolve<T, U_ROWS>(
+      a, 0, chunk0, chunks, c, 0, shared.a_rows, a_box.pairs, shared.u + first_row * u_row_bytes,
+      shared.u_rows, u_box.pairs,
+      [&](const uint32_t (&first)[2], const bool (&valid)[2], int row, const float (&l)[4]) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t at = first[half] + row * u_row_bytes;
-      const uint32_t v = valid[half] ? load_shared<uint32_t>(at) : 0u;
-      const uint32_t u = pack2<T>(l[2 * half] * low2<T>(v), l[2 * half + 1] * high2<T>(v));
-      if (valid[half]) store_shared(at, u);
-    }
-  });
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t at = first[half] + row * u_row_bytes;
+          const uint32_t v = valid[half] ? load_shared<uint32_t>(at) : 0u;
+          const uint32_t u = pack2<T>(l[2 * half] * low2<T>(v), l[2 * half + 1] * high2<T>(v));
+          if (valid[half]) store_shared(at, u);
+        }
+      });
   sync_threads();
 
   const uint32_t out_row_bytes = c.pairs * pair_bytes(c);
-  convolve<T, ROWS>(a, 1, chunk0, chunks, c, shared.u, shared.u_rows, u_box.pairs,
-                    0, shared.own_rows, c.pairs,
-                    [&](const uint32_t(&first)[2], const bool(&valid)[2], int row, const float(&d)[4]) {
+  convolve<T, ROWS>(
+      a, 1, chunk0, chunks, c, shared.u, shared.u_rows, u_box.pairs, 0, shared.own_rows, c.pairs,
+      [&](const uint32_t (&first)[2], const bool (&valid)[2], int row, const float (&d)[4]) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      if (valid[half]) store_shared(first[half] + row * out_row_bytes, pack2<T>(d[2 * half], d[2 * half + 1]));
-  });
+        for (int half = 0; half < 2; ++half)
+          if (valid[half])
+            store_shared(first[half] + row * out_row_bytes, pack2<T>(d[2 * half], d[2 * half + 1]));
+      });
   sync_threads();
 
   const Box out_box{image0, row0, x0, c.images, shared.own_rows, c.pairs};
@@ -245,23 +268,31 @@ CASVIT_DEVICE void combine_block(const CombineArguments& a) {
     } else {
       walk(m, c, out_box, chunks, begin, [&](uint32_t from, bool inside) {
         if (inside)
-          for (int i = 0; i < kChunk && i < count; ++i) store_global(to + i, load_shared<uint16_t>(from + 2 * i));
+          for (int i = 0; i < kChunk && i < count; ++i)
+            store_global(to + i, load_shared<uint16_t>(from + 2 * i));
         to += row_stride;
       });
     }
   } else {
     // Rows of pixels of a channel: neighbouring threads write neighbouring pixels.
     const int width = 2 * c.pairs, lines = c.images * shared.own_rows;
-    const int own = chunks * kChunk < m.channels - chunk0 * kChunk ? chunks * kChunk : m.channels - chunk0 * kChunk;
+    const Divisor by_rows(shared.own_rows);
+    const int own = chunks * kChunk < m.channels - chunk0 * kChunk ? chunks * kChunk
+                                                                   : m.channels - chunk0 * kChunk;
     for (int i = thread_index(); i < own * lines * width; i += kThreads) {
       const int x = i % width, rest = i / width, line = rest % lines, channel = rest / lines;
-      const int local = line / shared.own_rows, row = line - local * shared.own_rows;
+      const int local = by_rows.quotient(line), row = by_rows.remainder(line, local);
       if (image0 + local >= m.images || row0 + row >= m.height || x0 + x >= m.width) continue;
-      const uint32_t from = line * out_row_bytes + (x >> 1) * pair_bytes(c) + channel / kChunk * kUnitBytes +
-                            (x & 1) * 8 + channel % kChunk * 2;
-      store_global(a.out + ((static_cast<int64_t>(image0 + local) * m.channels + chunk0 * kChunk + channel) * m.height +
-                            row0 + row) * m.width + x0 + x,
-                   load_shared<uint16_t>(from));
+      const uint32_t from = line * out_row_bytes + (x >> 1) * pair_bytes(c) +
+                            channel / kChunk * kUnitBytes + (x & 1) * 8 + channel % kChunk * 2;
+      store_global(
+          a.out +
+              ((static_cast<int64_t>(image0 + local) * m.channels + chunk0 * kChunk + channel) *
+                   m.height +
+               row0 + row) *
+                  m.width +
+              x0 + x,
+          load_shared<uint16_t>(from));
     }
   }
 }

@@ -1,16 +1,17 @@
-// The spatial gates, and the sums that the channel gates take: z in {q, k}, all its channels in a block.
+// The spatial gates, and the sums that the channel gates take: z in {q, k}, all its channels in a
+// block.
 //
 //   s = sigmoid(sum over channels of spatial_weight relu(depthwise of z, BatchNorm folded in))
 //   pooled sum = sum over the block's pixels of z s
 //
-// A warp owns 16 positions and a share of the channels; its logits stay in registers over all chunks.
-// The sums are a product of s with z on tensor cores; s counts twice, rounded and what is left over.
+// A warp owns 16 positions and a share of the channels; its logits stay in registers over all
+// chunks. The sums are a product of s with z on tensor cores; s counts twice, rounded and what is
+// left over.
 #pragma once
 
 #include "pack.h"
 
 namespace casvit::cuda {
-
 
 struct GatesArguments {
   Maps maps;
@@ -21,7 +22,8 @@ struct GatesArguments {
   float* sums;     // (bands x columns, 2, B, padded)
 };
 
-// What a block keeps in shared memory: z, then logits of each group of warps, then s as the mma takes it.
+// What a block keeps in shared memory: z, then logits of each group of warps, then s as the mma
+// takes it.
 struct GatesShared {
   int units;         // of an image, without the rows above and below
   int units_padded;  // to whole steps of the sums
@@ -48,7 +50,8 @@ CASVIT_DEVICE void gates_block(const GatesArguments& a) {
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, z = block_z();
   const int band = block_x() / c.columns, column = block_x() - band * c.columns;
   const int chunks = m.chunks(), rows = c.strips * ROWS;
-  const Box box{block_y() * c.images, band * rows - 1, column * 2 * c.pairs - 1, c.images, rows + 2, c.pairs + 1};
+  const Box box{block_y() * c.images, band * rows - 1, column * 2 * c.pairs - 1, c.images, rows + 2,
+                c.pairs + 1};
   const uint32_t row_bytes = box.pairs * pair_bytes(c);
 
   load_tile(a.qkv + z * m.padded, m, c, box, 0, chunks, 0);
@@ -76,87 +79,113 @@ CASVIT_DEVICE void gates_block(const GatesArguments& a) {
 #pragma unroll
       for (int dy = 0; dy < 3; ++dy) {
         const uint4 word = load_constant(from + dy * 32);
-        taps[4 * dy] = word.x, taps[4 * dy + 1] = word.y, taps[4 * dy + 2] = word.z, taps[4 * dy + 3] = word.w;
+        taps[4 * dy] = word.x, taps[4 * dy + 1] = word.y, taps[4 * dy + 2] = word.z,
+                 taps[4 * dy + 3] = word.w;
       }
       const float4 of = load_constant(reinterpret_cast<const float4*>(a.packed) + layout.gate_rows +
                                       (z * chunks + chunk) * 2 + (lane & 1));
       const float bias[4] = {of.x, of.z, of.x, of.z};
-      depthwise<T, ROWS, true>(address + chunk * kUnitBytes, row_bytes, taps, bias,
-                               [&](int row, const float(&d)[4]) {
-        logits[row][0] = fused_multiply_add(relu(d[0]), of.y, logits[row][0]);
-        logits[row][1] = fused_multiply_add(relu(d[2]), of.y, logits[row][1]);
-        logits[row][0] = fused_multiply_add(relu(d[1]), of.w, logits[row][0]);
-        logits[row][1] = fused_multiply_add(relu(d[3]), of.w, logits[row][1]);
-      });
+      depthwise<T, ROWS, true>(
+          address + chunk * kUnitBytes, row_bytes, taps, bias, [&](int row, const float (&d)[4]) {
+            logits[row][0] = fused_multiply_add(relu(d[0]), of.y, logits[row][0]);
+            logits[row][1] = fused_multiply_add(relu(d[2]), of.y, logits[row][1]);
+            logits[row][0] = fused_multiply_add(relu(d[1]), of.w, logits[row][0]);
+            logits[row][1] = fused_multiply_add(relu(d[3]), of.w, logits[row][1]);
+          });
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Position mine = position(tile * kPositions + half * 8 + lane / 4, c.images, c.strips, c.pairs);
-      const int first = ((mine.image * c.strips + mine.strip) * ROWS * c.pairs + mine.pair) * 2 + (lane >> 1 & 1);
+      const Position mine =
+          position(tile * kPositions + half * 8 + lane / 4, c.images, c.strips, c.pairs);
+      const int first =
+          ((mine.image * c.strips + mine.strip) * ROWS * c.pairs + mine.pair) * 2 + (lane >> 1 & 1);
 #pragma unroll
       for (int row = 0; row < ROWS; ++row) {
         const float both = logits[row][half] + shuffle_xor(logits[row][half], 1);
         if (mine.valid && !(lane & 1))
-          store_shared(shared.logits + (group * shared.pixels + first + row * c.pairs * 2) * 4, both);
+          store_shared(shared.logits + (group * shared.pixels + first + row * c.pairs * 2) * 4,
+                       both);
       }
     }
   }
   sync_threads();
 
-  const int width = 2 * c.pairs;
+  const int width = 2 * c.pairs, map = m.height * m.width;
+  const Divisor by_width(width), by_rows(rows);
+  float* spatial = a.spatial + (static_cast<int64_t>(box.image) * 2 + z) * map;
   for (int i = thread; i < shared.pixels; i += kThreads) {
-    const int line = i / width, x = i - line * width, image = line / rows, row = line - image * rows;
-    const int y = band * rows + row, global_x = column * width + x, b = box.image + image;
-    if (y >= m.height || global_x >= m.width || b >= m.images) continue;
+    const int line = by_width.quotient(i), x = by_width.remainder(i, line);
+    const int image = by_rows.quotient(line), row = by_rows.remainder(line, image);
+    const int y = band * rows + row, global_x = column * width + x;
+    if (y >= m.height || global_x >= m.width || box.image + image >= m.images) continue;
     float logit = load_shared<float>(shared.logits + i * 4);
+#pragma unroll 1
     for (int other = 1; other < shared.groups; ++other)
       logit += load_shared<float>(shared.logits + (other * shared.pixels + i) * 4);
     const float s = sigmoid(logit);
-    store_global(a.spatial + (static_cast<int64_t>(b) * 2 + z) * m.height * m.width + y * m.width + global_x, s);
+    store_global(spatial + static_cast<int64_t>(image) * 2 * map + y * m.width + global_x, s);
     // Pixel x is half (x + 1) % 2 of the input pair (x + 1) / 2.
     const int unit = row * box.pairs + (x + 1) / 2, half = (x + 1) & 1;
     const uint32_t to = shared.gates + ((image * 4 + half) * shared.units_padded + unit) * 2;
     const uint32_t word = pack2<T>(s, 0.0f);
     store_shared(to, static_cast<uint16_t>(word));
-    store_shared(to + 2 * shared.units_padded * 2, static_cast<uint16_t>(pack2<T>(s - low2<T>(word), 0.0f)));
+    store_shared(to + 2 * shared.units_padded * 2,
+                 static_cast<uint16_t>(pack2<T>(s - low2<T>(word), 0.0f)));
   }
   sync_threads();
 
-  // Rows of A: s of a pair's first and second pixels, and what rounding left over of these; its columns
-  // and B's rows are units; B's columns are two pixels x four channels. An image at a time: a NaN of
-  // another one would not vanish times zero.
+  // Rows of A: s of a pair's first and second pixels, and what rounding left over of these; its
+  // columns and B's rows are units; B's columns are two pixels x four channels. An image at a time:
+  // a NaN of another one would not vanish times zero.
   const int source = lane / 4;  // row of A
-  const bool counts = source < 4 && (source & 1) == (lane >> 1 & 1);  // pixel of the row and of the column
+  const bool counts =
+      source < 4 && (source & 1) == (lane >> 1 & 1);  // pixel of the row and of the column
+  const int pairs_of_chunks = (chunks + 1) / 2;
+  const Divisor by_pairs(pairs_of_chunks);
 #pragma unroll 1
-  for (int task = warp; task < c.images * chunks; task += kWarps) {
-    const int image = task / chunks, chunk = task - image * chunks;
+  for (int task = warp; task < c.images * pairs_of_chunks; task += kWarps) {
+    const int image = by_pairs.quotient(task), chunk = by_pairs.remainder(task, image) * 2;
     if (box.image + image >= m.images) continue;
-    const uint32_t tile = shared_base() + (image * box.rows + 1) * row_bytes + chunk * kUnitBytes;
-    const uint32_t from = shared.gates + ((image * 4 + (source & 3)) * shared.units_padded + lane % 4 * 2) * 2;
-    float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    const uint32_t first_unit =
+        shared_base() + (image * box.rows + 1) * row_bytes + chunk * kUnitBytes;
+    const uint32_t last_unit = first_unit + (shared.units - 1) * pair_bytes(c);
+    const uint32_t next_chunk = chunk + 1 < chunks ? kUnitBytes : 0;
+    uint32_t mine = first_unit + lane * pair_bytes(c);
+    uint32_t from =
+        shared.gates + ((image * 4 + (source & 3)) * shared.units_padded + lane % 4 * 2) * 2;
+    float d[2][4] = {};
+#pragma unroll 2
     for (int unit = 0; unit < shared.units; unit += 32) {
-      uint32_t b[4];
-      const int mine = unit + lane < shared.units ? unit + lane : shared.units - 1;
-      ldmatrix_x4_transposed(b, tile + mine * pair_bytes(c));
+      uint32_t b[2][4];
+      const uint32_t address = mine < last_unit ? mine : last_unit;  // behind it s is zero
+      ldmatrix_x4_transposed(b[0], address);
+      ldmatrix_x4_transposed(b[1], address + next_chunk);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        const uint32_t low = load_shared<uint32_t>(from + (unit + step * 16) * 2);
-        const uint32_t high = load_shared<uint32_t>(from + (unit + step * 16 + 8) * 2);
-        const uint32_t s[4] = {low, 0u, high, 0u};
-        mma<T>(d, s, b + 2 * step);
+        const uint32_t s[4] = {load_shared<uint32_t>(from + step * 32), 0u,
+                               load_shared<uint32_t>(from + step * 32 + 16), 0u};
+        mma<T>(d[0], s, b[0] + 2 * step);
+        mma<T>(d[1], s, b[1] + 2 * step);
       }
+      mine += 32 * pair_bytes(c);
+      from += 64;
     }
-    float first = counts ? d[0] : 0.0f, second = counts ? d[1] : 0.0f;
 #pragma unroll
-    for (int mask = 2; mask <= 8; mask *= 2) {
-      first += shuffle_xor(first, mask);
-      second += shuffle_xor(second, mask);
+    for (int which = 0; which < 2; ++which) {
+      float first = counts ? d[which][0] : 0.0f, second = counts ? d[which][1] : 0.0f;
+#pragma unroll
+      for (int mask = 2; mask <= 8; mask *= 2) {
+        first += shuffle_xor(first, mask);
+        second += shuffle_xor(second, mask);
+      }
+      if (lane < 2 && chunk + which < chunks)
+        store_global(reinterpret_cast<float2*>(
+                         a.sums +
+                         (static_cast<int64_t>(block_x() * 2 + z) * m.images + box.image + image) *
+                             m.padded +
+                         (chunk + which) * kChunk + lane * 2),
+                     float2{first, second});
     }
-    if (lane < 2)
-      store_global(reinterpret_cast<float2*>(
-                       a.sums + (static_cast<int64_t>(block_x() * 2 + z) * m.images + box.image + image) * m.padded +
-                       chunk * kChunk + lane * 2),
-                   float2{first, second});
   }
 }
 

@@ -16,10 +16,12 @@ struct Grid {
 };
 
 template <class Arguments>
-const char* launch(void (*kernel)(Arguments), Grid grid, int threads, uint32_t shared, void* stream, const Arguments& a) {
+const char* launch(void (*kernel)(Arguments), Grid grid, int threads, uint32_t shared, void* stream,
+                   const Arguments& a) {
   if (shared > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
   kernel<<<dim3(grid.x, grid.y, grid.z), threads, shared, static_cast<cudaStream_t>(stream)>>>(a);

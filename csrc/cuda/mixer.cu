@@ -12,22 +12,37 @@
 namespace casvit::cuda {
 
 template <class T>
-CASVIT_KERNEL(kPackThreads, 1) pack_kernel(CASVIT_PARAMETER PackArguments a) { pack_block<T>(a); }
+CASVIT_KERNEL(kPackThreads, 1)
+pack_kernel(CASVIT_PARAMETER PackArguments a) {
+  pack_block<T>(a);
+}
 template <class T, int ROWS>
-CASVIT_KERNEL(kThreads, 2) gates_kernel(CASVIT_PARAMETER GatesArguments a) { gates_block<T, ROWS>(a); }
+CASVIT_KERNEL(kThreads, 2)
+gates_kernel(CASVIT_PARAMETER GatesArguments a) {
+  gates_block<T, ROWS>(a);
+}
 template <class T, int ROWS>
-CASVIT_KERNEL(kThreads, 2) statistics_kernel(CASVIT_PARAMETER StatisticsArguments a) { statistics_block<T, ROWS>(a); }
+CASVIT_KERNEL(kThreads, 2)
+statistics_kernel(CASVIT_PARAMETER StatisticsArguments a) {
+  statistics_block<T, ROWS>(a);
+}
 CASVIT_KERNEL(kThreads, 1) merge_kernel(CASVIT_PARAMETER MergeArguments a) { merge_block(a); }
 template <class T, int ROWS, bool HALO>
-CASVIT_KERNEL(kThreads, 2) combine_kernel(CASVIT_PARAMETER CombineArguments a) { combine_block<T, ROWS, HALO>(a); }
+CASVIT_KERNEL(kThreads, 2)
+combine_kernel(CASVIT_PARAMETER CombineArguments a) {
+  combine_block<T, ROWS, HALO>(a);
+}
 
 namespace {
 
 int padded(int channels) { return (channels + kChunk - 1) / kChunk * kChunk; }
 
-Maps maps(const Problem& p) { return {p.images, p.channels, padded(p.channels), p.height, p.width}; }
+Maps maps(const Problem& p) {
+  return {p.images, p.channels, padded(p.channels), p.height, p.width};
+}
 
-const char* kTooLarge = "a block of this many channels does not fit into the device's shared memory";
+const char* kTooLarge =
+    "a block of this many channels does not fit into the device's shared memory";
 const char* kTooMany = "more than 2^31 pixels, or more blocks than a launch takes";
 
 struct Plans {
@@ -39,14 +54,21 @@ const Plans& plans(const Problem& p) {
   using Key = std::tuple<int, int, int, int, int, int, int>;
   static std::mutex mutex;
   static std::map<Key, Plans> known;
-  const Key key{p.images, p.channels, p.height, p.width, p.multiprocessors, p.shared_per_block, p.shared_per_multiprocessor};
+  const Key key{p.images,
+                p.channels,
+                p.height,
+                p.width,
+                p.multiprocessors,
+                p.shared_per_block,
+                p.shared_per_multiprocessor};
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   if (known.size() > 4096) known.clear();  // sizes that change from batch to batch
   const Maps m = maps(p);
   const Device device{p.multiprocessors, p.shared_per_block, p.shared_per_multiprocessor};
-  return known[key] = {plan(Kernel::kGates, m, device), plan(Kernel::kStatistics, m, device), plan(Kernel::kCombine, m, device)};
+  return known[key] = {plan(Kernel::kGates, m, device), plan(Kernel::kStatistics, m, device),
+                       plan(Kernel::kCombine, m, device)};
 }
 
 const char* check(const Problem& p, const Plans& found) {
@@ -55,7 +77,9 @@ const char* check(const Problem& p, const Plans& found) {
   return p.images / found.gates.cut.images >= 65535 ? kTooMany : nullptr;
 }
 
-Grid grid(const Problem& p, const Cut& c, int z) { return {c.bands * c.columns, divide_up(p.images, c.images), z}; }
+Grid grid(const Problem& p, const Cut& c, int z) {
+  return {c.bands * c.columns, divide_up(p.images, c.images), z};
+}
 
 template <class T>
 const char* run_pack(const Problem& p, const PackArguments& a) {
@@ -65,8 +89,9 @@ const char* run_pack(const Problem& p, const PackArguments& a) {
 template <class T>
 const char* run_statistics(const Problem& p, const Plan& plan, const StatisticsArguments& a) {
   const Grid blocks = grid(p, plan.cut, 2 * a.slices());
-  return plan.rows == 7 ? launch(statistics_kernel<T, 7>, blocks, kThreads, plan.shared, p.stream, a)
-                        : launch(statistics_kernel<T, 4>, blocks, kThreads, plan.shared, p.stream, a);
+  return plan.rows == 7
+             ? launch(statistics_kernel<T, 7>, blocks, kThreads, plan.shared, p.stream, a)
+             : launch(statistics_kernel<T, 4>, blocks, kThreads, plan.shared, p.stream, a);
 }
 
 template <class T>
@@ -79,8 +104,11 @@ const char* run_gates(const Problem& p, const Plan& plan, const GatesArguments& 
 template <class T>
 const char* run_combine(const Problem& p, const Plan& plan, const CombineArguments& a) {
   const Grid blocks = grid(p, plan.cut, divide_up(a.maps.chunks(), plan.cut.chunks));
-  const auto run = [&](void (*kernel)(CombineArguments)) { return launch(kernel, blocks, kThreads, plan.shared, p.stream, a); };
-  if (plan.halo) return plan.rows == 7 ? run(combine_kernel<T, 7, true>) : run(combine_kernel<T, 4, true>);
+  const auto run = [&](void (*kernel)(CombineArguments)) {
+    return launch(kernel, blocks, kThreads, plan.shared, p.stream, a);
+  };
+  if (plan.halo)
+    return plan.rows == 7 ? run(combine_kernel<T, 7, true>) : run(combine_kernel<T, 4, true>);
   return plan.rows == 7 ? run(combine_kernel<T, 7, false>) : run(combine_kernel<T, 4, false>);
 }
 
@@ -111,35 +139,55 @@ const char* parts(const Problem& p, Parts* found) {
   return nullptr;
 }
 
-const char* pack(const Problem& p, const Weights& weights, const float* statistics, const float (&eps)[2], void* packed) {
-  const PackArguments a{weights, statistics, {eps[0], eps[1]}, p.channels, padded(p.channels), static_cast<uint4*>(packed)};
+const char* pack(const Problem& p, const Weights& weights, const float* statistics,
+                 const float (&eps)[2], void* packed) {
+  const PackArguments a{weights,    statistics,         {eps[0], eps[1]},
+                        p.channels, padded(p.channels), static_cast<uint4*>(packed)};
   return p.float16 ? run_pack<Fp16>(p, a) : run_pack<Bf16>(p, a);
 }
 
-const char* statistics(const Problem& p, const void* qkv, const void* packed, float* counts, float* moments, float* result) {
+const char* statistics(const Problem& p, const void* qkv, const void* packed, float* counts,
+                       float* moments, float* result) {
   const Plans& of = plans(p);
   if (const char* wrong = check(p, of)) return wrong;
   const Plan& plan = of.statistics;
-  const StatisticsArguments a{maps(p), plan.cut, static_cast<const uint16_t*>(qkv), static_cast<const uint4*>(packed), counts, moments};
-  if (const char* wrong = p.float16 ? run_statistics<Fp16>(p, plan, a) : run_statistics<Bf16>(p, plan, a)) return wrong;
+  const StatisticsArguments a{
+      maps(p), plan.cut, static_cast<const uint16_t*>(qkv), static_cast<const uint4*>(packed),
+      counts,  moments};
+  if (const char* wrong =
+          p.float16 ? run_statistics<Fp16>(p, plan, a) : run_statistics<Bf16>(p, plan, a))
+    return wrong;
   const int blocks = plan.cut.bands * plan.cut.columns * divide_up(p.images, plan.cut.images);
   const MergeArguments merge{counts, moments, result, blocks, p.channels, padded(p.channels)};
-  return launch(merge_kernel, Grid{divide_up(p.channels, kWarps), 2, 1}, kThreads, 0, p.stream, merge);
+  return launch(merge_kernel, Grid{divide_up(p.channels, kWarps), 2, 1}, kThreads, 0, p.stream,
+                merge);
 }
 
-const char* mix(const Problem& p, const void* qkv, const void* packed, float* sums, float* spatial, float* pooled,
-                float* channel, void* out, bool channels_last) {
+const char* mix(const Problem& p, const void* qkv, const void* packed, float* sums, float* spatial,
+                float* pooled, float* channel, void* out, bool channels_last) {
   const Plans& of = plans(p);
   if (const char* wrong = check(p, of)) return wrong;
   const Maps m = maps(p);
   const uint16_t* maps_of_qkv = static_cast<const uint16_t*>(qkv);
   const uint4* words = static_cast<const uint4*>(packed);
   const GatesArguments gates{m, of.gates.cut, maps_of_qkv, words, spatial, sums};
-  if (const char* wrong = p.float16 ? run_gates<Fp16>(p, of.gates, gates) : run_gates<Bf16>(p, of.gates, gates)) return wrong;
+  if (const char* wrong =
+          p.float16 ? run_gates<Fp16>(p, of.gates, gates) : run_gates<Bf16>(p, of.gates, gates))
+    return wrong;
   const int parts = of.gates.cut.bands * of.gates.cut.columns;
-  const CombineArguments combine{m, of.combine.cut, maps_of_qkv, words, spatial, sums, parts, pooled, channel,
-                                 static_cast<uint16_t*>(out), channels_last};
-  return p.float16 ? run_combine<Fp16>(p, of.combine, combine) : run_combine<Bf16>(p, of.combine, combine);
+  const CombineArguments combine{m,
+                                 of.combine.cut,
+                                 maps_of_qkv,
+                                 words,
+                                 spatial,
+                                 sums,
+                                 parts,
+                                 pooled,
+                                 channel,
+                                 static_cast<uint16_t*>(out),
+                                 channels_last};
+  return p.float16 ? run_combine<Fp16>(p, of.combine, combine)
+                   : run_combine<Bf16>(p, of.combine, combine);
 }
 
 }  // namespace casvit::cuda
@@ -151,7 +199,8 @@ const char* mix(const Problem& p, const void* qkv, const void* packed, float* su
 #define CASVIT_TEXT_OF(number) #number
 CASVIT_EXPORT const char* casvit_cuda_architectures() { return CASVIT_CUDA_NAMES; }
 CASVIT_EXPORT const char* casvit_cuda_version() {
-  return CASVIT_TEXT(__CUDACC_VER_MAJOR__) "." CASVIT_TEXT(__CUDACC_VER_MINOR__) "." CASVIT_TEXT(__CUDACC_VER_BUILD__);
+  return CASVIT_TEXT(__CUDACC_VER_MAJOR__) "." CASVIT_TEXT(__CUDACC_VER_MINOR__) "." CASVIT_TEXT(
+      __CUDACC_VER_BUILD__);
 }
 CASVIT_EXPORT int casvit_cuda_runtime() { return CUDART_VERSION; }
 CASVIT_EXPORT int casvit_cuda_driver() {

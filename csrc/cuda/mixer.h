@@ -1,5 +1,5 @@
-// The mixer on a GPU, after its qkv product: launches, in the order of their dependence, on one stream.
-// All functions return null, or what went wrong. Nothing is allocated or synchronised here.
+// The mixer on a GPU, after its qkv product: launches, in the order of their dependence, on one
+// stream. All functions return null, or what went wrong. Nothing is allocated or synchronised here.
 #pragma once
 
 #include <cstdint>
@@ -27,14 +27,18 @@ const char* parts(const Problem& p, Parts* found);
 
 int64_t packed_words(int channels);  // of 16 bytes
 
-// statistics: (2, 2, C) mean and biased variance; null for taps without them, which `statistics` takes.
-const char* pack(const Problem& p, const Weights& weights, const float* statistics, const float (&eps)[2], void* packed);
+// statistics: (2, 2, C) mean and biased variance; null for taps without them, which `statistics`
+// takes.
+const char* pack(const Problem& p, const Weights& weights, const float* statistics,
+                 const float (&eps)[2], void* packed);
 
 // counts: (moments), moments: (moments, 2, 2, padded), result: (2, 2, C).
-const char* statistics(const Problem& p, const void* qkv, const void* packed, float* counts, float* moments, float* result);
+const char* statistics(const Problem& p, const void* qkv, const void* packed, float* counts,
+                       float* moments, float* result);
 
-// sums: (sums, 2, B, padded); pooled, channel: (2, B, C) or null; spatial: (B, 2, H, W); out in x's layout.
-const char* mix(const Problem& p, const void* qkv, const void* packed, float* sums, float* spatial, float* pooled,
-                float* channel, void* out, bool channels_last);
+// sums: (sums, 2, B, padded); pooled, channel: (2, B, C) or null; spatial: (B, 2, H, W); out in x's
+// layout.
+const char* mix(const Problem& p, const void* qkv, const void* packed, float* sums, float* spatial,
+                float* pooled, float* channel, void* out, bool channels_last);
 
 }  // namespace casvit::cuda

@@ -7,11 +7,10 @@
 namespace casvit::cuda {
 
 // Where the pieces lie in the one buffer of packed weights, in 16-byte words.
-//   gate taps   [gate][chunk][kernel row][lane] uint4: two words, two more of what rounding left over
-//   gate rows   [gate][chunk][channel pair] float4: bias and weight to the spatial gate of two channels
-//   conv taps   [dwc, proj][chunk][kernel row][lane] uint2
-//   conv biases [dwc, proj][chunk] float4
-//   channel     [gate][input channel][padded] float: the channel gates' weights, transposed
+//   gate taps   [gate][chunk][kernel row][lane] uint4: two words, two more of what rounding left
+//   over gate rows   [gate][chunk][channel pair] float4: bias and weight to the spatial gate of two
+//   channels conv taps   [dwc, proj][chunk][kernel row][lane] uint2 conv biases [dwc, proj][chunk]
+//   float4 channel     [gate][input channel][padded] float: the channel gates' weights, transposed
 struct PackedLayout {
   int64_t gate_rows, conv_taps, conv_bias, channel, end;
   CASVIT_HOST_DEVICE PackedLayout(int channels, int padded) {
@@ -30,8 +29,8 @@ CASVIT_DEVICE float read(const Weight& w, int64_t i) {
   return w.dtype == 1 ? low2<Bf16>(bits) : low2<Fp16>(bits);
 }
 
-// 2^e for the e that brings the largest |v| into [1/2, 1), within what a float holds; 1 for zeros and
-// for what is no number. Scaling by it is exact, and keeps float16 taps within their range.
+// 2^e for the e that brings the largest |v| into [1/2, 1), within what a float holds; 1 for zeros
+// and for what is no number. Scaling by it is exact, and keeps float16 taps within their range.
 CASVIT_DEVICE float power_of_two(float largest) {
   if (!(largest > 1e-30f && largest < 1e30f)) return 1.0f;
   const uint32_t exponent = float_bits(largest) & 0x7f800000u;
@@ -40,7 +39,8 @@ CASVIT_DEVICE float power_of_two(float largest) {
 
 struct PackArguments {
   Weights weights;
-  const float* statistics;  // (2, 2, C) mean and biased variance; null: taps as they are, for statistics
+  const float*
+      statistics;  // (2, 2, C) mean and biased variance; null: taps as they are, for statistics
   float eps[2];
   int channels, padded;
   uint4* packed;
@@ -48,8 +48,8 @@ struct PackArguments {
 
 constexpr int kPackThreads = 96;  // three kernel rows x 32 lanes
 
-// Grid: (chunks, 2 gates + 2 convolutions). Of gates without statistics the weight of a row's channel is
-// the scale of its taps, by which statistics have to be multiplied.
+// Grid: (chunks, 2 gates + 2 convolutions). Of gates without statistics the weight of a row's
+// channel is the scale of its taps, by which statistics have to be multiplied.
 template <class T>
 CASVIT_DEVICE void pack_block(const PackArguments& a) {
   const PackedLayout layout(a.channels, a.padded);
@@ -134,8 +134,9 @@ CASVIT_DEVICE void pack_block(const PackArguments& a) {
     for (int i = thread_index(); i < a.channels * kChunk; i += kPackThreads) {
       const int input = i / kChunk, channel = chunk * kChunk + i % kChunk;
       const bool there = channel < a.channels;
-      store_global(to + static_cast<int64_t>(input) * a.padded + i % kChunk,
-                   there ? read(g.channel, static_cast<int64_t>(channel) * a.channels + input) : 0.0f);
+      store_global(
+          to + static_cast<int64_t>(input) * a.padded + i % kChunk,
+          there ? read(g.channel, static_cast<int64_t>(channel) * a.channels + input) : 0.0f);
     }
   }
 }

@@ -1,4 +1,5 @@
-// How the kernels cut the maps: plain host C++, the same for every device's numbers and in the emulation.
+// How the kernels cut the maps: plain host C++, the same for every device's numbers and in the
+// emulation.
 #pragma once
 
 #include "combine.h"
@@ -29,26 +30,30 @@ enum class Kernel { kGates, kStatistics, kCombine };
 
 inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-// Warp-instructions of one block, counted from the machine code of sm_90 (bench/static): the mma sweeps,
-// a granule of 8 bytes loaded, made into a, or stored.
+// Warp-instructions of one block, counted from the machine code of sm_90 (bench/static): the mma
+// sweeps, a granule of 8 bytes loaded, made into a, or stored.
 inline double block_cost(Kernel kernel, const Maps& m, const Cut& c, int rows, bool halo) {
   const int lines = c.images * c.strips * rows;
   const auto sweeps = [&](int positions, int sweep_rows, double row, double start) {
     const int tiles = divide_up(positions, kPositions);
     const int groups = tiles < kWarps ? kWarps / tiles : 1;
-    return divide_up(c.chunks, groups) * divide_up(tiles * groups, kWarps) * kWarps * (sweep_rows * row + start);
+    return divide_up(c.chunks, groups) * divide_up(tiles * groups, kWarps) * kWarps *
+           (sweep_rows * row + start);
   };
   const auto granules = [&](int pairs, int extra_rows, double each) {
-    return divide_up(2 * pairs * c.chunks, kThreads) * (kThreads / 32) * (lines + c.images * extra_rows) * each;
+    return divide_up(2 * pairs * c.chunks, kThreads) * (kThreads / 32) *
+           (lines + c.images * extra_rows) * each;
   };
   const int positions = c.images * c.strips * c.pairs;
   if (kernel == Kernel::kCombine) {
     const int extra = halo ? 4 : 2, u_rows = halo ? rows + 1 : rows;
-    return granules(c.pairs + 1, 2, 8) + granules(c.pairs + 2, extra, 45) + granules(c.pairs, 0, 8) +
-           sweeps(c.images * c.strips * (c.pairs + 1), u_rows, 24, 30) + sweeps(positions, rows, 12, 30) +
+    return granules(c.pairs + 1, 2, 8) + granules(c.pairs + 2, extra, 45) +
+           granules(c.pairs, 0, 8) + sweeps(c.images * c.strips * (c.pairs + 1), u_rows, 24, 30) +
+           sweeps(positions, rows, 12, 30) +
            2.0 * c.images * c.chunks * kChunk * m.channels / 32 * 3 + 2000;
   }
-  return granules(c.pairs + 1, 2, 8) + sweeps(positions, rows, kernel == Kernel::kGates ? 18 : 24, 40) +
+  return granules(c.pairs + 1, 2, 8) +
+         sweeps(positions, rows, kernel == Kernel::kGates ? 18 : 24, 40) +
          (kernel == Kernel::kGates ? c.chunks * lines * (c.pairs + 1) / 32.0 * 12 + 2000 : 1000);
 }
 
@@ -69,24 +74,36 @@ inline Plan plan(Kernel kernel, const Maps& m, const Device& device) {
       if (own - rows >= m.height) break;
       const bool halo = own < m.height;
       if (kernel == Kernel::kCombine && halo && strips != 2) continue;
-      for (int columns = 1; columns <= half_width; columns = columns < 8 ? columns + 1 : columns * 2) {
+      for (int columns = 1; columns <= half_width;
+           columns = columns < 8 ? columns + 1 : columns * 2) {
         const int pairs = divide_up(half_width, columns);
         if (strips * pairs > most) continue;
-        for (int slices = 1; slices <= (kernel == Kernel::kGates ? 1 : all); slices = slices < 8 ? slices + 1 : slices * 2) {
+        for (int slices = 1; slices <= (kernel == Kernel::kGates ? 1 : all);
+             slices = slices < 8 ? slices + 1 : slices * 2) {
           const int chunks = divide_up(all, slices);
           if (divide_up(all, chunks) != slices) continue;
-          for (int images = 1; images <= m.images && images * strips * pairs <= most; images = images < 4 ? images + 1 : images * 2) {
+          for (int images = 1; images <= m.images && images * strips * pairs <= most;
+               images = images < 4 ? images + 1 : images * 2) {
             if (images > 1 && (halo || columns > 1)) break;
-            Cut c{images, strips, pairs, chunks, divide_up(m.height, own), divide_up(half_width, pairs), chunks | 1};
+            Cut c{images,
+                  strips,
+                  pairs,
+                  chunks,
+                  divide_up(m.height, own),
+                  divide_up(half_width, pairs),
+                  chunks | 1};
             const uint32_t shared = shared_bytes(kernel, m, c, rows, halo);
             if (shared > static_cast<uint32_t>(device.shared_per_block)) break;
             int together = device.shared_per_multiprocessor / static_cast<int>(shared + kReserved);
             if (together < 1) together = 1;  // what a block may ask for fits
             if (together > 2) together = 2;  // registers
-            const double blocks = static_cast<double>(c.bands) * c.columns * divide_up(m.images, images) * slices *
+            const double blocks = static_cast<double>(c.bands) * c.columns *
+                                  divide_up(m.images, images) * slices *
                                   (kernel == Kernel::kCombine ? 1 : 2);
-            const double turns = divide_up(static_cast<int>(blocks < 1e9 ? blocks : 1e9), device.multiprocessors * together);
-            const double cost = turns * together * block_cost(kernel, m, c, rows, halo) / (together > 1 ? 0.9 : 0.65);
+            const double turns = divide_up(static_cast<int>(blocks < 1e9 ? blocks : 1e9),
+                                           device.multiprocessors * together);
+            const double cost = turns * together * block_cost(kernel, m, c, rows, halo) /
+                                (together > 1 ? 0.9 : 0.65);
             if (cost < best.cost) best = {c, rows, halo, shared, cost};
           }
         }

@@ -1,5 +1,5 @@
-// BatchNorm's statistics of a batch: of the depthwise convolution of q and of k, the mean and the sum of
-// squared differences from it, for each block and channel; then of all blocks.
+// BatchNorm's statistics of a batch: of the depthwise convolution of q and of k, the mean and the
+// sum of squared differences from it, for each block and channel; then of all blocks.
 #pragma once
 
 #include "gates.h"
@@ -20,8 +20,8 @@ CASVIT_HOST_DEVICE uint32_t statistics_shared(const Cut& c, int rows) {
   return c.images * (c.strips * rows + 2) * (c.pairs + 1) * c.unit_stride * kUnitBytes;
 }
 
-// Grid: (bands x columns, image groups, 2 gates x slices). Differences are taken from the block's first
-// value, so that a mean far from zero costs no digits.
+// Grid: (bands x columns, image groups, 2 gates x slices). Differences are taken from the block's
+// first value, so that a mean far from zero costs no digits.
 template <class T, int ROWS>
 CASVIT_DEVICE void statistics_block(const StatisticsArguments& a) {
   const Maps& m = a.maps;
@@ -32,7 +32,8 @@ CASVIT_DEVICE void statistics_block(const StatisticsArguments& a) {
   const int band = block_x() / c.columns, column = block_x() - band * c.columns;
   const int all = m.chunks(), chunks = all - chunk0 < c.chunks ? all - chunk0 : c.chunks;
   const int rows = c.strips * ROWS, width = 2 * c.pairs;
-  const Box box{block_y() * c.images, band * rows - 1, column * width - 1, c.images, rows + 2, c.pairs + 1};
+  const Box box{block_y() * c.images, band * rows - 1, column * width - 1, c.images, rows + 2,
+                c.pairs + 1};
   const uint32_t row_bytes = box.pairs * pair_bytes(c);
   load_tile(a.qkv + z * m.padded, m, c, box, chunk0, chunks, 0);
   copy_commit();
@@ -54,7 +55,8 @@ CASVIT_DEVICE void statistics_block(const StatisticsArguments& a) {
 #pragma unroll
     for (int dy = 0; dy < 3; ++dy) {
       const uint4 word = load_constant(from + dy * 32);
-      taps[4 * dy] = word.x, taps[4 * dy + 1] = word.y, taps[4 * dy + 2] = word.z, taps[4 * dy + 3] = word.w;
+      taps[4 * dy] = word.x, taps[4 * dy + 1] = word.y, taps[4 * dy + 2] = word.z,
+               taps[4 * dy + 3] = word.w;
     }
     const float4 of = load_constant(reinterpret_cast<const float4*>(a.packed) + layout.gate_rows +
                                     (z * all + chunk0 + chunk) * 2 + (lane & 1));
@@ -68,11 +70,13 @@ CASVIT_DEVICE void statistics_block(const StatisticsArguments& a) {
       int left[2];  // rows of each half's positions that lie in the map
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Position mine = position(tile * kPositions + half * 8 + lane / 4, c.images, c.strips, c.pairs);
-        const bool inside = mine.valid && mine.image < images && 2 * mine.pair + (lane >> 1 & 1) < across;
+        const Position mine =
+            position(tile * kPositions + half * 8 + lane / 4, c.images, c.strips, c.pairs);
+        const bool inside =
+            mine.valid && mine.image < images && 2 * mine.pair + (lane >> 1 & 1) < across;
         left[half] = inside ? height - mine.strip * ROWS : 0;
       }
-      depthwise<T, ROWS, true>(address, row_bytes, taps, bias, [&](int row, const float(&d)[4]) {
+      depthwise<T, ROWS, true>(address, row_bytes, taps, bias, [&](int row, const float (&d)[4]) {
         if (row == 0 && tile == 0) {  // position 0, pixel 0: lanes 0 and 1
           first[0] = shuffle(d[0], lane & 1);
           first[1] = shuffle(d[1], lane & 1);
@@ -94,7 +98,8 @@ CASVIT_DEVICE void statistics_block(const StatisticsArguments& a) {
       }
     }
     if (lane < 2) {
-      float* to = a.moments + (static_cast<int64_t>(block) * 2 + z) * 2 * m.padded + (chunk0 + chunk) * kChunk + lane * 2;
+      float* to = a.moments + (static_cast<int64_t>(block) * 2 + z) * 2 * m.padded +
+                  (chunk0 + chunk) * kChunk + lane * 2;
       const float scale[2] = {of.y, of.w};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -113,7 +118,8 @@ struct MergeArguments {
   int blocks, channels, padded;
 };
 
-// Grid: (channels / kWarps, 2 gates). A warp merges the blocks' moments of a channel, in a fixed order.
+// Grid: (channels / kWarps, 2 gates). A warp merges the blocks' moments of a channel, in a fixed
+// order.
 CASVIT_DEVICE void merge_block(const MergeArguments& a) {
   const int lane = thread_index() % 32, z = block_y();
   const int channel = block_x() * kWarps + thread_index() / 32;
@@ -134,7 +140,8 @@ CASVIT_DEVICE void merge_block(const MergeArguments& a) {
   const float mean = sum / number;
   float spread = 0.0f, rest = 0.0f;
   for (int b = lane; b < a.blocks; b += 32) {
-    const float count = load_global(a.counts + b), difference = load_global(mean_of + b * step) - mean;
+    const float count = load_global(a.counts + b),
+                difference = load_global(mean_of + b * step) - mean;
     rest = fused_multiply_add(count, difference, rest);
     spread += load_global(mean_of + b * step + a.padded);
     spread = fused_multiply_add(count * difference, difference, spread);

@@ -12,8 +12,8 @@ struct Maps {
   CASVIT_HOST_DEVICE int chunks() const { return padded / kChunk; }
 };
 
-// How a kernel cuts them. A block takes `images` images x `strips` strips of the kernel's rows x `pairs`
-// pairs of pixels x `chunks` chunks of channels.
+// How a kernel cuts them. A block takes `images` images x `strips` strips of the kernel's rows x
+// `pairs` pairs of pixels x `chunks` chunks of channels.
 constexpr int kThreads = 256;  // of a block
 constexpr int kWarps = kThreads / 32;
 
@@ -23,20 +23,37 @@ struct Cut {
   int unit_stride;     // units from a pair to the next: odd, so that ldmatrix meets no bank twice
 };
 
+// Division by what is the same for a whole block, of numbers below 2^16: a multiplication.
+class Divisor {
+ public:
+  CASVIT_DEVICE explicit Divisor(int d) : d_(d), inverse_(0xffffffffu / d + 1) {}
+  CASVIT_DEVICE int quotient(int n) const {
+    return d_ == 1 ? n : static_cast<int>(static_cast<uint64_t>(n) * inverse_ >> 32);
+  }
+  CASVIT_DEVICE int remainder(int n, int quotient) const { return n - quotient * d_; }
+
+ private:
+  int d_;
+  uint32_t inverse_;
+};
+
 // Pixels, rows and channels of a tile in shared memory, halo included.
 struct Box {
   int image, row, x;        // the first, may lie outside of the map
   int images, rows, pairs;  // how many
 };
 
-CASVIT_DEVICE uint32_t pair_bytes(const Cut& c) { return static_cast<uint32_t>(c.unit_stride * kUnitBytes); }
+CASVIT_DEVICE uint32_t pair_bytes(const Cut& c) {
+  return static_cast<uint32_t>(c.unit_stride * kUnitBytes);
+}
 
-// Visits each pixel and chunk of a box that this thread takes: begin(image, image in the box, chunk, pixel)
-// before the rows of an image, where pixel is the index of the column's first one in the maps and may lie
-// outside; then at(offset in shared memory, inside) for each row. A thread keeps one column and chunk and
-// walks down, so that pointers only grow by a row.
+// Visits each pixel and chunk of a box that this thread takes: begin(image, image in the box,
+// chunk, pixel) before the rows of an image, where pixel is the index of the column's first one in
+// the maps and may lie outside; then at(offset in shared memory, inside) for each row. A thread
+// keeps one column and chunk and walks down, so that pointers only grow by a row.
 template <class Begin, class At>
-CASVIT_DEVICE void walk(const Maps& m, const Cut& c, const Box& box, int chunk_count, Begin&& begin, At&& at) {
+CASVIT_DEVICE void walk(const Maps& m, const Cut& c, const Box& box, int chunk_count, Begin&& begin,
+                        At&& at) {
   const int granules = 2 * box.pairs * chunk_count;
   const uint32_t row_bytes = box.pairs * pair_bytes(c);
   for (int g = thread_index(); g < granules; g += kThreads) {
@@ -45,7 +62,8 @@ CASVIT_DEVICE void walk(const Maps& m, const Cut& c, const Box& box, int chunk_c
     for (int i = 0; i < box.images; ++i) {
       const int image = box.image + i;
       const unsigned height = x >= 0 && x < m.width && image < m.images ? m.height : 0;
-      begin(image < m.images ? image : m.images - 1, i, chunk, (image * m.height + box.row) * m.width + x);
+      begin(image < m.images ? image : m.images - 1, i, chunk,
+            (image * m.height + box.row) * m.width + x);
 #pragma unroll 4
       for (int row = box.row; row < box.row + box.rows; ++row) {
         at(offset, static_cast<unsigned>(row) < height);
@@ -56,21 +74,24 @@ CASVIT_DEVICE void walk(const Maps& m, const Cut& c, const Box& box, int chunk_c
 }
 
 // Starts copies of a box of one of q, k and v; what lies outside of the map becomes zero.
-CASVIT_DEVICE void load_tile(const uint16_t* map, const Maps& m, const Cut& c, const Box& box, int chunk0,
-                             int chunk_count, uint32_t to) {
+CASVIT_DEVICE void load_tile(const uint16_t* map, const Maps& m, const Cut& c, const Box& box,
+                             int chunk0, int chunk_count, uint32_t to) {
   const uint32_t base = shared_base() + to;
   const int64_t pixel_stride = 3 * m.padded, row_stride = pixel_stride * m.width;
   const uint16_t* from = map;
-  walk(m, c, box, chunk_count,
-       [&](int, int, int chunk, int pixel) { from = map + pixel * pixel_stride + (chunk0 + chunk) * kChunk; },
-       [&](uint32_t offset, bool inside) {
-         copy_async<8>(base + offset, from, inside);
-         from += row_stride;
-       });
+  walk(
+      m, c, box, chunk_count,
+      [&](int, int, int chunk, int pixel) {
+        from = map + pixel * pixel_stride + (chunk0 + chunk) * kChunk;
+      },
+      [&](uint32_t offset, bool inside) {
+        copy_async<8>(base + offset, from, inside);
+        from += row_stride;
+      });
 }
 
-// Where a lane's mma position lies: unit offset of its pair in a box whose images have `box_rows` rows
-// of `box_pairs` pairs, strips of `rows` rows.
+// Where a lane's mma position lies: unit offset of its pair in a box whose images have `box_rows`
+// rows of `box_pairs` pairs, strips of `rows` rows.
 struct Position {
   int image, strip, pair;
   bool valid;

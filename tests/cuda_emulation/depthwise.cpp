@@ -45,19 +45,25 @@ void forward_probe(const ProbeArguments a) {
         }
         const uint32_t word = pack2<T>(v[0], v[1]);
         taps[dy * kWords + half] = word;
-        if (EXACT) taps[dy * kWords + 2 + half] = pack2<T>(v[0] - low2<T>(word), v[1] - high2<T>(word));
+        if (EXACT)
+          taps[dy * kWords + 2 + half] = pack2<T>(v[0] - low2<T>(word), v[1] - high2<T>(word));
       }
     const Position p = position(tile * kPositions + lane % 16, c.images, c.strips, c.pairs);
     const uint32_t address = shared_base() + (p.image * box.rows + p.strip * ROWS) * row_bytes +
                              (p.pair + lane / 16) * pair_bytes(c) + chunk * kUnitBytes;
     const float bias[4] = {};
-    depthwise<T, ROWS, EXACT>(address, row_bytes, taps, bias, [&](int row, const float(&d)[4]) {
+    depthwise<T, ROWS, EXACT>(address, row_bytes, taps, bias, [&](int row, const float (&d)[4]) {
       for (int i = 0; i < 4; ++i) {
-        const Position mine = position(tile * kPositions + i / 2 * 8 + lane / 4, c.images, c.strips, c.pairs);
+        const Position mine =
+            position(tile * kPositions + i / 2 * 8 + lane / 4, c.images, c.strips, c.pairs);
         const int y = mine.strip * ROWS + row, x = 2 * mine.pair + lane % 4 / 2;
         if (mine.valid && y < a.maps.height && x < a.maps.width)
-          store_global(a.out + ((static_cast<int64_t>(mine.image) * a.maps.height + y) * a.maps.width + x) * a.maps.padded +
-                           chunk * kChunk + lane % 2 * 2 + i % 2, d[i]);
+          store_global(
+              a.out +
+                  ((static_cast<int64_t>(mine.image) * a.maps.height + y) * a.maps.width + x) *
+                      a.maps.padded +
+                  chunk * kChunk + lane % 2 * 2 + i % 2,
+              d[i]);
       }
     });
   }
@@ -70,7 +76,8 @@ void gradient_probe(const ProbeArguments a) {
   const Box box{0, -1, -1, c.images, c.strips * ROWS + 2, c.pairs + 1};
   const Box own{0, 0, 0, c.images, c.strips * ROWS, c.pairs};
   const uint32_t row_bytes = box.pairs * pair_bytes(c), own_row_bytes = own.pairs * pair_bytes(c);
-  const uint32_t gradient = c.images * box.rows * row_bytes, zeros = gradient + c.images * own.rows * own_row_bytes;
+  const uint32_t gradient = c.images * box.rows * row_bytes,
+                 zeros = gradient + c.images * own.rows * own_row_bytes;
   load_tile(a.qkv, a.maps, c, box, 0, chunks, 0);
   load_tile(a.gradient, a.maps, c, own, 0, chunks, gradient);
   copy_commit();
@@ -81,42 +88,54 @@ void gradient_probe(const ProbeArguments a) {
   for (int chunk = 0; chunk < chunks; ++chunk) {
     float sums[3][4] = {};
     for (int tile = warp; tile < tiles; tile += kWarps) {
-      const Position p = position(tile * kPositions + lane % 8 + lane / 16 * 8, c.images, c.strips, c.pairs);
+      const Position p =
+          position(tile * kPositions + lane % 8 + lane / 16 * 8, c.images, c.strips, c.pairs);
       const Position q = position(tile * kPositions + lane % 16, c.images, c.strips, c.pairs);
       const uint32_t address = shared_base() + (p.image * box.rows + p.strip * ROWS) * row_bytes +
                                (p.pair + lane / 8 % 2) * pair_bytes(c) + chunk * kUnitBytes;
-      const uint32_t from = gradient + (q.image * own.rows + q.strip * ROWS) * own_row_bytes + q.pair * pair_bytes(c) +
-                            chunk * kUnitBytes;
-      depthwise_gradient<T, ROWS>(sums, address, row_bytes, shared_base() + (q.valid ? from : zeros),
+      const uint32_t from = gradient + (q.image * own.rows + q.strip * ROWS) * own_row_bytes +
+                            q.pair * pair_bytes(c) + chunk * kUnitBytes;
+      depthwise_gradient<T, ROWS>(sums, address, row_bytes,
+                                  shared_base() + (q.valid ? from : zeros),
                                   q.valid ? own_row_bytes : 0);
     }
     for (int dy = 0; dy < 3; ++dy)
       taps_of(sums[dy], lane, [&](int dx, int channel, int pixel, float v) {
-        store_global(a.out + (((chunk * kChunk + channel) * 9 + dy * 3 + dx) * 2 + pixel) * kWarps + warp, v);
+        store_global(
+            a.out + (((chunk * kChunk + channel) * 9 + dy * 3 + dx) * 2 + pixel) * kWarps + warp,
+            v);
       });
   }
 }
 
 using Buffer = std::tuple<std::string, uintptr_t, size_t, bool>;
 
-void run(const std::string& what, bool float16, int rows, const std::vector<int>& shape, uintptr_t qkv, uintptr_t taps,
-         uintptr_t gradient, uintptr_t out, int schedule, const std::vector<Buffer>& buffers) {
+void run(const std::string& what, bool float16, int rows, const std::vector<int>& shape,
+         uintptr_t qkv, uintptr_t taps, uintptr_t gradient, uintptr_t out, int schedule,
+         const std::vector<Buffer>& buffers) {
   emulation::Session session;
   session.settings.schedule = schedule;
   for (const auto& [name, address, bytes, writable] : buffers)
     session.memory.add(name, reinterpret_cast<const void*>(address), bytes, writable);
-  const int padded = (shape.at(1) + 3) / 4 * 4, strips = (shape.at(2) + rows - 1) / rows, pairs = (shape.at(3) + 1) / 2;
+  const int padded = (shape.at(1) + 3) / 4 * 4, strips = (shape.at(2) + rows - 1) / rows,
+            pairs = (shape.at(3) + 1) / 2;
   const ProbeArguments a{{shape.at(0), shape.at(1), padded, shape.at(2), shape.at(3)},
                          {shape.at(0), strips, pairs, padded / 4, 1, 1, padded / 4 | 1},
-                         reinterpret_cast<const uint16_t*>(qkv), reinterpret_cast<const float*>(taps),
-                         reinterpret_cast<const uint16_t*>(gradient), reinterpret_cast<float*>(out)};
+                         reinterpret_cast<const uint16_t*>(qkv),
+                         reinterpret_cast<const float*>(taps),
+                         reinterpret_cast<const uint16_t*>(gradient),
+                         reinterpret_cast<float*>(out)};
   const uint32_t pair = a.cut.unit_stride * kUnitBytes;
-  const uint32_t shared = shape.at(0) * ((strips * rows + 2) * (pairs + 1) + strips * rows * pairs) * pair + 16;
-  const auto go = [&](void (*kernel)(ProbeArguments)) { launch(kernel, Grid{1, 1, 1}, kThreads, shared, &session, a); };
+  const uint32_t shared =
+      shape.at(0) * ((strips * rows + 2) * (pairs + 1) + strips * rows * pairs) * pair + 16;
+  const auto go = [&](void (*kernel)(ProbeArguments)) {
+    launch(kernel, Grid{1, 1, 1}, kThreads, shared, &session, a);
+  };
   const auto with = [&](auto type) {
     using T = decltype(type);
     if (what == "gradient") return go(rows == 7 ? gradient_probe<T, 7> : gradient_probe<T, 4>);
-    if (what == "exact") return go(rows == 7 ? forward_probe<T, 7, true> : forward_probe<T, 4, true>);
+    if (what == "exact")
+      return go(rows == 7 ? forward_probe<T, 7, true> : forward_probe<T, 4, true>);
     go(rows == 7 ? forward_probe<T, 7, false> : forward_probe<T, 4, false>);
   };
   float16 ? with(Fp16{}) : with(Bf16{});

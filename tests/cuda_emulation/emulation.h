@@ -288,5 +288,9 @@ inline float sigmoid(float x) {
   return static_cast<float>(1.0 / (1.0 + std::exp(-static_cast<double>(x))));
 }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline uint32_t fused_multiply_add2(uint32_t a, uint32_t b, uint32_t c) {
+  return pack2<Bf16>(std::fma(low2<Bf16>(a), low2<Bf16>(b), low2<Bf16>(c)),
+                     std::fma(high2<Bf16>(a), high2<Bf16>(b), high2<Bf16>(c)));
+}
 
 }  // namespace casvit::cuda

@@ -19,10 +19,12 @@ struct Call {
   cuda::Problem problem{};
   cuda::emulation::Session session;
 
-  Call(const std::vector<int>& shape, bool float16, int multiprocessors, int shared_per_block, int schedule,
-       uint64_t seed, bool races, const std::string& skip, const std::vector<Buffer>& buffers) {
-    problem = {shape.at(0), shape.at(1), shape.at(2), shape.at(3), float16,
-               multiprocessors, shared_per_block, shared_per_block + cuda::kReserved, &session};
+  Call(const std::vector<int>& shape, bool float16, int multiprocessors, int shared_per_block,
+       int schedule, uint64_t seed, bool races, const std::string& skip,
+       const std::vector<Buffer>& buffers) {
+    problem = {shape.at(0), shape.at(1),     shape.at(2),      shape.at(3),
+               float16,     multiprocessors, shared_per_block, shared_per_block + cuda::kReserved,
+               &session};
     session.settings = {schedule, seed, races, skip};
     for (const auto& [name, address, bytes, writable] : buffers)
       session.memory.add(name, reinterpret_cast<const void*>(address), bytes, writable);
@@ -37,9 +39,10 @@ V* at(uintptr_t address) {
 py::dict description(const cuda::Plan& p) {
   using namespace py::literals;
   const cuda::Cut& c = p.cut;
-  return py::dict("images"_a = c.images, "strips"_a = c.strips, "rows"_a = p.rows, "pairs"_a = c.pairs,
-                  "chunks"_a = c.chunks, "bands"_a = c.bands, "columns"_a = c.columns, "halo"_a = p.halo,
-                  "shared"_a = p.shared, "cost"_a = p.cost);
+  return py::dict("images"_a = c.images, "strips"_a = c.strips, "rows"_a = p.rows,
+                  "pairs"_a = c.pairs, "chunks"_a = c.chunks, "bands"_a = c.bands,
+                  "columns"_a = c.columns, "halo"_a = p.halo, "shared"_a = p.shared,
+                  "cost"_a = p.cost);
 }
 
 }  // namespace
@@ -47,7 +50,8 @@ py::dict description(const cuda::Plan& p) {
 void bind_mixer(py::module_& m) {
   m.def("packed_words", &cuda::packed_words);
   py::class_<Call>(m, "MixerCall")
-      .def(py::init<std::vector<int>, bool, int, int, int, uint64_t, bool, std::string, std::vector<Buffer>>())
+      .def(py::init<std::vector<int>, bool, int, int, int, uint64_t, bool, std::string,
+                    std::vector<Buffer>>())
       .def("parts",
            [](Call& c) {
              cuda::Parts parts;
@@ -57,41 +61,53 @@ void bind_mixer(py::module_& m) {
       .def("plans",
            [](Call& c) {
              const cuda::Plans& p = cuda::plans(c.problem);
-             return std::make_tuple(description(p.gates), description(p.statistics), description(p.combine));
+             return std::make_tuple(description(p.gates), description(p.statistics),
+                                    description(p.combine));
            })
       .def("pack",
-           [](Call& c, const std::vector<std::pair<uintptr_t, int>>& w, uintptr_t statistics, float eps_q, float eps_k,
-              uintptr_t packed) {
-             const auto of = [&](int i) { return cuda::Weight{at<const void>(w.at(i).first), w.at(i).second}; };
+           [](Call& c, const std::vector<std::pair<uintptr_t, int>>& w, uintptr_t statistics,
+              float eps_q, float eps_k, uintptr_t packed) {
+             const auto of = [&](int i) {
+               return cuda::Weight{at<const void>(w.at(i).first), w.at(i).second};
+             };
              const cuda::Weights weights{{{of(0), of(1), of(2), of(3), of(4), of(5)},
                                           {of(6), of(7), of(8), of(9), of(10), of(11)}},
-                                         of(12), of(13), of(14), of(15)};
+                                         of(12),
+                                         of(13),
+                                         of(14),
+                                         of(15)};
              const float eps[2] = {eps_q, eps_k};
              check(cuda::pack(c.problem, weights, at<const float>(statistics), eps, at(packed)));
            })
       .def("statistics",
-           [](Call& c, uintptr_t qkv, uintptr_t packed, uintptr_t counts, uintptr_t moments, uintptr_t result) {
-             check(cuda::statistics(c.problem, at<const void>(qkv), at<const void>(packed), at<float>(counts),
-                                    at<float>(moments), at<float>(result)));
+           [](Call& c, uintptr_t qkv, uintptr_t packed, uintptr_t counts, uintptr_t moments,
+              uintptr_t result) {
+             check(cuda::statistics(c.problem, at<const void>(qkv), at<const void>(packed),
+                                    at<float>(counts), at<float>(moments), at<float>(result)));
            })
       .def("mix",
-           [](Call& c, uintptr_t qkv, uintptr_t packed, uintptr_t sums, uintptr_t spatial, uintptr_t pooled,
-              uintptr_t channel, uintptr_t out, bool channels_last) {
-             check(cuda::mix(c.problem, at<const void>(qkv), at<const void>(packed), at<float>(sums),
-                             at<float>(spatial), at<float>(pooled), at<float>(channel), at(out), channels_last));
+           [](Call& c, uintptr_t qkv, uintptr_t packed, uintptr_t sums, uintptr_t spatial,
+              uintptr_t pooled, uintptr_t channel, uintptr_t out, bool channels_last) {
+             check(cuda::mix(c.problem, at<const void>(qkv), at<const void>(packed),
+                             at<float>(sums), at<float>(spatial), at<float>(pooled),
+                             at<float>(channel), at(out), channels_last));
            })
       .def("traffic",  // of each launch: its arguments' type, and by buffer bytes read and written
            [](const Call& c) {
-             std::vector<std::pair<std::string, std::vector<std::tuple<std::string, uint64_t, uint64_t>>>> launches;
+             std::vector<
+                 std::pair<std::string, std::vector<std::tuple<std::string, uint64_t, uint64_t>>>>
+                 launches;
              for (const auto& report : c.session.reports) {
                launches.push_back({report.kernel, {}});
-               for (const auto& b : report.traffic) launches.back().second.emplace_back(b.name, b.read, b.written);
+               for (const auto& b : report.traffic)
+                 launches.back().second.emplace_back(b.name, b.read, b.written);
              }
              return launches;
            })
       .def("sites", [](const Call& c) {
         std::vector<std::string> sites;
-        for (const auto& report : c.session.reports) sites.insert(sites.end(), report.sites.begin(), report.sites.end());
+        for (const auto& report : c.session.reports)
+          sites.insert(sites.end(), report.sites.begin(), report.sites.end());
         return sites;
       });
 }

@@ -29,7 +29,7 @@ def _cases():
         yield from (pytest.param(c, marks=() if c in quick else pytest.mark.long) for c in every)
 
 
-@pytest.mark.parametrize("case", _cases(), ids=str)
+@pytest.mark.parametrize("case", list(_cases()), ids=str)
 def test_backend_agrees_with_float64(case):
     require_backend(case.backend)
     row = testing.check(case)
@@ -314,7 +314,7 @@ def _faults():
             )
 
 
-@pytest.mark.parametrize(("fault", "dtype", "shape"), _faults())
+@pytest.mark.parametrize(("fault", "dtype", "shape"), list(_faults()))
 def test_a_fault_is_seen(fault, dtype, shape):
     case = _case(dtype, shape=shape)
     assert _check(AdditiveTokenMixer, case).passed
