@@ -42,13 +42,15 @@ Report product(const py::array& a, const py::array& b, const py::array& d, const
       "product", [&] { probes::product_probe<T>(a_of, b_of, d_of); }, {{}, 32, 768}, memory, s);
 }
 
+// Two launches on the same buffers; the second one's report.
 Report transpose(const py::array& from, const py::array& to, const Settings& s) {
   Memory memory;
   const float* in = input<float>(memory, "from", from);
   float* out = output<float>(memory, "to", to);
   const int tiles = static_cast<int>(from.size() / 256);
-  return launch(
-      "transpose", [&] { probes::transpose_probe(in, out, tiles); }, {{}, 256, 1024}, memory, s);
+  const auto kernel = [&] { probes::transpose_probe(in, out, tiles); };
+  launch("transpose", kernel, {{}, 256, 1024}, memory, s);
+  return launch("transpose", kernel, {{}, 256, 1024}, memory, s);
 }
 
 Report double_buffer(const py::array& from, const py::array& to, const Settings& s) {

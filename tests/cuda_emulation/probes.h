@@ -107,7 +107,7 @@ warp_probe(const float* from, float* mirrored, float* sums, uint32_t* votes) {
   store_global(votes + thread, vote_ballot(v > 0.0f) + (vote_any(v > 1e6f) ? 1u : 0u));
 }
 
-// Each block reads what the next one of its cluster wrote, mirrored, and half of its own.
+// Each block reads what the next one of its cluster wrote, mirrored, and half of its own, too.
 CASVIT_KERNEL(64, 1)
 cluster_probe(const float* from, float* to, int blocks, int turns) {
   const int thread = thread_index(), index = block_x() * 64 + thread;
@@ -116,7 +116,8 @@ cluster_probe(const float* from, float* to, int blocks, int turns) {
     store_shared(4 * thread, v);
     cluster_sync();
     const int rank = (cluster_rank() + 1) % blocks;
-    v = load_cluster_shared<float>(rank, 4 * (63 - thread)) + 0.5f * load_shared<float>(4 * thread);
+    v = load_cluster_shared<float>(rank, 4 * (63 - thread)) +
+        0.5f * load_shared<float>(4 * (63 - thread));
     cluster_sync();
   }
   store_global(to + index, v);
@@ -175,6 +176,7 @@ fault_probe(int fault, const float* input, float* output) {
     case 21: copy_async<16>(shared_base() + 16 * thread, input + 1000, false); break;  // is fine
     case 22: ldmatrix_x4(r, shared_base()); break;                                     // is fine
     case 23: copy_async<16>(shared_base() + 16 * thread, input + 1, false); break;
+    case 24: load_global(reinterpret_cast<const float4*>(input + 60)); break;  // of 62
   }
 }
 
@@ -204,6 +206,7 @@ race_probe(int first, int second, int other, int offset, int between, const floa
   if (between == 4) copy_wait<0>();  // of a copy that belongs to no group yet
   if (between >= 5) copy_commit();
   if (between == 5) copy_wait<1>();
+  if (between == 8) sync_threads();  // too early
   if (between >= 6) copy_wait<0>();
   if (between == 7) sync_threads();
   touch(second, offset, other);
