@@ -16,16 +16,9 @@ import torch
 
 from bench.gpu.schedule import LEVELS, Item
 from bench.gpu.store import ROOT
-from bench.harness.case import names as case_names
 from bench.harness.case import settings_for
+from bench.harness.stepwise import Watcher
 from casvit_kernels import testing
-
-
-def run_parity(case: testing.Case) -> dict[str, Any]:
-    row = testing.verdict(case)
-    if any("OutOfMemoryError" in failure for failure in row.failures):
-        return {"absent": "it needs more memory than this GPU has", "passed": None}
-    return {**row._asdict(), "device": case.device, "passed": row.passed}
 
 
 def run_behaviour(path: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -73,18 +66,15 @@ def run_short(options: argparse.Namespace) -> int:
 
 
 def run_speed(
-    part: str, item: Item, limited: dict[str, str], options: argparse.Namespace
+    part: str, item: Item, names: list[str], options: argparse.Namespace, watcher: Watcher
 ) -> dict[str, Any]:
-    """The case's JSON. In a trial nothing is compiled, nor is what was `limited` before."""
-    case, module = item.case, LEVELS[part]
-    unwanted = {"compile", "max-autotune"} if options.quick else {item.without}
-    names = [n for n in case_names(module, case, gpu=True) if not unwanted & set(n.split())]
-    slow = [n for n in names if "max-autotune" in n and item.key in limited]
+    """The case's JSON, of these candidates; the watcher gets it as it grows."""
     settings = settings_for(options.device, options.backend, options.quick)
-    found = module.run(case, [n for n in names if n not in slow], settings)
-    found.absent |= dict.fromkeys(slow, f"the case was {limited.get(item.key)}")
-    gc.collect()
-    if options.device != "cpu":
-        torch._dynamo.reset()  # gives back the graphs of this case
-        torch.cuda.empty_cache()
+    try:
+        found = LEVELS[part].run(item.case, names, settings, watcher)
+    finally:
+        gc.collect()
+        if options.device != "cpu":
+            torch._dynamo.reset()  # gives back the graphs of this case
+            torch.cuda.empty_cache()
     return dict(found.as_json())

@@ -4,11 +4,12 @@
     python bench/gpu --parts parity,mixer   some of them
     python bench/gpu --device cpu --quick   try the machinery without a GPU
 
-Every part writes its JSON file after each of its cases. A case that the file holds for the same sources,
-GPU and torch is not run again, so the next call goes on where the budget of this one ended. Files lie
-in $OUT, else in bench/results, in a folder named after the GPU; `python bench/report` makes tables of
-the latter. Each part runs in a process of its own: a crash, or a case that takes too long, costs that
-case.
+The steps of `schedule.SCHEDULE` run in the order of their worth; what a step leaves when its time is up
+comes after all of them. Every part writes its JSON file after each case, parts that time after each
+candidate. A case that the file holds for the same sources, GPU and torch is not run again, so the next
+call goes on where the budget of this one ended. Files lie in $OUT, else in bench/results, in a folder
+named after the GPU; `python bench/report` makes tables of the latter. Each part runs in a process of its
+own: a crash, a CUDA error, or what takes too long, costs that case, or that candidate.
 """
 
 from __future__ import annotations
@@ -24,19 +25,26 @@ from typing import Any
 
 import torch
 
-from bench.gpu import store, supervise
+from bench.gpu import gates, store, supervise
 from bench.gpu.cases import run_short
-from bench.gpu.schedule import PARTS, SCHEDULE, SPEED, items, serves
+from bench.gpu.counters import probe
+from bench.gpu.schedule import GATED, PARTS, SCHEDULE, SPEED, items, serves
 from bench.gpu.store import RESULTS, ROOT
-from bench.gpu.worker import work
+from bench.gpu.worker import NOT_IN_TURN, end_with_parent, work
+from bench.report.counters import diagnosis
+from bench.report.gate import gated
 from bench.report.goals import goal_lines
 from casvit_kernels import backends, testing
+from casvit_kernels.backends import get
 
 
 def build_native() -> None:
-    """The CPU kernels, where a compiler is; Triton does without."""
+    """The CPU kernels, where a compiler is; Triton does without. Not where a library is that serves."""
     if (ROOT / "casvit_kernels" / "_C.so").exists():
-        return
+        reason = get("cpu").why_not(None)
+        print("native library:", "the one that is there" if reason is None else reason, flush=True)
+        if reason is None:
+            return
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -52,27 +60,29 @@ def run(options: argparse.Namespace) -> int:
         build_native()
     for name, value in store.stamp(options).items():
         print(f"{name}: {value}")
-    refused: dict[str, str] = {}
-    for part, rank in SCHEDULE:
-        if part not in options.parts or not supervise.left_of(part, rank, options):
-            continue
-        if time.time() > options.deadline - 1:
-            break
-        reason = supervise.red(options) if part in SPEED else None
-        if reason is not None:
-            refused[part] = f"no speed: {reason}"
-        else:
-            print(f"[{time.time() - options.started:4.0f} s] {part}, rank {rank}", flush=True)
-            supervise.supervise(part, rank, options)
-    return conclude(refused, options)
+    for limited in (True, False):
+        for step in SCHEDULE:
+            if step.part not in options.parts or time.time() > options.deadline - 1:
+                continue
+            if not supervise.left_of(step.part, step.rank, options):
+                continue
+            options.until = options.deadline
+            if limited:
+                options.until = min(options.deadline, time.time() + step.seconds)
+            print(
+                f"[{time.time() - options.started:4.0f} s] {step.part}, rank {step.rank}",
+                flush=True,
+            )
+            supervise.supervise(step.part, step.rank, options)
+    return conclude(options)
 
 
-def conclude(refused: dict[str, str], options: argparse.Namespace) -> int:
+def conclude(options: argparse.Namespace) -> int:
     """Print what was done and what was not, and the goals. 1 where something is wrong."""
-    print(
-        f"[{time.time() - options.started:4.0f} s] results in {store.folder(options, options.out)}"
-    )
-    bad = bool(refused)
+    where = store.folder(options, options.out)
+    print(f"[{time.time() - options.started:4.0f} s] results in {where}")
+    parity = store.load("parity", options)
+    bad = False
     for part in options.parts:
         file = store.load(part, options)
         wanted, done = items(part, options), file.done
@@ -80,26 +90,46 @@ def conclude(refused: dict[str, str], options: argparse.Namespace) -> int:
         print(f"{part}: {len(wanted) - len(missing)} of {len(wanted)} cases")
         if missing:
             print(f"  not done: {len(missing)}, the next {missing[0].key}; call again to go on")
+            if part in GATED and not gates.is_judged(missing[0].case, options.backend, parity):
+                print("  no speed before parity was checked: its mixers have no verdict")
         problems = list(file.document.get("problems", []))
-        problems += [refused[part]] if part in refused else []
-        for key, case in done.items():
-            text = case.get("error") or case.get("refused") or "; ".join(case.get("failures", ()))
-            if text or case.get("passed") is False:
-                problems.append(f"{key}: {text or 'failed'}")
-            elif "absent" in case:
-                print(f"  {key}: not run, {case['absent']}")
+        for case in file.document["cases"]:
+            problems += said(case)
         for text in problems[:20]:
             print(f"  {text[:300]}")
         if len(problems) > 20:
             print(f"  and {len(problems) - 20} more")
         bad = bad or bool(problems)
-    documents = (
-        [] if supervise.red(options) else [store.load(part, options).document for part in SPEED]
-    )
-    print("goals (bfloat16, batch 256, 224x224 input):")
-    for line in goal_lines(documents):
+        for text in absences(file.document["cases"])[:20]:
+            print(f"  {text[:300]}")
+    documents = {p: gated(store.load(p, options).document, parity.document) for p in GATED}
+    print("goals (bfloat16, 224x224 input, batch 256 where nothing else is said):")
+    for line in goal_lines(documents[part] for part in SPEED):
+        print(f"  {line}")
+    for line in diagnosis(documents["counters"]):
         print(f"  {line}")
     return 1 if bad else 0
+
+
+def said(case: dict[str, Any]) -> list[str]:
+    """What went wrong in a case, and with its candidates."""
+    texts = [case.get(key) for key in ("error", "refused", NOT_IN_TURN)]
+    texts += case.get("failures", ())
+    if case.get("passed") is False and not any(texts):
+        texts.append("failed")
+    found = [f"{case['id']}: {text}" for text in texts if text]
+    rows = case.get("rows", ())
+    return found + [f"{case['id']}, {r['candidate']}: {r['error']}" for r in rows if "error" in r]
+
+
+def absences(cases: list[dict[str, Any]]) -> list[str]:
+    """What was not run, each reason once."""
+    found = {case["absent"]: case["id"] for case in reversed(cases) if "absent" in case}
+    for case in reversed(cases):
+        for row in case.get("rows", ()):
+            if "absent" in row:
+                found[row["absent"]] = f"{case['id']}, {row['candidate']}"
+    return [f"{name}: not run, {reason}" for reason, name in reversed(found.items())]
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -110,7 +140,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
     parser.add_argument("--budget", type=float, default=540, help="seconds, default %(default)g")
     parser.add_argument(
-        "--case-limit", type=float, default=150, help="seconds for one case, default %(default)g"
+        "--case-limit",
+        type=float,
+        default=150,
+        help="seconds for one case, or candidate of one, default %(default)g",
     )
     parser.add_argument("--device", default="cuda", help="default: cuda")
     parser.add_argument("--backend", help="whose speed is measured; default: the first usable one")
@@ -118,15 +151,15 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="try the machinery on tiny cases")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or RESULTS))
     parser.add_argument("--no-build", dest="build", action="store_false")
-    for hidden in ("--child", "--rank", "--deadline", "--marker"):
-        kind: Callable[[str], Any] = {"--rank": int, "--deadline": float, "--marker": Path}.get(
-            hidden, str
-        )
-        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
+    hidden: dict[str, Callable[[str], Any]] = {"--child": str, "--rank": int, "--probe": str}
+    hidden |= {"--marker": Path, "--deadline": float, "--until": float, "--started": float}
+    for name, kind in hidden.items():
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     parser.add_argument("--short", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(given)
-    options.started = time.time()
+    options.started = options.started or time.time()
     options.deadline = options.deadline or options.started + options.budget
+    options.until = options.until or options.deadline
     options.parts = options.parts.split(",")
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
@@ -156,4 +189,9 @@ def main(given: list[str] | None = None) -> int:
     options = arguments(given)
     if options.short:
         return run_short(options)
-    return work(options.child, options) if options.child else run(options)
+    if options.probe:
+        return probe(options)
+    if options.child:
+        end_with_parent()
+        return work(options.child, options)
+    return run(options)

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from bench.harness.case import settings_for
 from casvit_kernels import _files, benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 NO_PART = {"demo", "export", "cli", "_files.py"}  # no number depends on these
+UNFINISHED = "unfinished"  # marks a case that some of its candidates are missing in
 
 
 class Store:
@@ -30,14 +32,28 @@ class Store:
             self.document = {}
         self.fresh = self.document.get("stamp") != stamp
         if self.fresh:
-            self.document = {"stamp": stamp, "limited": {}, "cases": []}
+            self.document = {"stamp": stamp, "cases": []}
 
     @property
     def done(self) -> dict[str, dict[str, Any]]:
-        return {case["id"]: case for case in self.document["cases"]}
+        return {case["id"]: case for case in self.document["cases"] if UNFINISHED not in case}
+
+    @property
+    def progress(self) -> int:
+        """Grows with every case and candidate, and where one of them goes wrong after all."""
+        rows = [row for case in self.document["cases"] for row in case.get("rows", ())]
+        return len(self.done) + len(rows) + sum("error" in row for row in rows)
+
+    def begun(self, key: str) -> dict[str, Any] | None:
+        """What there is of a case that is not done."""
+        cases = [c for c in self.document["cases"] if c["id"] == key and UNFINISHED in c]
+        return dict(cases[0]) if cases else None
 
     def add(self, *cases: dict[str, Any]) -> None:
-        self.document["cases"] += cases
+        """Cases that are done; also in place of what there was of them."""
+        mine = {case["id"] for case in cases}
+        kept = [c for c in self.document["cases"] if c["id"] not in mine or UNFINISHED not in c]
+        self.document["cases"] = [*kept, *cases]
         self.save()
 
     def save(self) -> None:
@@ -88,3 +104,12 @@ def load(part: str, options: argparse.Namespace) -> Store:
     if found.fresh and earlier != path:
         found.document = Store(earlier, found.document["stamp"]).document
     return found
+
+
+def open_to_write(part: str, options: argparse.Namespace) -> Store:
+    """As `load`, with where and how the part's process measures."""
+    file = load(part, options)
+    settings = settings_for(options.device, options.backend, options.quick)
+    environment = benchmark.environment(options.device)
+    file.document |= {"part": part, "environment": environment, "settings": vars(settings)}
+    return file

@@ -12,11 +12,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from bench.gpu import store
-from bench.gpu.schedule import AUTOTUNED, SPEED, Item, items
-from bench.gpu.store import ROOT
-from bench.gpu.worker import left
+from bench.gpu.schedule import SPEED, Item, items
+from bench.gpu.store import ROOT, UNFINISHED, Store
+from bench.gpu.worker import NOT_IN_TURN, left
+from bench.harness.stepwise import IN_TURN
+from casvit_kernels import benchmark
 
 
 def supervise(part: str, rank: int, options: argparse.Namespace) -> None:
@@ -28,47 +31,58 @@ def supervise(part: str, rank: int, options: argparse.Namespace) -> None:
             file.save()
         while left_of(part, rank, options):
             marker.unlink(missing_ok=True)
-            before = len(store.load(part, options).done)
+            before = store.load(part, options).progress
             ended, seconds = watch(start(part, rank, marker, options), marker, options)
             if ended == 0 or time.time() > options.deadline:
                 return
-            running = json.loads(marker.read_text())["key"] if marker.exists() else None
-            file = store.load(part, options)
-            if running is None:
-                if len(file.done) == before:
-                    file.document.setdefault("problems", []).append(
-                        f"the process ended with status {ended} before its first case"
-                    )
-                    file.save()
-                    return
-                continue
+            reason = f"the process ended with status {ended}"
             if ended is None:
-                limited = file.document["limited"]
-                again = part in SPEED and running not in limited and AUTOTUNED not in running
-                limited[running] = f"not within {seconds:.0f} s"
-                reason = None if again else f"did not finish within {seconds:.0f} s, and was ended"
-            else:
-                reason = f"the process ended with status {ended}"
-            if reason is not None:
-                file.add({"id": running, "error": reason})
-            file.save()
+                reason = f"did not finish within {seconds:.0f} s, and was ended"
+            file = store.load(part, options)
+            running = json.loads(marker.read_text()) if marker.exists() else {"key": None}
+            if running["key"] is not None and not recorded(part, running, before, file):
+                blame(part, running, reason, file, options)
+            elif file.progress == before:
+                file.document.setdefault("problems", []).append(f"{reason} before its first case")
+                file.save()
+                return
+
+
+def recorded(part: str, running: dict[str, Any], before: int, file: Store) -> bool:
+    """Whether the process wrote itself what went wrong with the candidate that it was at."""
+    rows = (file.begun(running["key"]) or {}).get("rows", ())
+    mine = [row for row in rows if row["candidate"] == running.get("candidate")]
+    return part in SPEED and bool(mine) and not any("median_s" in row for row in mine)
+
+
+def blame(
+    part: str, running: dict[str, Any], reason: str, file: Store, options: argparse.Namespace
+) -> None:
+    """Write an error to what was running: a candidate of a case, or the case."""
+    key, candidate = running["key"], running.get("candidate")
+    case = file.begun(key) or {"id": key}
+    item = next(item for item in items(part, options) if item.key == key)
+    suffix = benchmark.BF16 if getattr(item.case, "dtype", None) == "bfloat16" else ""
+    if part in SPEED and candidate in [name + suffix for name in item.names]:
+        rows = [row for row in case.get("rows", ()) if row["candidate"] != candidate]
+        rows.append({"candidate": candidate, "error": reason})
+        file.add({**vars(item.case), **case, "rows": rows, UNFINISHED: True})
+        return
+    case.pop(UNFINISHED, None)
+    what = "error"
+    if candidate == IN_TURN and case.get("rows"):  # each was measured alone
+        what = NOT_IN_TURN
+    file.add({**case, what: reason})
 
 
 def start(
     part: str, rank: int, marker: Path, options: argparse.Namespace
 ) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(Path(__file__).parent), "--child", part, "--rank", str(rank)]
-    command += [
-        "--device",
-        options.device,
-        "--backend",
-        options.backend,
-        "--jobs",
-        str(options.jobs),
-    ]
-    command += ["--deadline", str(options.deadline), "--marker", str(marker)]
-    command += ["--out", str(options.out), "--case-limit", str(options.case_limit)]
-    command += ["--quick"] if options.quick else []
+    given = ("device", "backend", "jobs", "deadline", "until", "started", "out", "case_limit")
+    for name in given:
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    command += ["--marker", str(marker), *(["--quick"] if options.quick else [])]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -81,7 +95,7 @@ def start(
 def watch(
     process: subprocess.Popen[bytes], marker: Path, options: argparse.Namespace
 ) -> tuple[int | None, float]:
-    """The process's status, None if it was ended here; and the seconds that its last case took."""
+    """The process's status, None if it was ended here; and the seconds of what it was at."""
     seconds = 0.0
     try:
         while True:
@@ -93,7 +107,7 @@ def watch(
             try:
                 running = json.loads(marker.read_text())
                 seconds = now - running["since"] if running["key"] else 0.0
-            except (OSError, ValueError):  # not there yet, or half written
+            except (OSError, ValueError):  # not there yet
                 pass
             if now > options.deadline or seconds > options.case_limit:
                 return None, seconds
@@ -107,19 +121,3 @@ def left_of(part: str, rank: int, options: argparse.Namespace) -> list[Item]:
     return left(
         part, store.load(part, options), argparse.Namespace(**{**vars(options), "rank": rank})
     )
-
-
-def red(options: argparse.Namespace) -> str | None:
-    """Why no speed may be measured yet, or None."""
-    done = store.load("parity", options).done
-    first = [item.key for item in items("parity", options) if item.rank == 1]
-    own = f"{options.backend}-"
-    wrong = [
-        key
-        for key, case in done.items()
-        if key.startswith(own) and not case.get("passed") and "absent" not in case
-    ]
-    if wrong:
-        return f"parity is red, {len(wrong)} of {len(done)} cases, the first: {wrong[0]}"
-    missing = sum(key not in done for key in first)
-    return f"parity is not complete, {missing} cases are left" if missing else None

@@ -6,70 +6,167 @@ import argparse
 import json
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures import TimeoutError as OutOfTime  # the builtin one from Python 3.11
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from typing import Any
 
-import torch
-
-from bench.gpu import store
-from bench.gpu.cases import run_behaviour, run_parity, run_sanitizer, run_speed
-from bench.gpu.schedule import SPEED, Item, items
-from bench.gpu.store import Store
-from bench.harness.case import settings_for
+from bench.gpu import gates, store
+from bench.gpu.cases import run_behaviour, run_sanitizer, run_speed
+from bench.gpu.counters import run_counters
+from bench.gpu.pool import work_pooled
+from bench.gpu.schedule import GATED, SPEED, Item, items
+from bench.gpu.store import UNFINISHED, Store
 from bench.harness.memory import copy_bandwidth
+from bench.harness.results import Measured
+from bench.harness.stepwise import IN_TURN, ContextLost
 from casvit_kernels import benchmark
 
 LARGE = 4_000_000  # elements of x: such cases of the parity part run one at a time
+NOT_IN_TURN = "not_in_turn"  # why there are only times of candidates alone
 FATAL = 3  # exit status of a process whose GPU context is lost
+
+
+class OutOfTime(Exception):
+    """No candidate begins any more; what is there of the case is written."""
 
 
 def work(part: str, options: argparse.Namespace) -> int:
     """Run what is left of a part, up to a rank, until it is done or the deadline is near."""
-    file = store.load(part, options)
-    settings = settings_for(options.device, options.backend, options.quick)
-    file.document |= {
-        "part": part,
-        "environment": benchmark.environment(options.device),
-        "settings": vars(settings),
-    }
+    file = store.open_to_write(part, options)
     file.save()
     todo = left(part, file, options)
     if part == "parity" and options.jobs > 1:
         work_pooled([i for i in todo if math.prod(i.case.shape) < LARGE], file, options)
         todo = left(part, file, options)
-    copy = copy_bandwidth(options.device, options.quick) if part in SPEED and todo else None
-    longest = 0.0
+    copy = copy_bandwidth(options.device, options.quick) if part in GATED and todo else None
+    parity, longest = store.load("parity", options), 0.0
     for item in todo:
         start = time.time()
-        if start + longest > options.deadline:
+        if start + longest > options.deadline or start > options.until:
             return 0
+        if part in GATED and not gates.is_judged(item.case, options.backend, parity):
+            continue  # it waits for the parity part
         mark(options, item.key)
-        status = 0
         try:
-            if part == "parity":
-                found = run_parity(item.case)
-            elif part == "behaviour":
-                found = run_behaviour(item.case, options)
-            elif part == "sanitizer":
-                found = run_sanitizer(item.case, options)
-            else:
-                found = run_speed(part, item, file.document["limited"], options)
-                found["copy_bytes_per_s"] = copy
+            found = run_item(part, item, file, copy, options)
+        except OutOfTime:
+            mark(options, None)
+            return 0
         except Exception as error:
-            found = {"error": f"{type(error).__name__}: {error}"[:2000]}
-        if "CUDA error" in str(found.get("error") or found.get("failures")):
-            status = FATAL  # nothing runs in this context any more
-        file.add({"id": item.key, **found, "seconds": round(time.time() - start, 1)})
+            found = {
+                **(file.begun(item.key) or {}),
+                "error": f"{type(error).__name__}: {error}"[:2000],
+            }
+        found.pop(UNFINISHED, None)
+        found["seconds"] = round(time.time() - start, 1)
+        if found.pop("lost", False):  # what is left of the case is for another process
+            return FATAL
+        file.add({"id": item.key, **found})
         mark(options, None)
-        if status:
-            return status
+        if "CUDA error" in str([found.get(k) for k in ("error", "failures", NOT_IN_TURN)]):
+            return FATAL  # nothing runs in this context any more
         longest = max(longest, time.time() - start)
     return 0
+
+
+def run_item(
+    part: str, item: Item, file: Store, copy: float | None, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One case as JSON; `lost` in it: the context is, and the case is not done."""
+    if part == "parity":
+        return gates.run_parity(item.case)
+    if part == "behaviour":
+        return run_behaviour(item.case, options)
+    if part == "sanitizer":
+        return run_sanitizer(item.case, options)
+    described = {**gates.described(item.case), "copy_bytes_per_s": copy}
+    reason = gates.refusal(item.case, options.backend, store.load("parity", options))
+    if reason is not None:
+        return {**described, "refused": reason}
+    if part not in SPEED:
+        return {**described, **run_counters(item.case, options)}
+    return Speed(part, item, file, described, options).run()
+
+
+class Speed:
+    """A case candidate by candidate: told by `stepwise` what begins and what was found."""
+
+    def __init__(
+        self,
+        part: str,
+        item: Item,
+        file: Store,
+        described: dict[str, Any],
+        options: argparse.Namespace,
+    ) -> None:
+        self.part, self.item, self.file = part, item, file
+        self.described, self.options, self.at = described, options, ""
+        before = (file.begun(item.key) or {}).get("rows", [])
+        # What was measured is measured again, in turn with the rest; what could not be is not.
+        self.wrong = [row for row in before if "error" in row or "absent" in row]
+        self.before = [row for row in before if "median_s" in row]
+
+    def run(self) -> dict[str, Any]:
+        wrong = {row["candidate"] for row in self.wrong}
+        suffix = benchmark.BF16 if self.item.case.dtype == "bfloat16" else ""
+        names = [n + suffix for n in self.item.names if n + suffix not in wrong]
+        try:
+            return self._joined(run_speed(self.part, self.item, names, self.options, self))
+        except ContextLost:
+            return {"lost": True}
+        except OutOfTime:
+            raise
+        except Exception as error:
+            if self.at != IN_TURN:
+                raise
+            text = f"{type(error).__name__}: {error}"[:2000]
+            return {**(self.file.begun(self.item.key) or {}), NOT_IN_TURN: text}
+
+    def begins(self, what: str) -> None:
+        # Taking turns is short, and then the case is done.
+        until = self.options.deadline if what == IN_TURN else self.options.until
+        if time.time() > until:
+            raise OutOfTime
+        self.at = what
+        mark(self.options, self.item.key, what)
+
+    def found(self, measured: Measured) -> None:
+        found = self._joined(measured.as_json())
+        self.file.add({"id": self.item.key, **found, UNFINISHED: True})
+        rows = {row["candidate"]: row for row in found["rows"]}
+        if self.at in rows:
+            say(self.options, f"{self.item.key}, {self.at}: {told(rows[self.at])}")
+
+    def _joined(self, found: dict[str, Any]) -> dict[str, Any]:
+        """With what is known from before of the candidates that this process has no row of."""
+        new = found.get("rows", [])
+        names = {row["candidate"] for row in new}
+        kept = [row for row in (*self.before, *self.wrong) if row["candidate"] not in names]
+        return {**self.described, **found, "rows": [*new, *kept]}
+
+
+def told(row: dict[str, Any]) -> str:
+    if "median_s" not in row:
+        return str(row.get("absent") or row.get("error"))[:200]
+    call = f", {1e3 * row['call_s']:.4g} ms of CPU a call" if "call_s" in row else ""
+    return f"{1e3 * row['median_s']:.4g} ms{call}"
+
+
+def say(options: argparse.Namespace, text: str) -> None:
+    print(f"[{time.time() - options.started:4.0f} s]   {text}", flush=True)
+
+
+def end_with_parent() -> None:
+    """End this process and those it started when its parent is gone: the GPU is for the next run."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def left(part: str, file: Store, options: argparse.Namespace) -> list[Item]:
@@ -77,28 +174,9 @@ def left(part: str, file: Store, options: argparse.Namespace) -> list[Item]:
     return [i for i in items(part, options) if i.rank <= options.rank and i.key not in done]
 
 
-def work_pooled(todo: list[Item], file: Store, options: argparse.Namespace) -> None:
-    """Several processes: most of the time goes to compiling kernels, one after the other in each."""
-    groups: dict[Any, list[Item]] = {}
-    for item in todo:
-        case = item.case
-        groups.setdefault((case.backend, case.shape[1], case.dtype), []).append(item)
-    pool = ProcessPoolExecutor(options.jobs, get_context("spawn"), torch.set_num_threads, (1,))
-    try:
-        futures = [pool.submit(run_group, group) for group in groups.values()]
-        for future in as_completed(futures, max(0.0, options.deadline - time.time())):
-            file.add(*future.result())
-    except BrokenProcessPool:
-        print("a process of the pool ended: one case at a time from here", flush=True)
-    except OutOfTime:
-        os._exit(0)  # the parent ends what still runs
-    pool.shutdown(cancel_futures=True)
-
-
-def run_group(group: Iterable[Item]) -> list[dict[str, Any]]:
-    return [{"id": item.key, **run_parity(item.case)} for item in group]
-
-
-def mark(options: argparse.Namespace, key: str | None) -> None:
-    """Tell the parent which case runs, and since when."""
-    options.marker.write_text(json.dumps({"key": key, "since": time.time()}), encoding="utf-8")
+def mark(options: argparse.Namespace, key: str | None, candidate: str | None = None) -> None:
+    """Tell the parent which case and candidate run, and since when."""
+    now = {"key": key, "candidate": candidate, "since": time.time()}
+    draft = options.marker.with_suffix(".draft")
+    draft.write_text(json.dumps(now), encoding="utf-8")
+    os.replace(draft, options.marker)  # never half written

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bench.harness import compare, memory
 from bench.harness.case import Case, Settings
 from bench.harness.results import Measured
+from bench.harness.stepwise import Watcher, in_turn, step_by_step
 from casvit_kernels import benchmark
 
 
@@ -20,15 +21,21 @@ def measure(
     candidates: Mapping[str, Callable[[], object]],
     settings: Settings,
     trial: tuple[Tensor, Mapping[str, Callable[[], object]]] | None = None,
+    watcher: Watcher | None = None,
 ) -> Measured:
     """Compare with float64, then time. Where a fused candidate fails parity nothing is timed.
+
+    With a watcher one candidate after the other, see `stepwise.py`.
 
     Args:
         module: the plain module that the candidates compute.
         x: its input, float32.
         candidates: as `casvit_kernels.benchmark` makes them; ``eager`` is among them.
         trial: a smaller input and its candidates, eager and fused: these are compared instead.
+        watcher: told of each candidate before and after it.
     """
+    if watcher is not None:
+        return step_by_step(case, module, x, candidates, settings, trial, watcher)
     measured = Measured(case)
     eager = "eager bf16" if case.dtype == "bfloat16" else "eager"
     compared, among = trial or (x, candidates)
@@ -64,19 +71,5 @@ def measure(
         truth = ()  # gigabytes
         present = {name: c for name, c in candidates.items() if name not in measured.absent}
         measured.memory = {name: memory.of_call(case, name, c) for name, c in present.items()}
-    measured.timings = benchmark.interleave(
-        present,
-        rounds=settings.rounds,
-        min_round_seconds=settings.min_round_seconds,
-        pause_seconds=settings.pause_seconds,
-        stopwatch=_stopwatch(case, settings),
-    )
+    measured.timings = in_turn(case, present, settings)
     return measured
-
-
-def _stopwatch(case: Case, settings: Settings) -> benchmark.Stopwatch | None:
-    if settings.device == "cpu":
-        return None
-    # Whole models and backwards write far more than the cache holds between one use and the next.
-    cold = settings.cold and case.level == "mixer"
-    return benchmark.CudaStopwatch(torch.device(settings.device), cold)

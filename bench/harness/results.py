@@ -29,6 +29,9 @@ class Measured:
     gradient_errors: dict[str, GradientError] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     memory: dict[str, dict[str, int]] = field(default_factory=dict)  # see memory.of_call
+    call_seconds: dict[str, float] = field(default_factory=dict)  # see benchmark.call_time
+    failed: dict[str, str] = field(default_factory=dict)  # what went wrong, by candidate
+    alone: set[str] = field(default_factory=set)  # timed, but not yet in turn with the others
     refused: str | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -44,11 +47,16 @@ class Measured:
                 "rounds": t.rounds,
                 "calls_per_round": t.calls,
                 "max_error": self._max_error(name),
+                **(
+                    {"call_s": _short(self.call_seconds[name])} if name in self.call_seconds else {}
+                ),
+                **({"alone": True} if name in self.alone else {}),
                 **self.memory.get(name, {}),
             }
             for name, t in self.timings.items()
         ]
         rows += [{"candidate": n, "absent": reason} for n, reason in self.absent.items()]
+        rows += [{"candidate": n, "error": reason} for n, reason in self.failed.items()]
         return {**described, "rows": rows}
 
     def _max_error(self, name: str) -> float | None:

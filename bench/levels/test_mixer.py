@@ -11,6 +11,7 @@ from bench.harness.measure import measure
 from bench.harness.replay import replayed
 from bench.harness.results import Measured
 from bench.harness.statistics import randomise_statistics
+from bench.harness.stepwise import Watcher
 from casvit_kernels.benchmark import GPU_MIXER_NAMES, MIXER_NAMES, mixer_candidates
 from casvit_kernels.models import CONFIGS
 from casvit_kernels.ops.mixer.reference import AdditiveTokenMixer
@@ -44,10 +45,12 @@ def dtypes(choice: Choice, batch: int) -> list[str]:
     return ["float32", "bfloat16"] if batch == BF16_BATCH else ["float32"]
 
 
-def run(case: Case, names: list[str], settings: Settings) -> Measured:
+def run(
+    case: Case, names: list[str], settings: Settings, watcher: Watcher | None = None
+) -> Measured:
     mixer, x = problem(case, settings)
     candidates = mixer_candidates(mixer, x, include=names, backend=settings.backend)
-    return measure(case, mixer, x, candidates, settings)
+    return measure(case, mixer, x, candidates, settings, watcher=watcher)
 
 
 def problem(case: Case, settings: Settings) -> tuple[AdditiveTokenMixer, torch.Tensor]:

@@ -11,6 +11,7 @@ from bench.harness.measure import measure
 from bench.harness.replay import replayed
 from bench.harness.results import Measured
 from bench.harness.statistics import randomise_statistics
+from bench.harness.stepwise import Watcher
 from bench.levels.test_mixer import dtypes
 from casvit_kernels import models as family
 from casvit_kernels.benchmark import (
@@ -37,7 +38,9 @@ def cases(choice: Choice) -> list[Case]:
     ]
 
 
-def run(case: Case, names: list[str], settings: Settings) -> Measured:
+def run(
+    case: Case, names: list[str], settings: Settings, watcher: Watcher | None = None
+) -> Measured:
     torch.manual_seed(0)
     trains = case.level == "model-training"
     model = getattr(family, f"rcvit_{case.model}")(distillation=not trains)  # then one output
@@ -46,12 +49,12 @@ def run(case: Case, names: list[str], settings: Settings) -> Measured:
     x = torch.randn(case.batch, case.channels, case.size, case.size, device=settings.device)
     if not trains:
         candidates = model_candidates(model, x, include=names, backend=settings.backend)
-        return measure(case, model, x, candidates, settings)
+        return measure(case, model, x, candidates, settings, watcher=watcher)
     candidates = model_training_candidates(model, x, include=names, backend=settings.backend)
     few = x[:COMPARED]
     compared = [n for n in names if n.startswith(("eager", "fused")) and "compile" not in n]
     trial = model_training_candidates(model, few, include=compared, backend=settings.backend)
-    return measure(case, model, x, candidates, settings, (few, trial))
+    return measure(case, model, x, candidates, settings, (few, trial), watcher)
 
 
 @replayed

@@ -8,6 +8,7 @@ from bench.harness.case import Case, Choice, Settings
 from bench.harness.measure import measure
 from bench.harness.replay import replayed
 from bench.harness.results import Measured
+from bench.harness.stepwise import Watcher
 from bench.levels.test_mixer import mixers, problem
 from casvit_kernels.benchmark import GPU_TRAINING_NAMES, TRAINING_NAMES, training_candidates
 
@@ -26,12 +27,14 @@ def cases(choice: Choice) -> list[Case]:
     return [Case(level, *mixer, batch, dtype) for level, dtype in kinds for mixer in mixers(choice)]
 
 
-def run(case: Case, names: list[str], settings: Settings) -> Measured:
+def run(
+    case: Case, names: list[str], settings: Settings, watcher: Watcher | None = None
+) -> Measured:
     mixer, x = problem(case, settings)
     candidates = training_candidates(
         mixer, x, backward=case.level == "training", include=names, backend=settings.backend
     )
-    return measure(case, mixer, x, candidates, settings)
+    return measure(case, mixer, x, candidates, settings, watcher=watcher)
 
 
 @replayed

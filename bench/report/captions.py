@@ -45,8 +45,9 @@ def missing(cases: list[Case]) -> list[str]:
         if "error" in case:
             gaps.append(f"Refused, {case['id']}: {case['error']}.")
         for row in case.get("rows", ()):
-            if "absent" in row:
-                gaps.append(f"{row['candidate']} {NOT_MEASURED}: {row['absent']}.")
+            reason = row.get("absent") or row.get("error")
+            if reason is not None:
+                gaps.append(f"{row['candidate']} {NOT_MEASURED}: {reason}.")
     return list(dict.fromkeys(gaps))
 
 

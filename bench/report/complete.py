@@ -6,6 +6,7 @@ from typing import Any
 
 from bench.report.accuracy import onnx_table
 from bench.report.captions import case_title, gpu_machine, machine, missing
+from bench.report.counters import counter_table, diagnosis
 from bench.report.documents import NOT_MEASURED, SPEED, Case, Document
 from bench.report.goals import goal_lines, row_value, share_of_floor
 from bench.report.memory import kept_table
@@ -51,6 +52,7 @@ def gpu_tables(name: str, parts: dict[str, Document]) -> list[str]:
     document = next(iter(parts.values()))
     lines = ["", f"## {name}", "", f"{gpu_machine(document)}.", ""]
     lines += [f"- {line}" for line in goal_lines(parts[p] for p in SPEED if p in parts)]
+    lines += [f"- {line}" for line in diagnosis(parts.get("counters"))]
     for part in ("parity", "behaviour", "sanitizer"):
         cases = parts[part]["cases"] if part in parts else []
         passed = sum(bool(case.get("passed")) for case in cases)
@@ -61,8 +63,11 @@ def gpu_tables(name: str, parts: dict[str, Document]) -> list[str]:
         "",
         "Speed-up: median of the best baseline over median of `fused channels_last`. Share: of the "
         "time that a copy of as many bytes takes as reading q, k, v and writing the output once, "
-        "in a mixer's forward. Memory: what a call allocates at most.",
+        "in a mixer's forward. Times are the GPU's; CPU: until a call returns. Memory: what a call "
+        "allocates at most. Alone: not measured in turn with the others.",
     ]
+    counters = parts.get("counters")
+    lines += ["", "### counters", "", *(counter_table(counters) if counters else [NOT_MEASURED])]
     for part in SPEED:
         cases = parts[part]["cases"] if part in parts else []
         lines += ["", f"### {part}", "", *(matrix(cases, gpu=True) if cases else [NOT_MEASURED])]
@@ -98,13 +103,16 @@ def _extra(case: Case, candidate: str, gpu: bool) -> str:
     """Memory and share of a candidate, where they were measured."""
     name = candidate.removesuffix(" bf16")
     peak = row_value(case, name, "peak_bytes") if gpu else None
+    call = row_value(case, name, "call_s") if gpu else None
+    alone = ", alone" if gpu and row_value(case, name, "alone") else ""
     share = share_of_floor(name)(case) if gpu and case["level"] == "mixer" else None
-    text = f", {peak / 2**20:,.0f} MiB" if peak is not None else ""
-    return text + (f", share {share:.2f}" if share is not None else "")
+    text = f", CPU {1e3 * call:.3g}" if call is not None else ""
+    text += f", {peak / 2**20:,.0f} MiB" if peak is not None else ""
+    return alone + text + (f", share {share:.2f}" if share is not None else "")
 
 
 def _cell(row: dict[str, Any] | None) -> str:
-    if row is None or "absent" in row:
+    if row is None or "median_s" not in row:
         return NOT_MEASURED
     median, p25, p75 = (1e3 * row[key] for key in ("median_s", "p25_s", "p75_s"))
     return f"{median:.3g} ({p25:.3g} to {p75:.3g})"

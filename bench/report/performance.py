@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.report.captions import gpu_machine, machines, missing
+from bench.report.counters import diagnosis
 from bench.report.documents import MODELS, NOT_MEASURED, SPEED, Document, by_set, find
 from bench.report.goals import goal_lines
 from bench.report.verdict import columns, judge, ratio
@@ -30,6 +31,11 @@ HEAD = (
     "| | fused, ms | best baseline, ms | speed-up | over eager | batch 1 | bf16 | training step | "
     "training step, bf16 |"
 )
+WITHOUT_GPU = """\
+`make gpu` measures where one is, in the order of what decides most:
+some parity, the mixers of rcvit_xs, profiler counters, a training step, the whole model, then the rest.
+It gives GPU time and the CPU time of a call apart, and no speed of a case whose own parity is red or
+unknown."""
 
 
 def performance(
@@ -40,12 +46,16 @@ def performance(
     for of_set in by_set(documents) or [[]]:
         lines += ["", *_machine(of_set)]
     if not gpus:
-        lines += ["", "## GPU", "", f"Any GPU: {NOT_MEASURED}. `make gpu` measures where one is."]
+        lines += ["", "## GPU", "", f"Any GPU: {NOT_MEASURED}. {WITHOUT_GPU}"]
     for parts in (gpus or {}).values():
         document = next(iter(parts.values()))
         lines += ["", f"## {document['environment']['gpu']}", "", f"{gpu_machine(document)}.", ""]
-        lines += ["Mixers of stages 1 and 2; bfloat16, batch 256, 224x224 input:", ""]
+        lines += [
+            "Mixers of stages 1 and 2; bfloat16, 224x224 input, batch 256 where a line says nothing:",
+            "",
+        ]
         lines += [f"- {line}" for line in goal_lines(parts[p] for p in SPEED if p in parts)]
+        lines += [f"- {line}" for line in diagnosis(parts.get("counters"))]
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,6 @@
-"""Benchmarks: `timer.py` takes turns, `candidates.py` what is timed, `environment.py` where.
+"""Benchmarks: `timer.py` takes turns, `candidates.py` what is timed, `gpu.py` a GPU's clock.
 
-Used by `bench/` and the command line.
+`environment.py` says where. Used by `bench/` and the command line.
 """
 
 from .candidates import (
@@ -21,9 +21,9 @@ from .candidates import (
     training_step,
 )
 from .environment import environment
+from .gpu import CudaStopwatch, call_time, graphed
 from .timer import (
     BF16,
-    CudaStopwatch,
     Stopwatch,
     Timing,
     Timings,
@@ -52,7 +52,9 @@ __all__ = [
     "Timings",
     "Unavailable",
     "WallStopwatch",
+    "call_time",
     "environment",
+    "graphed",
     "interleave",
     "is_bf16",
     "mixer_candidates",

@@ -18,6 +18,7 @@ from ..backends import Problem, select
 from ..module import FusedCATM, mixer_weights
 from ..ops.mixer import kernels
 from ..surgery import fuse
+from .gpu import graphed
 from .timer import BF16, Call, Unavailable, is_bf16
 
 Forward = Callable[[Tensor], Any]
@@ -30,7 +31,8 @@ TRAINING_NAMES = tuple(name for name in MIXER_NAMES if name != "onnxruntime")
 
 # On a GPU, all under autocast (append `BF16`). Compiled ones take minutes there, so in one layout only,
 # the one that favours them; "max-autotune" is torch.compile in that mode, CUDA graphs included; "fused
-# mix" is the mixer after its qkv product, which a library computes for every candidate.
+# mix" is the mixer after its qkv product, which a library computes for every candidate; "fused graph" is
+# recorded once as a CUDA graph and replayed.
 GPU_BASELINES = (
     "eager",
     "eager channels_last",
@@ -43,9 +45,16 @@ GPU_MIXER_NAMES = (
     "fused channels_last",
     "fused mix",
     "fused mix channels_last",
+    "fused graph channels_last",
 )
 GPU_TRAINING_NAMES = (*GPU_BASELINES, "fused", "fused channels_last")
-GPU_MODEL_NAMES = (*GPU_BASELINES, "fused channels_last", "fused max-autotune channels_last")
+GPU_MODEL_NAMES = (
+    *GPU_BASELINES,
+    "fused channels_last",
+    "fused graph channels_last",
+    "fused compile channels_last",
+    "fused max-autotune channels_last",
+)
 GPU_MODEL_TRAINING_NAMES = (*GPU_BASELINES, "fused channels_last", "fused compile channels_last")
 _COMPILED = {"compile": "default", "max-autotune": "max-autotune"}  # a name's word and its mode
 
@@ -248,14 +257,14 @@ def _candidates(
             run = _compiled(own, own_x, mode) if mode else own
         if training is not None:
             return training(own, run, own_x, autocast)
-        if not is_bf16(name):
-            return lambda: run(own_x)
 
         def call() -> object:
             with autocast():
                 return run(own_x)
 
-        return call
+        if not is_bf16(name):
+            call = partial(run, own_x)
+        return graphed(call, x.device) if "graph" in words else call
 
     def build_outside(name: str) -> Call:
         with torch.inference_mode(False), torch.enable_grad():  # inference tensors cannot train

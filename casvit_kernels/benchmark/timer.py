@@ -1,6 +1,6 @@
 """Times several ways to compute one thing, in turn, so that all of them meet the same conditions.
 
-On the CPU a wall clock measures, on a GPU its own events (`CudaStopwatch`). May import: torch.
+On the CPU a wall clock measures, on a GPU its own events (`gpu.CudaStopwatch`). May import: torch.
 """
 
 from __future__ import annotations
@@ -58,36 +58,6 @@ class WallStopwatch:
         for _ in itertools.repeat(None, count):
             call()
         return self._clock() - start
-
-
-class CudaStopwatch:
-    """Seconds between events on the current stream, before and after each call.
-
-    With `cold`, twice the GPU's L2 cache is overwritten before each call, outside the events. The
-    launches of a call are then queued while that runs: up to that long they are not in the time.
-    Without, the GPU waits for each launch, and for as long as that takes, it is in the time.
-    """
-
-    def __init__(self, device: torch.device, cold: bool) -> None:
-        self._flush = None
-        if cold:
-            cache = torch.cuda.get_device_properties(device).L2_cache_size
-            self._flush = torch.empty(2 * cache, dtype=torch.int8, device=device)
-
-    def __call__(self, call: Call, count: int) -> float:
-        events = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            for _ in range(count)
-        ]
-        torch.cuda.synchronize()
-        for start, end in events:
-            if self._flush is not None:
-                self._flush.zero_()
-            start.record()
-            call()
-            end.record()
-        torch.cuda.synchronize()
-        return sum(float(start.elapsed_time(end)) for start, end in events) / 1e3
 
 
 def interleave(
