@@ -217,7 +217,7 @@ def _cluster(emulation: Any, settings: Any) -> tuple[Any, bool]:
     report = emulation.cluster(x, out, 4, 3, settings)
     expected = x
     for _ in range(3):
-        expected = np.roll(expected, -1, 1)[..., ::-1] + np.float32(0.5) * expected
+        expected = np.roll(expected, -1, 1)[..., ::-1] + np.float32(0.5) * expected[..., ::-1]
     return report, np.array_equal(out, expected)
 
 
@@ -289,6 +289,8 @@ def test_traffic_counts_bytes(emulation: Any) -> None:
     report = emulation.double_buffer(x, out, emulation.Settings(1))
     assert report.traffic == {"from": (x.nbytes, 0), "to": (0, out.nbytes)}
     assert report.kernel == "double_buffer"
+    report = _transpose(emulation, emulation.Settings())[0]  # the second launch alone
+    assert report.traffic == {"from": (3072, 0), "to": (0, 3072)}
 
 
 # --- What kernels should not do, by its number in probes.h.
@@ -315,13 +317,14 @@ FAULTS = {
     19: "copy_async .*no multiple of 16",
     20: "load_cluster_shared .*rank 1 of a cluster of 1",
     23: "copy_async .*no multiple of 16",
+    24: "16 bytes of global memory in no buffer: byte 240 of from, which has 248",
 }
 FINE = {21: "copy_async from nowhere that is not valid", 22: "ldmatrix of unwritten bytes"}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_reported(emulation: Any, fault: int) -> None:
-    data, out = np.zeros(64, np.float32), np.zeros(64, np.float32)
+    data, out = np.zeros(62 if fault == 24 else 64, np.float32), np.zeros(64, np.float32)
     with pytest.raises(RuntimeError, match=FAULTS[fault]) as raised:
         emulation.fault(fault, data, out, emulation.Settings())
     assert "kernel fault: " in str(raised.value)
@@ -350,7 +353,7 @@ PAIRS = [
     (LOAD, COPY),
 ]
 NOTHING, SYNC_WARP, SYNC_THREADS, SHUFFLE = range(4)
-WAIT_WITHOUT_COMMIT, WAIT_FOR_ANOTHER, WAIT, WAIT_AND_SYNC = range(4, 8)
+WAIT_WITHOUT_COMMIT, WAIT_FOR_ANOTHER, WAIT, WAIT_AND_SYNC, SYNC_AND_WAIT = range(4, 9)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -397,8 +400,41 @@ def test_after_its_wait_a_copy_is_a_store(emulation: Any, other: int, then: int)
     data = np.zeros(64, np.float32)
     emulation.race(COPY, then, 0, 0, WAIT, data, emulation.Settings())
     emulation.race(COPY, then, other, 0, WAIT_AND_SYNC, data, emulation.Settings())
-    with pytest.raises(RuntimeError, match=r"race: .*written by thread 0"):
-        emulation.race(COPY, then, other, 0, WAIT, data, emulation.Settings())
+    for between in (WAIT, SYNC_AND_WAIT):
+        with pytest.raises(RuntimeError, match=r"race: .*written by thread 0"):
+            emulation.race(COPY, then, other, 0, between, data, emulation.Settings())
+
+
+@pytest.mark.parametrize("other", [9, 41])
+def test_a_store_races_with_every_reader(emulation: Any, other: int) -> None:
+    for schedule in SCHEDULES:
+        emulation.readers(other, SYNC_THREADS, emulation.Settings(schedule))
+        for between in (NOTHING, SYNC_WARP):
+            if (other, between) == (9, SYNC_WARP):  # of one warp
+                emulation.readers(other, between, emulation.Settings(schedule))
+                continue
+            with pytest.raises(RuntimeError, match="race: "):
+                emulation.readers(other, between, emulation.Settings(schedule))
+
+
+def test_poison(emulation: Any) -> None:
+    """Of bytes that nobody wrote, in every block, and, in schedule 1, of a copy under way."""
+    data = np.ones((32, 4), np.float32)
+    for schedule in SCHEDULES:
+        found = np.zeros((3, 2, 32), np.uint32)
+        emulation.poison(data, found, emulation.Settings(schedule, races=False))
+        assert (found[:, 0] == 0xFFFFFFFF).all()
+        assert (found[:, 1] == (0xFFFFFFFF if schedule == 1 else data.view(np.uint32)[0, 0])).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("store_first", [True, False])
+def test_races_between_blocks(emulation: Any, store_first: bool, schedule: int) -> None:
+    nothing, sync_threads, cluster_sync = range(3)
+    emulation.cluster_race(store_first, cluster_sync, emulation.Settings(schedule))
+    for between in (nothing, sync_threads):
+        with pytest.raises(RuntimeError, match=r"race: .*without cluster_sync between"):
+            emulation.cluster_race(store_first, between, emulation.Settings(schedule))
 
 
 def test_loads_do_not_race(emulation: Any) -> None:

@@ -158,8 +158,8 @@ class Machine {
   Access access(uint32_t lanes) const {
     const Thread& t = *current_;
     const uint32_t block = std::max(t.block->synced, cluster_synced_);
-    return {t.index, t.index / 32,    lanes,      clock_, std::max(t.warp->synced, block),
-            block,   cluster_synced_, t.site.line};
+    return {t.index,        t.index / 32, lanes,           clock_,
+            t.warp->synced, block,        cluster_synced_, t.site.line};
   }
   Access access() const { return access(1u << current_->lane); }
   Access access_of_warp() const {

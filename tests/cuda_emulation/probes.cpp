@@ -10,17 +10,12 @@ namespace {
 using namespace casvit::cuda;
 using namespace casvit::cuda::emulation;
 
-template <class Kernel>
-Report run(const char* name, Kernel kernel, const Shape& shape, Memory& memory, const Settings& s) {
-  return launch(name, kernel, shape, memory, s);
-}
-
 template <int N, bool TRANSPOSED>
 Report ldmatrix(const py::array& rows, const py::array& words, const Settings& s) {
   Memory memory;
   const auto* from = reinterpret_cast<const uint4*>(input<uint16_t>(memory, "rows", rows));
   auto* to = output<uint32_t>(memory, "words", words);
-  return run(
+  return launch(
       "ldmatrix", [&] { probes::ldmatrix_probe<N, TRANSPOSED>(from, to); }, {{}, 32, 512}, memory,
       s);
 }
@@ -33,7 +28,8 @@ Report mma_of(const py::array& a, const py::array& b, const py::array& c, const 
   const auto* b_of = reinterpret_cast<const uint2*>(input<uint32_t>(memory, "b", b));
   const auto* c_of = reinterpret_cast<const float4*>(input<float>(memory, "c", c));
   auto* d_of = reinterpret_cast<float4*>(output<float>(memory, "d", d));
-  return run("mma", [&] { probes::mma_probe<T>(a_of, b_of, c_of, d_of); }, {{}, 32, 0}, memory, s);
+  return launch(
+      "mma", [&] { probes::mma_probe<T>(a_of, b_of, c_of, d_of); }, {{}, 32, 0}, memory, s);
 }
 
 template <class T>
@@ -42,17 +38,19 @@ Report product(const py::array& a, const py::array& b, const py::array& d, const
   const auto* a_of = reinterpret_cast<const uint4*>(input<uint16_t>(memory, "a", a));
   const auto* b_of = reinterpret_cast<const uint4*>(input<uint16_t>(memory, "b", b));
   auto* d_of = reinterpret_cast<float2*>(output<float>(memory, "d", d));
-  return run(
+  return launch(
       "product", [&] { probes::product_probe<T>(a_of, b_of, d_of); }, {{}, 32, 768}, memory, s);
 }
 
+// Two launches on the same buffers; the second one's report.
 Report transpose(const py::array& from, const py::array& to, const Settings& s) {
   Memory memory;
   const float* in = input<float>(memory, "from", from);
   float* out = output<float>(memory, "to", to);
   const int tiles = static_cast<int>(from.size() / 256);
-  return run(
-      "transpose", [&] { probes::transpose_probe(in, out, tiles); }, {{}, 256, 1024}, memory, s);
+  const auto kernel = [&] { probes::transpose_probe(in, out, tiles); };
+  launch("transpose", kernel, {{}, 256, 1024}, memory, s);
+  return launch("transpose", kernel, {{}, 256, 1024}, memory, s);
 }
 
 Report double_buffer(const py::array& from, const py::array& to, const Settings& s) {
@@ -61,7 +59,7 @@ Report double_buffer(const py::array& from, const py::array& to, const Settings&
   auto* out = reinterpret_cast<float4*>(output<float>(memory, "to", to));
   const int blocks = static_cast<int>(to.size() / 256);
   const int tiles = static_cast<int>(from.size() / 256 / blocks);
-  return run(
+  return launch(
       "double_buffer", [&] { probes::double_buffer_probe(in, out, tiles); }, {{blocks}, 64, 2048},
       memory, s);
 }
@@ -73,7 +71,8 @@ Report warp(const py::array& from, const py::array& mirrored, const py::array& s
   float* out = output<float>(memory, "mirrored", mirrored);
   float* all = output<float>(memory, "sums", sums);
   auto* ballots = output<uint32_t>(memory, "votes", votes);
-  return run("warp", [&] { probes::warp_probe(in, out, all, ballots); }, {{}, 128, 512}, memory, s);
+  return launch(
+      "warp", [&] { probes::warp_probe(in, out, all, ballots); }, {{}, 128, 512}, memory, s);
 }
 
 Report cluster(const py::array& from, const py::array& to, int cluster, int turns,
@@ -82,7 +81,7 @@ Report cluster(const py::array& from, const py::array& to, int cluster, int turn
   const float* in = input<float>(memory, "from", from);
   float* out = output<float>(memory, "to", to);
   const int blocks = static_cast<int>(from.size() / 64);
-  return run(
+  return launch(
       "cluster", [&] { probes::cluster_probe(in, out, cluster, turns); },
       {{blocks}, 64, 256, cluster}, memory, s);
 }
@@ -91,27 +90,48 @@ Report fault(int number, const py::array& from, const py::array& to, const Setti
   Memory memory;
   const float* in = input<float>(memory, "from", from);
   float* out = output<float>(memory, "to", to);
-  return run("fault", [&] { probes::fault_probe(number, in, out); }, {{}, 64, 1024}, memory, s);
+  return launch("fault", [&] { probes::fault_probe(number, in, out); }, {{}, 64, 1024}, memory, s);
 }
 
 Report race(int first, int second, int other, int offset, int between, const py::array& from,
             const Settings& s) {
   Memory memory;
   const float* in = input<float>(memory, "from", from);
-  return run(
+  return launch(
       "race", [&] { probes::race_probe(first, second, other, offset, between, in); }, {{}, 64, 512},
       memory, s);
+}
+
+Report cluster_race(bool store_first, int between, const Settings& s) {
+  Memory memory;
+  return launch(
+      "cluster_race", [&] { probes::cluster_race_probe(store_first, between); }, {{2}, 32, 128, 2},
+      memory, s);
+}
+
+Report readers(int other, int between, const Settings& s) {
+  Memory memory;
+  return launch(
+      "readers", [&] { probes::readers_probe(other, between); }, {{}, 64, 256}, memory, s);
+}
+
+Report poison(const py::array& from, const py::array& to, const Settings& s) {
+  Memory memory;
+  const auto* in = reinterpret_cast<const float4*>(input<float>(memory, "from", from));
+  auto* out = output<uint32_t>(memory, "to", to);
+  const int blocks = static_cast<int>(to.size() / 64);
+  return launch("poison", [&] { probes::poison_probe(in, out); }, {{blocks}, 32, 1024}, memory, s);
 }
 
 Report own(const py::array& to, const Settings& s) {
   Memory memory;
   float* out = output<float>(memory, "to", to);
-  return run("own", [&] { probes::own_probe(out); }, {{}, 64, 256}, memory, s);
+  return launch("own", [&] { probes::own_probe(out); }, {{}, 64, 256}, memory, s);
 }
 
 Report work(int count, int blocks, const Settings& s) {
   Memory memory;
-  return run("work", [&] { probes::work_probe(count); }, {{blocks}, 256, 60000}, memory, s);
+  return launch("work", [&] { probes::work_probe(count); }, {{blocks}, 256, 60000}, memory, s);
 }
 
 // Float32 to 2-byte floats in the low (else the high) half of a word, and back.
@@ -150,6 +170,9 @@ void bind_probes(py::module_& m) {
   m.def("cluster", &cluster);
   m.def("fault", &fault);
   m.def("race", &race);
+  m.def("cluster_race", &cluster_race);
+  m.def("readers", &readers);
+  m.def("poison", &poison);
   m.def("own", &own);
   m.def("work", &work);
   m.def("narrow", &narrow);

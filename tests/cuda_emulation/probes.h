@@ -107,7 +107,7 @@ warp_probe(const float* from, float* mirrored, float* sums, uint32_t* votes) {
   store_global(votes + thread, vote_ballot(v > 0.0f) + (vote_any(v > 1e6f) ? 1u : 0u));
 }
 
-// Each block reads what the next one of its cluster wrote, mirrored, and half of its own.
+// Each block reads what the next one of its cluster wrote, mirrored, and half of its own, too.
 CASVIT_KERNEL(64, 1)
 cluster_probe(const float* from, float* to, int blocks, int turns) {
   const int thread = thread_index(), index = block_x() * 64 + thread;
@@ -116,7 +116,8 @@ cluster_probe(const float* from, float* to, int blocks, int turns) {
     store_shared(4 * thread, v);
     cluster_sync();
     const int rank = (cluster_rank() + 1) % blocks;
-    v = load_cluster_shared<float>(rank, 4 * (63 - thread)) + 0.5f * load_shared<float>(4 * thread);
+    v = load_cluster_shared<float>(rank, 4 * (63 - thread)) +
+        0.5f * load_shared<float>(4 * (63 - thread));
     cluster_sync();
   }
   store_global(to + index, v);
@@ -175,6 +176,7 @@ fault_probe(int fault, const float* input, float* output) {
     case 21: copy_async<16>(shared_base() + 16 * thread, input + 1000, false); break;  // is fine
     case 22: ldmatrix_x4(r, shared_base()); break;                                     // is fine
     case 23: copy_async<16>(shared_base() + 16 * thread, input + 1, false); break;
+    case 24: load_global(reinterpret_cast<const float4*>(input + 60)); break;  // of 62
   }
 }
 
@@ -204,12 +206,61 @@ race_probe(int first, int second, int other, int offset, int between, const floa
   if (between == 4) copy_wait<0>();  // of a copy that belongs to no group yet
   if (between >= 5) copy_commit();
   if (between == 5) copy_wait<1>();
+  if (between == 8) sync_threads();  // too early
   if (between >= 6) copy_wait<0>();
   if (between == 7) sync_threads();
   touch(second, offset, other);
 }
 
-// The same order as seen by the clock: a thread's own accesses never race.
+// Two threads load the same word, then the other one stores to it; between is as above.
+CASVIT_KERNEL(64, 1)
+readers_probe(int other, int between) {
+  const int thread = thread_index();
+  store_shared(4 * thread, 0.0f);
+  sync_threads();
+  if (thread == 0) load_shared<float>(0);
+  if (between == 1) sync_warp();
+  if (between == 2) sync_threads();
+  if (thread == other) {
+    load_shared<float>(0);
+    store_shared(0, 1.0f);
+  }
+}
+
+// What ldmatrix reads that nobody wrote, and what a copy's target holds before any wait. Races.
+CASVIT_KERNEL(32, 1)
+poison_probe(const float4* input, uint32_t* output) {
+  const int lane = thread_index();
+  output += block_x() * 64;
+  uint32_t r[4];
+  ldmatrix_x4(r, shared_base() + 16 * lane);
+  store_global(output + lane, r[lane % 4]);
+  store_shared(512 + 16 * lane, uint4{0, 0, 0, 0});
+  copy_async<16>(shared_base() + 512 + 16 * lane, input + lane, true);
+  store_global(output + 32 + lane, load_shared<uint32_t>(512 + 16 * lane));
+  store_shared(16 * lane, uint4{0, 0, 0, 0});
+}
+
+// A store by block 0 and a load of it by block 1, and what lies between: 0 nothing, 1 sync_threads,
+// 2 cluster_sync.
+CASVIT_KERNEL(32, 1)
+cluster_race_probe(bool store_first, int between) {
+  const int thread = thread_index(), rank = cluster_rank();
+  store_shared(4 * thread, 0.0f);
+  cluster_sync();
+  for (int turn = 0; turn < 2; turn++) {
+    if (store_first == (turn == 0)) {
+      if (rank == 0 && thread == 3) store_shared(12, 1.0f);
+    } else {
+      if (rank == 1 && thread == 5) load_cluster_shared<float>(0, 12);
+    }
+    if (turn == 0 && between == 1) sync_threads();
+    if (turn == 0 && between == 2) cluster_sync();
+  }
+  cluster_sync();
+}
+
+// A thread's own accesses never race.
 CASVIT_KERNEL(64, 1)
 own_probe(float* output) {
   const int thread = thread_index();

@@ -10,7 +10,7 @@
 namespace casvit::cuda::emulation {
 
 // Who touches a byte, and since when it is ordered behind others. The clock counts barriers: what
-// happened at a time before `warp_synced` is ordered behind all of the warp, and so on outwards.
+// happened before the time `block_synced` is ordered before all that the block does now, and so on.
 struct Access {
   int thread;  // -1: all lanes of the warp
   int warp;
