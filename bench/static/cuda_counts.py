@@ -63,9 +63,9 @@ def phase_of(kernel: str, loop: Loop) -> str | None:
             return "pooled sums"
         if kernel != "combine":
             return "sweep"
+        if _EXPONENTIAL(loop.code):
+            return "channel gates"
         return "sweep u" if n["LDS"] else "sweep out"  # u is a product with v, which lies there
-    if n["LDG"] and _EXPONENTIAL(loop.code):
-        return "channel gates"
     if n["LDG"] and n["STS"]:
         return "make a" if _has("STS.64")(loop.code) else "means"
     if _EXPONENTIAL(loop.code):
@@ -81,7 +81,7 @@ def phase_of(kernel: str, loop: Loop) -> str | None:
 _ITEMS = {
     "copy": _has("LDGSTS"),
     "means": _has("LDG"),
-    "channel gates": _has("FFMA"),
+    "channel gates": _has("HMMA"),
     "make a": _has("STS.64"),
     "sweep": _has("HMMA"),
     "sweep u": _has("HMMA"),

@@ -91,12 +91,13 @@ def rounds(kernel: str, plan: Plan, shape: Shape, chunks: int, parts: int) -> di
         wide = plan.tiles(plan.pairs + 1)
         u_rows = plan.rows + 1 if plan.halo else plan.rows
         warps = [t * max(1, WARPS // t) for t in (wide, tiles)]
-        own = _up(2 * chunks * CHUNK, LANES)
-        lines = _up(2 * plan.images * shape.channels, LANES)
+        steps, lines = _up(shape.channels, 16), 2 * plan.images
+        words = lines * _up(8 * steps, LANES)  # of two channels
+        tasks = 2 * _up(chunks, 2)  # of 8 channels of a gate
         return {
             "copy": _walk(plan, chunks, plan.pairs + 1, plan.own_rows + 2),
-            "means": Rounds(lines * parts, (lines,)),
-            "channel gates": Rounds(own * plan.images * shape.channels, (own, own * plan.images)),
+            "means": Rounds(words * parts, (lines, words)),
+            "channel gates": Rounds(tasks * steps * 3, (tasks,)),
             "make a": _walk(plan, chunks, plan.pairs + 2, plan.own_rows + (4 if plan.halo else 2)),
             "sweep u": Rounds(wide * chunks * u_rows * 3, (warps[0],)),
             "sweep out": Rounds(tiles * chunks * plan.rows * 3, (warps[1],)),
@@ -162,8 +163,12 @@ def traffic(kernel: str, plan: Plan, shape: Shape, parts: int) -> dict[str, tupl
     a, u = sum(_box(plan, shape, 2)), sum(_box(plan, shape, 1))
     tiles = plan.tiles(plan.pairs) + plan.tiles(plan.pairs + 1)
     taps = LANES * 4 * 8 * tiles * blocks * shape.chunks
-    channel = blocks * plan.images * 2 * padded * shape.channels * 4
-    means = plan.bands * plan.columns * shape.batch * 2 * shape.channels * parts * 4
+    first, channel = 0, 0
+    for chunks in plan.slices(shape):
+        tiles_of_8 = (first + chunks - 1) // 2 - first // 2 + 1
+        channel += blocks * 2 * tiles_of_8 * _up(shape.channels, 16) * LANES * 16
+        first += chunks
+    means = plan.bands * plan.columns * shape.batch * 2 * padded * parts * 4
     return {
         "qkv": ((2 * a + u) * shape.chunks * granule, 0),
         "out": (0, pixels * shape.channels * 2),
