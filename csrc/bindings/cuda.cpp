@@ -201,7 +201,7 @@ Tensor project(const Tensor& x, const Tensor& weight, const Optional& bias) {
   const Tensor cast =
       x.scalar_type() == weight.scalar_type() ? x : torch::stable::to(x, weight.scalar_type());
   Tensor rows;
-  if (is_channels_last(cast)) {
+  if (bias || is_channels_last(cast)) {  // linear of a transposed view adds a bias after rounding
     const Tensor pixels = torch::stable::transpose(torch::stable::transpose(cast, 1, 2), 2, 3);
     rows = torch::stable::contiguous(pixels);
   } else {

@@ -151,10 +151,9 @@ CASVIT_DEVICE void channel_gates(const CombineArguments& a, const CombineShared&
 
 // a = q sq gq + k sk gk into its tile, zero outside of the map.
 template <class T>
-CASVIT_DEVICE void make_a(const CombineArguments& a, const CombineShared& shared, const Box& box,
-                          int chunk0, int chunks) {
+CASVIT_DEVICE void make_a(const CombineArguments& a, const Cut& c, uint32_t gates, uint32_t tile,
+                          const Box& box, int chunk0, int chunks) {
   const Maps& m = a.maps;
-  const Cut& c = a.cut;
   const int map = m.height * m.width;
   const int64_t row_stride = static_cast<int64_t>(3) * m.padded * m.width;
   float gq[4], gk[4];
@@ -164,7 +163,7 @@ CASVIT_DEVICE void make_a(const CombineArguments& a, const CombineShared& shared
       m, c, box, chunks,
       [&](int image, int local, int chunk, int pixel) {
         if (local >= m.images - box.image) local = 0;  // there is no such image: outside, all of it
-        const uint32_t from = shared.gates + (local * c.chunks + chunk) * kUnitBytes;
+        const uint32_t from = gates + (local * c.chunks + chunk) * kUnitBytes;
         const float4 q = load_shared<float4>(from);
         const float4 k = load_shared<float4>(from + c.images * c.chunks * kUnitBytes);
         gq[0] = q.x, gq[1] = q.y, gq[2] = q.z, gq[3] = q.w;
@@ -184,19 +183,20 @@ CASVIT_DEVICE void make_a(const CombineArguments& a, const CombineShared& shared
           sk = load_constant(sk_from);
         }
         q_from += row_stride, k_from += row_stride, sq_from += m.width, sk_from += m.width;
-        store_shared(to, gated<T>(q_word, k_word, gq, gk, sq, sk));
+        store_shared(tile + to, gated<T>(q_word, k_word, gq, gk, sq, sk));
       });
 }
 
 // One convolution of the block, from a tile of `source_rows` rows of `source_pairs` pairs for each
-// image: at(first, valid, row, c), first being the offsets of this lane's words of its two
-// positions in row 0 of a tile of `to_rows` rows of `to_pairs` pairs.
+// image; its bias is at `bias_at` of the packed words, or there is none: at(first, valid, row, c),
+// first being the offsets of this lane's words of its two positions in row 0 of a tile of `to_rows`
+// rows of `to_pairs` pairs.
 template <class T, int ROWS, class At>
-CASVIT_DEVICE void convolve(const CombineArguments& a, int conv, int chunk0, int chunks,
-                            const Cut& c, uint32_t source, int source_rows, int source_pairs,
-                            uint32_t to, int to_rows, int to_pairs, At&& at) {
-  const PackedLayout layout(a.maps.channels, a.maps.padded);
-  const int lane = thread_index() % 32, warp = thread_index() / 32, all = a.maps.chunks();
+CASVIT_DEVICE void convolve(const Maps& m, const uint4* packed, int64_t conv_taps, int conv,
+                            int64_t bias_at, int chunk0, int chunks, const Cut& c, uint32_t source,
+                            int source_rows, int source_pairs, uint32_t to, int to_rows,
+                            int to_pairs, At&& at) {
+  const int lane = thread_index() % 32, warp = thread_index() / 32, all = m.chunks();
   const Positions positions(c.images, c.strips, to_pairs);
   const int tiles = positions.tiles();
   const uint32_t row_bytes = source_pairs * pair_bytes(c);
@@ -221,15 +221,11 @@ CASVIT_DEVICE void convolve(const CombineArguments& a, int conv, int chunk0, int
 #pragma unroll 1
     for (int chunk = group; chunk < chunks; chunk += groups) {
       uint32_t taps[6];
-      const uint2* from = reinterpret_cast<const uint2*>(a.packed + layout.conv_taps) +
-                          static_cast<int64_t>(conv * all + chunk0 + chunk) * 96 + lane;
-#pragma unroll
-      for (int dy = 0; dy < 3; ++dy) {
-        const uint2 word = load_constant(from + dy * 32);
-        taps[2 * dy] = word.x, taps[2 * dy + 1] = word.y;
-      }
-      const float2 b = load_constant(reinterpret_cast<const float2*>(a.packed + layout.conv_bias) +
-                                     (conv * all + chunk0 + chunk) * 2 + (lane & 1));
+      load_taps(taps, packed, conv_taps, conv * all + chunk0 + chunk, lane);
+      const float2 b = bias_at < 0
+                           ? float2{0.0f, 0.0f}
+                           : load_constant(reinterpret_cast<const float2*>(packed + bias_at) +
+                                           (chunk0 + chunk) * 2 + (lane & 1));
       const float bias[4] = {b.x, b.y, b.x, b.y};
       const uint32_t first[2] = {lane_to[0] + chunk * kUnitBytes, lane_to[1] + chunk * kUnitBytes};
       depthwise<T, ROWS, false>(address + chunk * kUnitBytes, row_bytes, taps, bias,
@@ -246,6 +242,7 @@ CASVIT_DEVICE void combine_block(const CombineArguments& a) {
   const Maps& m = a.maps;
   const Cut& c = a.cut;
   const CombineShared shared(m, c, ROWS, HALO);
+  const PackedLayout layout(m.channels, m.padded);
   const int band = block_x() / c.columns, column = block_x() - band * c.columns;
   const int image0 = block_y() * c.images, row0 = band * shared.own_rows, x0 = column * 2 * c.pairs;
   const int chunk0 = block_z() * c.chunks;
@@ -253,11 +250,11 @@ CASVIT_DEVICE void combine_block(const CombineArguments& a) {
   const Box u_box{image0, row0 - 1, x0 - 1, c.images, shared.u_rows, c.pairs + 1};
   const Box a_box{image0, row0 + shared.first_a, x0 - 2, c.images, shared.a_rows, c.pairs + 2};
 
-  load_tile(a.qkv + 2 * m.padded, m, c, u_box, chunk0, chunks, shared.u);
+  load_tile(a.qkv + 2 * m.padded, m, c, u_box, chunk0, chunks, shared.u, 3 * m.padded);
   copy_commit();
   channel_gates<T>(a, shared, image0, chunk0, chunks, block_x() == 0, block_z() == 0);
   sync_threads();
-  make_a<T>(a, shared, a_box, chunk0, chunks);
+  make_a<T>(a, c, shared.gates, 0, a_box, chunk0, chunks);
   copy_wait<0>();
   sync_threads();
 
@@ -266,8 +263,8 @@ CASVIT_DEVICE void combine_block(const CombineArguments& a) {
   const uint32_t u_row_bytes = u_box.pairs * pair_bytes(c);
   const int first_row = HALO ? 0 : 1;
   convolve<T, U_ROWS>(
-      a, 0, chunk0, chunks, c, 0, shared.a_rows, a_box.pairs, shared.u + first_row * u_row_bytes,
-      shared.u_rows, u_box.pairs,
+      m, a.packed, layout.conv_taps, 0, layout.conv_bias, chunk0, chunks, c, 0, shared.a_rows,
+      a_box.pairs, shared.u + first_row * u_row_bytes, shared.u_rows, u_box.pairs,
       [&](const uint32_t (&first)[2], const bool (&valid)[2], int row, const float (&l)[4]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -281,7 +278,8 @@ CASVIT_DEVICE void combine_block(const CombineArguments& a) {
 
   const uint32_t out_row_bytes = c.pairs * pair_bytes(c);
   convolve<T, ROWS>(
-      a, 1, chunk0, chunks, c, shared.u, shared.u_rows, u_box.pairs, 0, shared.own_rows, c.pairs,
+      m, a.packed, layout.conv_taps, 1, layout.conv_bias + m.chunks(), chunk0, chunks, c, shared.u,
+      shared.u_rows, u_box.pairs, 0, shared.own_rows, c.pairs,
       [&](const uint32_t (&first)[2], const bool (&valid)[2], int row, const float (&d)[4]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)

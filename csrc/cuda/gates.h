@@ -54,7 +54,7 @@ CASVIT_DEVICE void gates_block(const GatesArguments& a) {
                 c.pairs + 1};
   const uint32_t row_bytes = box.pairs * pair_bytes(c);
 
-  load_tile(a.qkv + z * m.padded, m, c, box, 0, chunks, 0);
+  load_tile(a.qkv + z * m.padded, m, c, box, 0, chunks, 0, 3 * m.padded);
   copy_commit();
   for (int i = thread; i < c.images * 4 * shared.units_padded / 2; i += kThreads)
     store_shared(shared.gates + i * 4, uint32_t{0});  // s of the halo
@@ -75,13 +75,7 @@ CASVIT_DEVICE void gates_block(const GatesArguments& a) {
 #pragma unroll 1
     for (int chunk = group * chunks / shared.groups; chunk < last; ++chunk) {
       uint32_t taps[12];
-      const uint4* from = a.packed + static_cast<int64_t>(z * chunks + chunk) * 96 + lane;
-#pragma unroll
-      for (int dy = 0; dy < 3; ++dy) {
-        const uint4 word = load_constant(from + dy * 32);
-        taps[4 * dy] = word.x, taps[4 * dy + 1] = word.y, taps[4 * dy + 2] = word.z,
-                 taps[4 * dy + 3] = word.w;
-      }
+      load_exact_taps(taps, a.packed, z * chunks + chunk, lane);
       const float4 of = load_constant(reinterpret_cast<const float4*>(a.packed) + layout.gate_rows +
                                       (z * chunks + chunk) * 2 + (lane & 1));
       const float bias[4] = {of.x, of.z, of.x, of.z};

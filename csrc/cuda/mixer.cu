@@ -1,9 +1,6 @@
 // Kernels, and the launches of mixer.h. Also compiled by the emulation, as host C++.
 #include "mixer.h"
 
-#include <map>
-#include <mutex>
-#include <tuple>
 #include <utility>
 
 #include "launch.h"
@@ -34,52 +31,6 @@ combine_kernel(CASVIT_PARAMETER CombineArguments a) {
 }
 
 namespace {
-
-int padded(int channels) { return (channels + kChunk - 1) / kChunk * kChunk; }
-
-Maps maps(const Problem& p) {
-  return {p.images, p.channels, padded(p.channels), p.height, p.width};
-}
-
-const char* kTooLarge =
-    "a block of this many channels does not fit into the device's shared memory";
-const char* kTooMany = "more than 2^31 pixels, or more blocks than a launch takes";
-
-struct Plans {
-  Plan gates, statistics, combine;
-};
-
-// Looked up in each call: worked out once for a shape and device.
-const Plans& plans(const Problem& p) {
-  using Key = std::tuple<int, int, int, int, int, int, int>;
-  static std::mutex mutex;
-  static std::map<Key, Plans> known;
-  const Key key{p.images,
-                p.channels,
-                p.height,
-                p.width,
-                p.multiprocessors,
-                p.shared_per_block,
-                p.shared_per_multiprocessor};
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(key);
-  if (found != known.end()) return found->second;
-  if (known.size() > 4096) known.clear();  // sizes that change from batch to batch
-  const Maps m = maps(p);
-  const Device device{p.multiprocessors, p.shared_per_block, p.shared_per_multiprocessor};
-  return known[key] = {plan(Kernel::kGates, m, device), plan(Kernel::kStatistics, m, device),
-                       plan(Kernel::kCombine, m, device)};
-}
-
-const char* check(const Problem& p, const Plans& found) {
-  if (!found.gates.rows || !found.statistics.rows || !found.combine.rows) return kTooLarge;
-  if (static_cast<double>(p.images) * p.height * p.width >= 2147483648.0) return kTooMany;
-  return p.images / found.gates.cut.images >= 65535 ? kTooMany : nullptr;
-}
-
-Grid grid(const Problem& p, const Cut& c, int z) {
-  return {c.bands * c.columns, divide_up(p.images, c.images), z};
-}
 
 template <class T>
 const char* run_pack(const Problem& p, const PackArguments& a) {
@@ -134,7 +85,7 @@ int64_t packed_words(int channels) { return PackedLayout(channels, padded(channe
 const char* parts(const Problem& p, Parts* found) {
   const Plans& of = plans(p);
   const Cut &g = of.gates.cut, &s = of.statistics.cut;
-  if (const char* wrong = check(p, of)) return wrong;
+  if (const char* wrong = check(p, {&of.gates, &of.statistics})) return wrong;
   *found = {g.bands * g.columns, s.bands * s.columns * divide_up(p.images, s.images)};
   return nullptr;
 }
@@ -149,7 +100,7 @@ const char* pack(const Problem& p, const Weights& weights, const float* statisti
 const char* statistics(const Problem& p, const void* qkv, const void* packed, float* counts,
                        float* moments, float* result) {
   const Plans& of = plans(p);
-  if (const char* wrong = check(p, of)) return wrong;
+  if (const char* wrong = check(p, {&of.statistics})) return wrong;
   const Plan& plan = of.statistics;
   const StatisticsArguments a{
       maps(p), plan.cut, static_cast<const uint16_t*>(qkv), static_cast<const uint4*>(packed),
@@ -166,7 +117,7 @@ const char* statistics(const Problem& p, const void* qkv, const void* packed, fl
 const char* mix(const Problem& p, const void* qkv, const void* packed, float* sums, float* spatial,
                 float* pooled, float* channel, void* out, bool channels_last) {
   const Plans& of = plans(p);
-  if (const char* wrong = check(p, of)) return wrong;
+  if (const char* wrong = check(p, {&of.gates, &of.combine})) return wrong;
   const Maps m = maps(p);
   const uint16_t* maps_of_qkv = static_cast<const uint16_t*>(qkv);
   const uint4* words = static_cast<const uint4*>(packed);

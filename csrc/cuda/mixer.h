@@ -41,4 +41,33 @@ const char* statistics(const Problem& p, const void* qkv, const void* packed, fl
 const char* mix(const Problem& p, const void* qkv, const void* packed, float* sums, float* spatial,
                 float* pooled, float* channel, void* out, bool channels_last);
 
+// --- The backward; backward.cu. Weights are packed anew, with the statistics of the forward.
+struct BackwardParts {
+  int slices, bands, combine_blocks, gate_blocks, depthwise_blocks;
+};
+const char* backward_parts(const Problem& p, BackwardParts* found);
+
+int64_t backward_packed_words(int channels);  // of 16 bytes
+const char* pack_backward(const Problem& p, const Weights& weights, const float* statistics,
+                          const float (&eps)[2], void* packed);
+
+// grad, grad_sum: (B, H, W, padded); grad_qkv: (B, H, W, 3 padded), the part of v is written;
+// pixel: (slices, B, 2, H, W); channel_sums: (bands, 2, B, padded); weights: (combine_blocks, 20,
+// padded).
+const char* backward_combine(const Problem& p, const void* qkv, const void* packed,
+                             const float* spatial, const float* gates, const void* grad,
+                             void* grad_qkv, void* grad_sum, float* pixel, float* channel_sums,
+                             float* weights);
+
+// pixel, logit: (B, 2, H, W); shift: (2, B, C); sums: (gate_blocks, 2, 2, padded).
+const char* backward_gate(const Problem& p, const void* qkv, const void* packed,
+                          const float* spatial, const float* pixel, const float* shift,
+                          float* logit, float* sums);
+
+// coefficients: (2, 3, C); weights: (depthwise_blocks, 2, 10, padded); writes the parts of q and k.
+const char* backward_depthwise(const Problem& p, const void* qkv, const void* packed,
+                               const float* spatial, const float* logit, const float* gates,
+                               const float* shift, const float* coefficients, const void* grad_sum,
+                               void* grad_qkv, float* weights);
+
 }  // namespace casvit::cuda

@@ -163,4 +163,25 @@ CASVIT_DEVICE void pack_block(const PackArguments& a) {
   if (gate && a.statistics) pack_channel_gate<T>(a, layout, which, chunk);
 }
 
+// A warp's taps of one chunk.
+CASVIT_DEVICE void load_taps(uint32_t (&taps)[6], const uint4* packed, int64_t conv_taps, int index,
+                             int lane) {
+  const uint2* from =
+      reinterpret_cast<const uint2*>(packed + conv_taps) + static_cast<int64_t>(index) * 96 + lane;
+#pragma unroll
+  for (int dy = 0; dy < 3; ++dy) {
+    const uint2 word = load_constant(from + dy * 32);
+    taps[2 * dy] = word.x, taps[2 * dy + 1] = word.y;
+  }
+}
+CASVIT_DEVICE void load_exact_taps(uint32_t (&taps)[12], const uint4* packed, int index, int lane) {
+  const uint4* from = packed + static_cast<int64_t>(index) * 96 + lane;
+#pragma unroll
+  for (int dy = 0; dy < 3; ++dy) {
+    const uint4 word = load_constant(from + dy * 32);
+    taps[4 * dy] = word.x, taps[4 * dy + 1] = word.y;
+    taps[4 * dy + 2] = word.z, taps[4 * dy + 3] = word.w;
+  }
+}
+
 }  // namespace casvit::cuda

@@ -2,7 +2,15 @@
 // emulation.
 #pragma once
 
-#include "combine.h"
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+#include "backward_depthwise.h"
+#include "backward_gate.h"
+#include "launch.h"
+#include "mixer.h"
 #include "statistics.h"
 
 namespace casvit::cuda {
@@ -26,7 +34,27 @@ struct Plan {
   double cost;  // estimated warp-instructions of a multiprocessor; infinite where nothing fits
 };
 
-enum class Kernel { kGates, kStatistics, kCombine };
+enum class Kernel {
+  kGates,
+  kStatistics,
+  kCombine,
+  kBackwardCombine,
+  kBackwardGate,
+  kBackwardDepthwise
+};
+
+// All channels in a block: a sum goes over them.
+constexpr bool takes_all_channels(Kernel k) {
+  return k == Kernel::kGates || k == Kernel::kBackwardGate;
+}
+// Two convolutions after another: a block that has not all rows needs those around it twice over.
+constexpr bool is_twofold(Kernel k) {
+  return k == Kernel::kCombine || k == Kernel::kBackwardCombine || k == Kernel::kBackwardDepthwise;
+}
+// The whole width, 1, 2, 4 or 8 chunks.
+constexpr bool sums_taps(Kernel k) {
+  return k == Kernel::kBackwardCombine || k == Kernel::kBackwardDepthwise;
+}
 
 inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -45,6 +73,15 @@ inline double block_cost(Kernel kernel, const Maps& m, const Cut& c, int rows, b
            (lines + c.images * extra_rows) * each;
   };
   const int positions = c.images * c.strips * c.pairs;
+  if (sums_taps(kernel)) {
+    const bool combine = kernel == Kernel::kBackwardCombine;
+    const int extra = halo ? 4 : 2, u_rows = halo ? rows + 1 : rows,
+              wide = c.images * c.strips * (c.pairs + 1);
+    return granules(c.pairs + 2, extra, combine ? 45 : 8) +
+           (combine ? granules(c.pairs + 2, extra, 8) + granules(c.pairs + 1, 2, 8) : 0) +
+           sweeps(wide, u_rows, combine ? 45 : 50, 60) + sweeps(wide, rows, combine ? 20 : 10, 60) +
+           sweeps(positions, rows, 12, 30) + granules(c.pairs, 0, combine ? 70 : 45) + 4000;
+  }
   if (kernel == Kernel::kCombine) {
     const int extra = halo ? 4 : 2, u_rows = halo ? rows + 1 : rows;
     return granules(c.pairs + 1, 2, 8) + granules(c.pairs + 2, extra, 45) +
@@ -53,12 +90,15 @@ inline double block_cost(Kernel kernel, const Maps& m, const Cut& c, int rows, b
            c.images * m.channels + 3000;
   }
   return granules(c.pairs + 1, 2, 8) +
-         sweeps(positions, rows, kernel == Kernel::kGates ? 18 : 24, 40) +
+         sweeps(positions, rows, kernel == Kernel::kGates ? 18 : 26, 40) +
          (kernel == Kernel::kGates ? c.chunks * lines * (c.pairs + 1) / 32.0 * 12 + 2000 : 1000);
 }
 
 inline uint32_t shared_bytes(Kernel kernel, const Maps& m, const Cut& c, int rows, bool halo) {
   if (kernel == Kernel::kGates) return GatesShared(c, rows).bytes;
+  if (kernel == Kernel::kBackwardGate) return BackwardGateShared(m, c, rows).bytes;
+  if (kernel == Kernel::kBackwardCombine) return BackwardCombineShared(m, c, rows, halo).bytes;
+  if (kernel == Kernel::kBackwardDepthwise) return BackwardDepthwiseShared(m, c, rows, halo).bytes;
   if (kernel == Kernel::kStatistics) return statistics_shared(c, rows);
   return CombineShared(m, c, rows, halo).bytes;
 }
@@ -67,21 +107,29 @@ inline uint32_t shared_bytes(Kernel kernel, const Maps& m, const Cut& c, int row
 inline Plan plan(Kernel kernel, const Maps& m, const Device& device) {
   Plan best{{}, 0, false, 0, 1e300};
   const int all = m.chunks(), half_width = divide_up(m.width, 2);
-  const int most = most_positions(kernel == Kernel::kGates);
+  const bool all_channels = takes_all_channels(kernel);
+  const int most = most_positions(all_channels);
+  std::vector<int> widths;  // of slices, in chunks
+  if (sums_taps(kernel)) {
+    for (int chunks = 1; chunks <= 8 && chunks < 2 * all; chunks *= 2) widths.push_back(chunks);
+  } else {
+    for (int slices = 1; slices <= (all_channels ? 1 : all);
+         slices = slices < 8 ? slices + 1 : slices * 2)
+      if (divide_up(all, divide_up(all, slices)) == slices)
+        widths.push_back(divide_up(all, slices));
+  }
   for (const int rows : {7, 4}) {
     for (int strips = 1; strips <= 16; ++strips) {
       const int own = rows * strips;
       if (own - rows >= m.height) break;
       const bool halo = own < m.height;
-      if (kernel == Kernel::kCombine && halo && strips != 2) continue;
+      if (is_twofold(kernel) && halo && strips != 2) continue;
       for (int columns = 1; columns <= half_width;
            columns = columns < 8 ? columns + 1 : columns * 2) {
         const int pairs = divide_up(half_width, columns);
-        if (strips * pairs > most) continue;
-        for (int slices = 1; slices <= (kernel == Kernel::kGates ? 1 : all);
-             slices = slices < 8 ? slices + 1 : slices * 2) {
-          const int chunks = divide_up(all, slices);
-          if (divide_up(all, chunks) != slices) continue;
+        if (strips * pairs > most || (sums_taps(kernel) && columns > 1)) continue;
+        for (const int chunks : widths) {
+          const int slices = divide_up(all, chunks);
           for (int images = 1; images <= m.images && images * strips * pairs <= most;
                images = images < 4 ? images + 1 : images * 2) {
             if (images > 1 && (halo || columns > 1)) break;
@@ -98,9 +146,9 @@ inline Plan plan(Kernel kernel, const Maps& m, const Device& device) {
             int together = device.shared_per_multiprocessor / static_cast<int>(shared + kReserved);
             if (together < 1) together = 1;  // what a block may ask for fits
             if (together > 2) together = 2;  // registers
-            const double blocks = static_cast<double>(c.bands) * c.columns *
-                                  divide_up(m.images, images) * slices *
-                                  (kernel == Kernel::kCombine ? 1 : 2);
+            const double blocks =
+                static_cast<double>(c.bands) * c.columns * divide_up(m.images, images) * slices *
+                (kernel == Kernel::kCombine || kernel == Kernel::kBackwardCombine ? 1 : 2);
             const double turns = divide_up(static_cast<int>(blocks < 1e9 ? blocks : 1e9),
                                            device.multiprocessors * together);
             const double cost = turns * together * block_cost(kernel, m, c, rows, halo) /
@@ -112,6 +160,57 @@ inline Plan plan(Kernel kernel, const Maps& m, const Device& device) {
     }
   }
   return best;
+}
+
+inline int padded(int channels) { return divide_up(channels, kChunk) * kChunk; }
+
+inline Maps maps(const Problem& p) {
+  return {p.images, p.channels, padded(p.channels), p.height, p.width};
+}
+
+struct Plans {
+  Plan gates, statistics, combine, backward_combine, backward_gate, backward_depthwise;
+};
+
+// Looked up in each call: worked out once for a shape and device.
+inline const Plans& plans(const Problem& p) {
+  using Key = std::tuple<int, int, int, int, int, int, int>;
+  static std::mutex mutex;
+  static std::map<Key, Plans> known;
+  const Key key{p.images,
+                p.channels,
+                p.height,
+                p.width,
+                p.multiprocessors,
+                p.shared_per_block,
+                p.shared_per_multiprocessor};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  const Maps m = maps(p);
+  const Device device{p.multiprocessors, p.shared_per_block, p.shared_per_multiprocessor};
+  return known[key] = {
+             plan(Kernel::kGates, m, device),        plan(Kernel::kStatistics, m, device),
+             plan(Kernel::kCombine, m, device),      plan(Kernel::kBackwardCombine, m, device),
+             plan(Kernel::kBackwardGate, m, device), plan(Kernel::kBackwardDepthwise, m, device)};
+}
+
+inline Grid grid(const Problem& p, const Cut& c, int z) {
+  return {c.bands * c.columns, divide_up(p.images, c.images), z};
+}
+
+// Why these plans cannot run, or null.
+inline const char* check(const Problem& p, std::initializer_list<const Plan*> found) {
+  for (const Plan* plan : found)
+    if (!plan->rows)
+      return "a block of maps this wide, with this many channels, does not fit into the device's "
+             "shared memory";
+  if (static_cast<double>(p.images) * p.height * p.width >= 2147483648.0)
+    return "expected fewer than 2^31 pixels";
+  for (const Plan* plan : found)
+    if (divide_up(p.images, plan->cut.images) > 65535)
+      return "expected images for at most 65535 blocks";
+  return nullptr;
 }
 
 }  // namespace casvit::cuda

@@ -35,7 +35,7 @@ CASVIT_DEVICE void statistics_block(const StatisticsArguments& a) {
   const Box box{block_y() * c.images, band * rows - 1, column * width - 1, c.images, rows + 2,
                 c.pairs + 1};
   const uint32_t row_bytes = box.pairs * pair_bytes(c);
-  load_tile(a.qkv + z * m.padded, m, c, box, chunk0, chunks, 0);
+  load_tile(a.qkv + z * m.padded, m, c, box, chunk0, chunks, 0, 3 * m.padded);
   copy_commit();
   copy_wait<0>();
   sync_threads();
@@ -52,13 +52,7 @@ CASVIT_DEVICE void statistics_block(const StatisticsArguments& a) {
 #pragma unroll 1
   for (int chunk = warp; chunk < chunks; chunk += kWarps) {
     uint32_t taps[12];
-    const uint4* from = a.packed + static_cast<int64_t>(z * all + chunk0 + chunk) * 96 + lane;
-#pragma unroll
-    for (int dy = 0; dy < 3; ++dy) {
-      const uint4 word = load_constant(from + dy * 32);
-      taps[4 * dy] = word.x, taps[4 * dy + 1] = word.y, taps[4 * dy + 2] = word.z,
-               taps[4 * dy + 3] = word.w;
-    }
+    load_exact_taps(taps, a.packed, z * all + chunk0 + chunk, lane);
     const float4 of = load_constant(reinterpret_cast<const float4*>(a.packed) + layout.gate_rows +
                                     (z * all + chunk0 + chunk) * 2 + (lane & 1));
     const float bias[4] = {of.x, of.z, of.x, of.z};

@@ -84,11 +84,11 @@ CASVIT_DEVICE void walk(const Maps& m, const Cut& c, const Box& box, int chunk_c
   }
 }
 
-// Starts copies of a box of one of q, k and v; what lies outside of the map becomes zero.
+// Starts copies of a box of a map whose pixels are `pixel_stride` elements apart, 3 padded for q, k
+// and v; what lies outside of the map becomes zero.
 CASVIT_DEVICE void load_tile(const uint16_t* map, const Maps& m, const Cut& c, const Box& box,
-                             int chunk0, int chunk_count, uint32_t to) {
+                             int chunk0, int chunk_count, uint32_t to, int pixel_stride) {
   const uint32_t base = shared_base() + to;
-  const int pixel_stride = 3 * m.padded;
   const int64_t row_stride = static_cast<int64_t>(pixel_stride) * m.width;
   const uint16_t* from = map;
   walk(

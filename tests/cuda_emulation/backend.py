@@ -14,14 +14,14 @@ from torch import Tensor
 from casvit_kernels import testing
 from casvit_kernels.backends import Problem
 from casvit_kernels.ops.mixer import kernels
-from casvit_kernels.ops.mixer.cpu import CpuPhases
-from casvit_kernels.ops.mixer.cuda import CudaKernels, CudaPhases, Shape, channels_read, product
+from casvit_kernels.ops.mixer.cuda import CudaKernels, Shape, channels_read, product
 from casvit_kernels.ops.mixer.kernels import Mixed
 from casvit_kernels.ops.mixer.weights import MixerWeights
 from casvit_kernels.testing.cases import Target
 
 NAME = "cuda_emulated"
 DTYPES = (torch.bfloat16, torch.float16)
+Given = dict[str, Tensor]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -42,7 +42,7 @@ class Emulated:
         self.skip = skip
         self.races = True
         self.sites: dict[str, None] = {}
-        self.traffic: list[tuple[str, list[tuple[str, int, int]]]] = []  # of the last call
+        self.traffic: list[tuple[str, list[tuple[str, int, int]]]] = []  # of each launch
 
     def call(self, shape: Shape, dtype: torch.dtype, **buffers: tuple[Tensor, bool]) -> Any:
         """The module's object for a call that may touch these buffers; and whether it may write."""
@@ -66,7 +66,7 @@ class Emulated:
 
     def _done(self, call: Any) -> None:
         self.sites |= dict.fromkeys(call.sites())
-        self.traffic = call.traffic()
+        self.traffic += call.traffic()
 
     def pack(
         self,
@@ -75,9 +75,28 @@ class Emulated:
         eps: tuple[float, float],
         dtype: torch.dtype,
     ) -> Tensor:
+        return self._pack("packed_words", "pack", w, statistics, eps, dtype)
+
+    def pack_backward(
+        self,
+        w: MixerWeights,
+        statistics: Tensor | None,
+        eps: tuple[float, float],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return self._pack("backward_packed_words", "pack_backward", w, statistics, eps, dtype)
+
+    def _pack(
+        self,
+        size: str,
+        how: str,
+        w: MixerWeights,
+        statistics: Tensor | None,
+        eps: tuple[float, float],
+        dtype: torch.dtype,
+    ) -> Tensor:
         c = w.dwc_bias.shape[0]
-        words = _module().packed_words(c)
-        packed = torch.full((words, 4), float("nan"))
+        packed = torch.full((getattr(_module(), size)(c), 4), float("nan"))
         weights = [
             t
             for g in (w.q, w.k)
@@ -98,9 +117,8 @@ class Emulated:
             buffers["statistics"] = (statistics, False)
         call = self.call((1, c, 1, 1), dtype, **buffers)
         pointers = [(0, 0) if t is None else (t.data_ptr(), CODES[t.dtype]) for t in weights]
-        call.pack(
-            pointers, 0 if statistics is None else statistics.data_ptr(), *eps, packed.data_ptr()
-        )
+        of = 0 if statistics is None else statistics.data_ptr()
+        getattr(call, how)(pointers, of, *eps, packed.data_ptr())
         self._done(call)
         return packed
 
@@ -150,6 +168,98 @@ class Emulated:
         self._done(call)
         return Mixed(out, spatial, pooled, channel)
 
+    def backward_fits(self, like: Tensor, shape: Shape) -> bool:
+        try:
+            self.call(shape, torch.bfloat16).backward_parts()
+        except RuntimeError:
+            return False
+        return True
+
+    def _run(
+        self, what: str, shape: Shape, dtype: torch.dtype, given: Given, results: Given
+    ) -> None:
+        """given: read; results: written, too."""
+        buffers = {name: (t, False) for name, t in given.items()}
+        buffers |= {name: (t, True) for name, t in results.items()}
+        call = self.call(shape, dtype, **buffers)
+        getattr(call, what)(*(t.data_ptr() for t in (*given.values(), *results.values())))
+        self._done(call)
+
+    def backward_combine(
+        self,
+        rows: Tensor,
+        packed: Tensor,
+        spatial: Tensor,
+        channel: Tensor,
+        grad: Tensor,
+        shape: Shape,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        b, c, height, width = shape
+        slices, bands, blocks, _, _ = self.call(shape, rows.dtype).backward_parts()
+        own = channels_read(c)
+        results = {
+            "grad_qkv": torch.full((b, height, width, 3 * own), float("nan"), dtype=rows.dtype),
+            "grad_sum": torch.full((b, height, width, own), float("nan"), dtype=rows.dtype),
+            "pixel": torch.full((slices, b, 2, height, width), float("nan")),
+            "channel_sums": torch.full((bands, 2, b, own), float("nan")),
+            "weights": torch.full((blocks, 20, own), float("nan")),
+        }
+        given = {"qkv": rows, "packed": packed, "spatial": spatial, "gates": channel, "grad": grad}
+        self._run("backward_combine", shape, rows.dtype, given, results)
+        grad_qkv, grad_sum, pixel, sums, weights = results.values()
+        return grad_qkv, grad_sum, pixel, sums, weights
+
+    def backward_gate(
+        self,
+        rows: Tensor,
+        packed: Tensor,
+        spatial: Tensor,
+        pixel: Tensor,
+        shift: Tensor,
+        shape: Shape,
+    ) -> tuple[Tensor, Tensor]:
+        blocks = self.call(shape, rows.dtype).backward_parts()[3]
+        logit = torch.full(spatial.shape, float("nan"))
+        sums = torch.full((blocks, 2, 2, channels_read(shape[1])), float("nan"))
+        given = {
+            "qkv": rows,
+            "packed": packed,
+            "spatial": spatial,
+            "pixel": pixel.contiguous(),
+            "shift": shift.contiguous(),
+        }
+        self._run("backward_gate", shape, rows.dtype, given, {"logit": logit, "sums": sums})
+        return logit, sums
+
+    def backward_depthwise(
+        self,
+        rows: Tensor,
+        packed: Tensor,
+        spatial: Tensor,
+        logit: Tensor,
+        channel: Tensor,
+        shift: Tensor,
+        coefficients: Tensor,
+        grad_sum: Tensor,
+        grad_qkv: Tensor,
+        shape: Shape,
+    ) -> Tensor:
+        blocks = self.call(shape, rows.dtype).backward_parts()[4]
+        weights = torch.full((blocks, 2, 10, channels_read(shape[1])), float("nan"))
+        given = {
+            "qkv": rows,
+            "packed": packed,
+            "spatial": spatial,
+            "logit": logit,
+            "gates": channel,
+            "shift": shift.contiguous(),
+            "coefficients": coefficients.contiguous(),
+            "grad_sum": grad_sum,
+        }
+        results = {"grad_qkv": grad_qkv, "weights": weights}
+        self._run("backward_depthwise", shape, rows.dtype, given, results)
+        return weights
+
     def infer(
         self, x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, packed: Tensor
     ) -> Tensor:
@@ -159,23 +269,11 @@ class Emulated:
         return self.mix(rows, packed, (b, c, height, width), channels_last).out
 
 
-class CpuBackward(CpuPhases):
-    """The CPU's phases.
-
-    In float16 they compute with q, k and v that are not rounded, so that gradients may differ from
-    those of a GPU where a ReLU is nearly shut.
-    """
-
-    def adopt(self, rows: Tensor, x: Tensor, w: MixerWeights) -> Any:
-        return self.project(x, w, rows.dtype)
-
-
 class EmulatedKernels(CudaKernels):
-    """The forward emulated; the backward by the CPU's kernels."""
+    """All of it emulated."""
 
     def __init__(self, operators: Emulated) -> None:
         super().__init__(NAME, operators)
-        self.__dict__["phases"] = CudaPhases(operators, CpuBackward())
 
 
 class EmulatedBackend:
