@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from . import native
+from . import native, triton
 from .base import Problem
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -31,6 +31,8 @@ class CudaBackend:
                 return f"it computes on 'cuda', the tensors are on {problem.device!r}"
             if problem.dtype not in DTYPES:
                 return f"it computes bfloat16 and float16, not {problem.dtype}"
+        if (reason := triton._triton()[1]) is not None:
+            return f"its backward is Triton's: {reason}"
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         reason = _device(library, count)
         if reason is None and problem is not None and problem.channels:
@@ -54,6 +56,7 @@ def _not_built(library: ctypes.CDLL) -> str | None:
         getattr(library, f"casvit_cuda_{name}").restype = ctypes.c_char_p
     library.casvit_cuda_driver.restype = ctypes.c_int
     library.casvit_cuda_runtime.restype = ctypes.c_int
+    library.casvit_cuda_streams.restype = ctypes.c_int
     return None
 
 
@@ -73,6 +76,8 @@ def _device(library: ctypes.CDLL, count: int) -> str | None:
         return "it needs an NVIDIA GPU, this PyTorch is built for AMD"
     if count == 0:
         return "no GPU that this PyTorch can use: torch.cuda.is_available() is False"
+    if not library.casvit_cuda_streams():
+        return f"it does not find the current CUDA stream of torch {torch.__version__}"
     driver, runtime = library.casvit_cuda_driver(), library.casvit_cuda_runtime()
     if driver // 1000 < runtime // 1000:
         return (

@@ -21,10 +21,24 @@ namespace cuda = casvit::cuda;
 
 void check(const char* wrong) { STD_TORCH_CHECK(!wrong, "CUDA kernels: ", wrong); }
 
+// Of a library that the process has loaded. Python loads torch's with RTLD_LOCAL, so that the
+// global scope has none of them, and this library's own scope has libtorch_cpu alone.
+void* loaded_symbol(const char* library, const char* name) {
+  if (void* found = dlsym(RTLD_DEFAULT, name)) return found;
+  void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+  return handle ? dlsym(handle, name) : nullptr;
+}
+
+using StreamGetter = AOTITorchError (*)(int32_t, void**);
+
+StreamGetter stream_getter() {
+  static const auto getter = reinterpret_cast<StreamGetter>(
+      loaded_symbol("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream"));
+  return getter;
+}
+
 void* current_stream(int device) {
-  using Getter = AOTITorchError (*)(int32_t, void**);
-  static const Getter getter =
-      reinterpret_cast<Getter>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  const StreamGetter getter = stream_getter();
   STD_TORCH_CHECK(getter, "CUDA kernels: this PyTorch has no CUDA streams");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(getter(device, &stream));
@@ -232,6 +246,11 @@ Tensor infer(const Tensor& x, const Tensor& qkv_weight, const Optional& qkv_bias
 }
 
 }  // namespace
+
+// Whether the current stream can be found: asked before any call, through ctypes.
+extern "C" __attribute__((visibility("default"))) int casvit_cuda_streams() {
+  return stream_getter() != nullptr;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(casvit_kernels, CUDA, m) {
   m.impl("cuda_pack", TORCH_BOX(&pack));

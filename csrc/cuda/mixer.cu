@@ -49,8 +49,9 @@ struct Plans {
   Plan gates, statistics, combine;
 };
 
-// Looked up in each call: worked out once for a shape and device.
-const Plans& plans(const Problem& p) {
+// Looked up in each call: worked out once for a shape and device. A copy: another thread may clear
+// the table.
+Plans plans(const Problem& p) {
   using Key = std::tuple<int, int, int, int, int, int, int>;
   static std::mutex mutex;
   static std::map<Key, Plans> known;
@@ -74,7 +75,9 @@ const Plans& plans(const Problem& p) {
 const char* check(const Problem& p, const Plans& found) {
   if (!found.gates.rows || !found.statistics.rows || !found.combine.rows) return kTooLarge;
   if (static_cast<double>(p.images) * p.height * p.width >= 2147483648.0) return kTooMany;
-  return p.images / found.gates.cut.images >= 65535 ? kTooMany : nullptr;
+  for (const Plan* plan : {&found.gates, &found.statistics, &found.combine})
+    if (divide_up(p.images, plan->cut.images) > 65535) return kTooMany;
+  return nullptr;
 }
 
 Grid grid(const Problem& p, const Cut& c, int z) {
@@ -123,7 +126,7 @@ const char* look_at_device(int device, Problem* p) {
   };
   for (const auto& [attribute, value] : wanted) {
     const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (error != cudaSuccess) return what(error);
   }
   return nullptr;
 }
@@ -132,7 +135,7 @@ const char* look_at_device(int device, Problem* p) {
 int64_t packed_words(int channels) { return PackedLayout(channels, padded(channels)).end; }
 
 const char* parts(const Problem& p, Parts* found) {
-  const Plans& of = plans(p);
+  const Plans of = plans(p);
   const Cut &g = of.gates.cut, &s = of.statistics.cut;
   if (const char* wrong = check(p, of)) return wrong;
   *found = {g.bands * g.columns, s.bands * s.columns * divide_up(p.images, s.images)};
@@ -148,7 +151,7 @@ const char* pack(const Problem& p, const Weights& weights, const float* statisti
 
 const char* statistics(const Problem& p, const void* qkv, const void* packed, float* counts,
                        float* moments, float* result) {
-  const Plans& of = plans(p);
+  const Plans of = plans(p);
   if (const char* wrong = check(p, of)) return wrong;
   const Plan& plan = of.statistics;
   const StatisticsArguments a{
@@ -165,7 +168,7 @@ const char* statistics(const Problem& p, const void* qkv, const void* packed, fl
 
 const char* mix(const Problem& p, const void* qkv, const void* packed, float* sums, float* spatial,
                 float* pooled, float* channel, void* out, bool channels_last) {
-  const Plans& of = plans(p);
+  const Plans of = plans(p);
   if (const char* wrong = check(p, of)) return wrong;
   const Maps m = maps(p);
   const uint16_t* maps_of_qkv = static_cast<const uint16_t*>(qkv);

@@ -74,8 +74,11 @@ inline Plan plan(Kernel kernel, const Maps& m, const Device& device) {
       if (own - rows >= m.height) break;
       const bool halo = own < m.height;
       if (kernel == Kernel::kCombine && halo && strips != 2) continue;
+      // Pairs of their own in the end, which need the least shared memory.
       for (int columns = 1; columns <= half_width;
-           columns = columns < 8 ? columns + 1 : columns * 2) {
+           columns = columns < 8                                        ? columns + 1
+                     : columns < half_width && columns * 2 > half_width ? half_width
+                                                                        : columns * 2) {
         const int pairs = divide_up(half_width, columns);
         if (strips * pairs > most) continue;
         for (int slices = 1; slices <= (kernel == Kernel::kGates ? 1 : all);

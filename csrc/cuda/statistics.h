@@ -155,7 +155,8 @@ CASVIT_DEVICE void merge_block(const MergeArguments& a) {
     const float correction = rest / number;  // what the first sum's rounding left of the mean
     float* to = a.statistics + z * 2 * a.channels + channel;
     store_global(to, mean + correction);
-    store_global(to + a.channels, fmaxf(spread / number - correction * correction, 0.0f));
+    const float variance = spread / number - correction * correction;
+    store_global(to + a.channels, variance < 0.0f ? 0.0f : variance);  // fmaxf would hide a NaN
   }
 }
 

@@ -60,7 +60,7 @@ void bind_mixer(py::module_& m) {
            })
       .def("plans",
            [](Call& c) {
-             const cuda::Plans& p = cuda::plans(c.problem);
+             const cuda::Plans p = cuda::plans(c.problem);
              return std::make_tuple(description(p.gates), description(p.statistics),
                                     description(p.combine));
            })
