@@ -43,7 +43,7 @@ Maps maps(const Problem& p) {
 
 const char* kTooLarge =
     "a block of this many channels does not fit into the device's shared memory";
-const char* kTooMany = "more than 2^31 pixels, or more blocks than a launch takes";
+const char* kTooMany = "2^31 pixels or more";
 
 struct Plans {
   Plan gates, statistics, combine;
@@ -74,14 +74,20 @@ Plans plans(const Problem& p) {
 
 const char* check(const Problem& p, const Plans& found) {
   if (!found.gates.rows || !found.statistics.rows || !found.combine.rows) return kTooLarge;
-  if (static_cast<double>(p.images) * p.height * p.width >= 2147483648.0) return kTooMany;
-  for (const Plan* plan : {&found.gates, &found.statistics, &found.combine})
-    if (divide_up(p.images, plan->cut.images) > 65535) return kTooMany;
-  return nullptr;
+  return static_cast<double>(p.images) * p.height * p.width >= 2147483648.0 ? kTooMany : nullptr;
 }
 
-Grid grid(const Problem& p, const Cut& c, int z) {
-  return {c.bands * c.columns, divide_up(p.images, c.images), z};
+// One launch, or as many as the groups of images take. z: of the grid.
+template <class Arguments>
+const char* run(void (*kernel)(Arguments), const Problem& p, const Plan& plan, int z, Arguments a) {
+  const int groups = divide_up(p.images, a.cut.images);
+  for (int& first = a.cut.first_group; first < groups; first += most_groups) {
+    const Grid blocks{a.cut.bands * a.cut.columns,
+                      groups - first < most_groups ? groups - first : most_groups, z};
+    if (const char* wrong = launch(kernel, blocks, kThreads, plan.shared, p.stream, a))
+      return wrong;
+  }
+  return nullptr;
 }
 
 template <class T>
@@ -91,28 +97,21 @@ const char* run_pack(const Problem& p, const PackArguments& a) {
 
 template <class T>
 const char* run_statistics(const Problem& p, const Plan& plan, const StatisticsArguments& a) {
-  const Grid blocks = grid(p, plan.cut, 2 * a.slices());
-  return plan.rows == 7
-             ? launch(statistics_kernel<T, 7>, blocks, kThreads, plan.shared, p.stream, a)
-             : launch(statistics_kernel<T, 4>, blocks, kThreads, plan.shared, p.stream, a);
+  return run(plan.rows == 7 ? statistics_kernel<T, 7> : statistics_kernel<T, 4>, p, plan,
+             2 * a.slices(), a);
 }
 
 template <class T>
 const char* run_gates(const Problem& p, const Plan& plan, const GatesArguments& a) {
-  const Grid blocks = grid(p, plan.cut, 2);
-  return plan.rows == 7 ? launch(gates_kernel<T, 7>, blocks, kThreads, plan.shared, p.stream, a)
-                        : launch(gates_kernel<T, 4>, blocks, kThreads, plan.shared, p.stream, a);
+  return run(plan.rows == 7 ? gates_kernel<T, 7> : gates_kernel<T, 4>, p, plan, 2, a);
 }
 
 template <class T>
 const char* run_combine(const Problem& p, const Plan& plan, const CombineArguments& a) {
-  const Grid blocks = grid(p, plan.cut, divide_up(a.maps.chunks(), plan.cut.chunks));
-  const auto run = [&](void (*kernel)(CombineArguments)) {
-    return launch(kernel, blocks, kThreads, plan.shared, p.stream, a);
-  };
-  if (plan.halo)
-    return plan.rows == 7 ? run(combine_kernel<T, 7, true>) : run(combine_kernel<T, 4, true>);
-  return plan.rows == 7 ? run(combine_kernel<T, 7, false>) : run(combine_kernel<T, 4, false>);
+  const auto kernel =
+      plan.halo ? (plan.rows == 7 ? combine_kernel<T, 7, true> : combine_kernel<T, 4, true>)
+                : (plan.rows == 7 ? combine_kernel<T, 7, false> : combine_kernel<T, 4, false>);
+  return run(kernel, p, plan, divide_up(a.maps.chunks(), plan.cut.chunks), a);
 }
 
 }  // namespace

@@ -42,7 +42,7 @@ class Emulated:
         self.skip = skip
         self.races = True
         self.sites: dict[str, None] = {}
-        self.ran: set[tuple[str, int]] = set()  # kernels and the schedules that they ran in
+        self.launches: list[tuple[str, int]] = []  # kernels and the schedules that they ran in
         self.traffic: list[tuple[str, list[tuple[str, int, int]]]] = []  # of the last call
 
     def call(self, shape: Shape, dtype: torch.dtype, **buffers: tuple[Tensor, bool]) -> Any:
@@ -69,7 +69,7 @@ class Emulated:
     def _done(self, call: Any) -> None:
         self.sites |= dict.fromkeys(call.sites())
         self.traffic = call.traffic()
-        self.ran |= {(name, self.schedule) for name, _ in self.traffic}
+        self.launches += [(name, self.schedule) for name, _ in self.traffic]
 
     def pack(
         self,

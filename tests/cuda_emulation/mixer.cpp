@@ -49,6 +49,7 @@ py::dict description(const cuda::Plan& p) {
 
 void bind_mixer(py::module_& m) {
   m.def("packed_words", &cuda::packed_words);
+  m.def("set_most_groups", [](int groups) { cuda::most_groups = groups; });
   py::class_<Call>(m, "MixerCall")
       .def(py::init<std::vector<int>, bool, int, int, int, uint64_t, bool, std::string,
                     std::vector<Buffer>>())
