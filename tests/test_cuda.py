@@ -93,7 +93,8 @@ def mixer(c, dtype, **options):
 def test_every_schedule_gives_the_same_bits(dtype, operators):
     m, x = mixer(20, dtype), torch.randn(2, 20, 11, 9).to(dtype)
     found = []
-    for _ in range(3):  # each call takes the next schedule
+    for first in range(3):  # each call takes the next schedule
+        operators.schedule = first
         x_train = x.clone().requires_grad_()
         m.train()
         found.append([m(x_train).detach()])
@@ -101,6 +102,9 @@ def test_every_schedule_gives_the_same_bits(dtype, operators):
         with torch.no_grad():
             found[-1].append(m(x))
         m.load_state_dict(mixer(20, dtype).state_dict())
+    ran = set(operators.launches)
+    assert {s for _, s in ran} == {0, 1, 2}
+    assert len(ran) == 3 * len({kernel for kernel, _ in ran}) == 15
     for others in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
@@ -128,7 +132,8 @@ def test_no_barrier_and_no_wait_can_be_left_out(operators):
         operators.skip = site
         noticed = False
         for shape, right in zip(shapes, expected, strict=True):
-            for _ in range(3):
+            for first in range(3):
+                operators.schedule = first
                 try:
                     got = step(shape)
                 except RuntimeError as error:
@@ -170,6 +175,46 @@ def test_channels_that_fit_nowhere_are_refused(operators):
         pytest.raises(RuntimeError, match="does not fit into the device's shared"),
     ):
         m(x)
+
+
+def call_of(name, *shape):
+    return build.module().MixerCall(list(shape), False, *DEVICES[name], 0, 0, True, "", [])
+
+
+@emulation
+@pytest.mark.parametrize("name", DEVICES)
+def test_what_the_backend_does_not_refuse_fits(name, gpu):
+    gpu(optin=DEVICES[name][1])
+    largest = max(c for c in range(4, 6000, 4) if cuda._too_large(c, 1) is None)
+    for height, width in ((1, 1), (5, 19), (56, 56), (3, 2000)):
+        assert all(call_of(name, 1, largest, height, width).parts())
+
+
+@emulation
+def test_more_images_than_a_launch_takes(operators):
+    """A grid's y has 65535 blocks; here 2."""
+    shape = (9, 8, 12, 10)
+    operators.device = (1, 101376)
+    expected = step(shape)
+    before = len(operators.launches)
+    build.module().set_most_groups(2)
+    try:
+        operators.launches.clear()
+        got = step(shape)
+    finally:
+        build.module().set_most_groups(65535)
+    assert len(operators.launches) > before
+    assert all(map(torch.equal, got, expected))
+
+
+@emulation
+def test_statistics_of_nan_are_nan(operators):
+    m, x = mixer(8, torch.bfloat16).train(), torch.randn(3, 8, 4, 4).bfloat16()
+    x[1, 3, 2, 1] = float("nan")
+    with torch.no_grad():
+        m(x)
+    for name, buffer in m.named_buffers():
+        assert buffer.isnan().all() or "num_batches" in name, name
 
 
 @emulation
@@ -278,8 +323,9 @@ def test_maps_too_wide_for_the_backward_take_tritons():
 class Library:
     """Stands for a native library with CUDA kernels."""
 
-    def __init__(self, names=b"sm_80,sm_90a,sm_100,sm_120,compute_80", driver=13000):
+    def __init__(self, names=b"sm_80,sm_90a,sm_100,sm_120,compute_80", driver=13000, streams=1):
         answers = {"architectures": names, "version": b"13.0", "driver": driver, "runtime": 13000}
+        answers["streams"] = streams
         for name, value in answers.items():
             setattr(self, f"casvit_cuda_{name}", _Answer(value))
 
@@ -325,6 +371,7 @@ def gpu(monkeypatch):
             "built for sm_80, sm_90a",
         ),
         ({"library": Library(driver=12080)}, None, "CUDA 13.0, the driver serves up to 12.8"),
+        ({"library": Library(streams=0)}, None, "does not find the current CUDA stream"),
         ({"library": object()}, None, "built without CUDA kernels: no nvcc was found"),
         ({}, Problem("cuda", torch.float16, 6000), "6000 channels .* a block may have 232,448"),
     ],
@@ -368,6 +415,8 @@ def test_it_stands_before_triton_for_half_precision():
 @pytest.mark.skipif(cuda.build() is None, reason="the library has no CUDA kernels ('make cuda')")
 def test_the_library_loads_without_a_gpu():
     assert "sm_80" in cuda.build()
+    # Of torch's CUDA builds, which Python loads with RTLD_LOCAL; without a GPU, too.
+    assert bool(native.load()[0].casvit_cuda_streams()) == (torch.version.cuda is not None)
     if not torch.cuda.is_available():
         assert "no GPU" in get("cuda").why_not()
         with pytest.raises(BackendUnavailable, match="the tensors are on 'cpu'"):

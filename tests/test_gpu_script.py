@@ -20,6 +20,7 @@ from conftest import require_native
 
 from bench.gpu import command as gpu
 from bench.gpu import schedule, store, supervise, worker
+from bench.gpu.cases import run_short
 from casvit_kernels import testing
 
 
@@ -409,3 +410,13 @@ def test_bad_arguments_are_named(given, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu_script.options(tmp_path, *given)
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_the_sanitizer_runs_what_the_backend_computes(backend, monkeypatch):
+    seen = []
+    right = SimpleNamespace(failures=())
+    monkeypatch.setattr(testing, "verdict", lambda case: seen.append(case) or right)
+    assert run_short(SimpleNamespace(backend=backend, device="cuda")) == 0
+    assert {c.dtype for c in seen} <= set(testing.BACKENDS[backend].dtypes)
+    assert len({c.dtype for c in seen}) == len({c.layout for c in seen}) == 2

@@ -54,6 +54,7 @@ def _not_built(library: ctypes.CDLL) -> str | None:
         getattr(library, f"casvit_cuda_{name}").restype = ctypes.c_char_p
     library.casvit_cuda_driver.restype = ctypes.c_int
     library.casvit_cuda_runtime.restype = ctypes.c_int
+    library.casvit_cuda_streams.restype = ctypes.c_int
     return None
 
 
@@ -73,6 +74,8 @@ def _device(library: ctypes.CDLL, count: int) -> str | None:
         return "it needs an NVIDIA GPU, this PyTorch is built for AMD"
     if count == 0:
         return "no GPU that this PyTorch can use: torch.cuda.is_available() is False"
+    if not library.casvit_cuda_streams():
+        return f"it does not find the current CUDA stream of torch {torch.__version__}"
     driver, runtime = library.casvit_cuda_driver(), library.casvit_cuda_runtime()
     if driver // 1000 < runtime // 1000:
         return (

@@ -1,148 +1,29 @@
 // The mixer's operators on CUDA tensors: from torch's stable ABI to plain pointers and back. The
-// qkv product is the library's. Needs neither CUDA's headers nor libtorch_cuda: the current
-// stream's getter is looked up where the process has it.
-#include "cuda/mixer.h"
-
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
-
-#include <array>
-#include <map>
-#include <mutex>
-#include <vector>
-
-#include "bindings/tensors.h"
-#include "cuda/weights.h"
+// qkv product is the library's.
+#include "bindings/cuda_call.h"
 
 namespace {
 
 using namespace casvit::binding;
 namespace cuda = casvit::cuda;
 
-void check(const char* wrong) { STD_TORCH_CHECK(!wrong, "CUDA kernels: ", wrong); }
-
-void* current_stream(int device) {
-  using Getter = AOTITorchError (*)(int32_t, void**);
-  static const Getter getter =
-      reinterpret_cast<Getter>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
-  STD_TORCH_CHECK(getter, "CUDA kernels: this PyTorch has no CUDA streams");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(getter(device, &stream));
-  return stream;
-}
-
-cuda::Problem problem(const Tensor& like, const std::array<int64_t, 4>& shape, ScalarType dtype) {
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "dtype: expected bfloat16 or float16");
-  static std::mutex mutex;
-  static std::map<int, cuda::Problem> devices;
-  const int device = like.get_device_index();
-  cuda::Problem p;
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = devices.find(device);
-    if (found == devices.end()) {
-      check(cuda::look_at_device(device, &p));
-      devices[device] = p;
-    } else {
-      p = found->second;
-    }
-  }
-  for (const int64_t size : shape)
-    STD_TORCH_CHECK(size >= 0 && size < (int64_t{1} << 31),
-                    "shape: expected sizes below 2^31, got ", size);
-  p.images = static_cast<int>(shape[0]);
-  p.channels = static_cast<int>(shape[1]);
-  p.height = static_cast<int>(shape[2]);
-  p.width = static_cast<int>(shape[3]);
-  p.float16 = dtype == ScalarType::Half;
-  p.stream = current_stream(device);
-  return p;
-}
-
-std::array<int64_t, 4> shape_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  STD_TORCH_CHECK(sizes.size() == 4, "shape: expected (B, C, H, W), got ", sizes.size(),
-                  " dimensions");
-  return {sizes[0], sizes[1], sizes[2], sizes[3]};
-}
-
-int64_t padded(int64_t channels) { return (channels + 3) / 4 * 4; }
-
-template <size_t N>
-Tensor floats(const Tensor& like, const std::array<int64_t, N>& sizes) {
-  return torch::stable::new_empty(like, {sizes.data(), N}, ScalarType::Float);
-}
-
-// Keeps contiguous copies of weights alive while pointers to them are used.
-class Kept {
- public:
-  cuda::Weight weight(const Tensor& t, const char* name, int64_t numel) {
-    STD_TORCH_CHECK(t.is_cuda(), name, ": expected a CUDA tensor");
-    STD_TORCH_CHECK(t.numel() == numel, name, ": expected ", numel, " elements, got ", t.numel());
-    tensors_.push_back(torch::stable::contiguous(t));
-    const casvit::DType dtype = dtype_of(t, name);
-    const int code = dtype == casvit::DType::F32 ? 0 : dtype == casvit::DType::BF16 ? 1 : 2;
-    return {tensors_.back().const_data_ptr(), code};
-  }
-  cuda::Weight weight(const Optional& t, const char* name, int64_t numel) {
-    return t ? weight(*t, name, numel) : cuda::Weight{nullptr, 0};
-  }
-
- private:
-  std::vector<Tensor> tensors_;
-};
-
-#define KEPT(name, numel) kept.weight(name, #name, numel)
-
 Tensor pack(WEIGHT_PARAMETERS, const Optional& statistics, ScalarType dtype) {
   const int64_t C = dwc_bias.numel();
   Kept kept;
-  const auto gate = [&](const Tensor& depthwise, const Tensor& bias, const Optional& norm_weight,
-                        const Optional& norm_bias, const Tensor& spatial, const Tensor& channel) {
-    return cuda::GateWeights{KEPT(depthwise, 9 * C), KEPT(bias, C),    KEPT(norm_weight, C),
-                             KEPT(norm_bias, C),     KEPT(spatial, C), KEPT(channel, C * C)};
-  };
-  const cuda::Weights weights{{gate(q_depthwise_weight, q_depthwise_bias, q_norm_weight,
-                                    q_norm_bias, q_spatial_weight, q_channel_weight),
-                               gate(k_depthwise_weight, k_depthwise_bias, k_norm_weight,
-                                    k_norm_bias, k_spatial_weight, k_channel_weight)},
-                              KEPT(dwc_weight, 9 * C),
-                              KEPT(dwc_bias, C),
-                              KEPT(proj_weight, 9 * C),
-                              KEPT(proj_bias, C)};
+  const cuda::Weights weights = weights_of(kept, WEIGHT_NAMES);
   const torch::stable::accelerator::DeviceGuard guard(dwc_bias.get_device_index());
   const cuda::Problem p = problem(dwc_bias, {1, C, 1, 1}, dtype);
   Tensor packed = floats<2>(dwc_bias, {cuda::packed_words(p.channels), 4});
   const float eps[2] = {static_cast<float>(eps_q), static_cast<float>(eps_k)};
-  const float* of = nullptr;
-  if (statistics) {
-    STD_TORCH_CHECK(
-        statistics->is_cuda() && statistics->is_contiguous() && statistics->numel() == 4 * C &&
-            statistics->scalar_type() == ScalarType::Float,
-        "statistics: expected a contiguous float32 CUDA tensor of shape (2, 2, ", C, ")");
-    of = static_cast<const float*>(statistics->const_data_ptr());
-  }
+  const float* of = statistics ? floats_of(*statistics, "statistics", 4 * C, dwc_bias) : nullptr;
   check(cuda::pack(p, weights, of, eps, packed.mutable_data_ptr()));
   return packed;
-}
-
-void check_inputs(const Tensor& qkv, const Tensor& packed, const std::array<int64_t, 4>& shape) {
-  const auto [B, C, H, W] = shape;
-  STD_TORCH_CHECK(qkv.is_cuda() && qkv.is_contiguous() && qkv.numel() == B * H * W * 3 * padded(C),
-                  "qkv: expected a contiguous CUDA tensor of ", B * H * W, " pixels x ",
-                  3 * padded(C), " channels");
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(qkv.const_data_ptr()) % 16 == 0,
-                  "qkv: expected 16-byte alignment");
-  STD_TORCH_CHECK(packed.is_cuda() && packed.is_contiguous() &&
-                      packed.get_device_index() == qkv.get_device_index() &&
-                      packed.numel() == 4 * cuda::packed_words(static_cast<int>(C)),
-                  "packed: expected weights packed for ", C, " channels on qkv's device");
 }
 
 Tensor statistics(const Tensor& qkv, const Tensor& packed,
                   torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   const std::array<int64_t, 4> shape = shape_of(sizes);
-  check_inputs(qkv, packed, shape);
+  check_inputs(qkv, packed, shape, cuda::packed_words(static_cast<int>(shape[1])));
   const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
   const cuda::Problem p = problem(qkv, shape, qkv.scalar_type());
   cuda::Parts parts;
@@ -164,7 +45,7 @@ struct Mixed {
 
 Mixed run_mix(const Tensor& qkv, const Tensor& packed, const std::array<int64_t, 4>& shape,
               bool channels_last, bool training) {
-  check_inputs(qkv, packed, shape);
+  check_inputs(qkv, packed, shape, cuda::packed_words(static_cast<int>(shape[1])));
   const auto [B, C, H, W] = shape;
   const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
   const cuda::Problem p = problem(qkv, shape, qkv.scalar_type());
@@ -232,6 +113,11 @@ Tensor infer(const Tensor& x, const Tensor& qkv_weight, const Optional& qkv_bias
 }
 
 }  // namespace
+
+// Whether the current stream can be found: asked before any call, through ctypes.
+extern "C" __attribute__((visibility("default"))) int casvit_cuda_streams() {
+  return stream_getter() != nullptr;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(casvit_kernels, CUDA, m) {
   m.impl("cuda_pack", TORCH_BOX(&pack));

@@ -53,10 +53,13 @@ inline casvit::Source source(const Optional& t, const char* name, int64_t numel,
 }
 
 // Parameters of an operator for the weights of a mixer, and the sources of these.
-#define CASVIT_PARAMETER(prefix, field, presence, ...) const presence &prefix##field,
+#define CASVIT_PARAMETER(prefix, field, presence, ...) \
+  [[maybe_unused]] const presence &prefix##field,
 #define CASVIT_SOURCE(prefix, field, presence, elements, dimensions) \
   source(prefix##field, #prefix #field, elements, dimensions),
-#define WEIGHT_PARAMETERS CASVIT_MIXER_WEIGHTS(CASVIT_PARAMETER) double eps_q, double eps_k
+#define WEIGHT_PARAMETERS                \
+  CASVIT_MIXER_WEIGHTS(CASVIT_PARAMETER) \
+  [[maybe_unused]] double eps_q, [[maybe_unused]] double eps_k
 #define WEIGHT_SOURCES                                                                \
   {C,                                                                                 \
    CASVIT_QKV_WEIGHTS(CASVIT_SOURCE){{CASVIT_GATE_WEIGHTS(CASVIT_SOURCE, q_) eps_q},  \

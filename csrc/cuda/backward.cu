@@ -35,42 +35,32 @@ int slices(const Maps& m, const Cut& c) { return divide_up(m.chunks(), c.chunks)
 
 template <class T>
 const char* run_combine(const Problem& p, const Plan& plan, const BackwardCombineArguments& a) {
-  const Grid at = grid(p, plan.cut, slices(a.forward.maps, plan.cut));
-  const auto run = [&](void (*kernel)(BackwardCombineArguments)) {
-    return launch(kernel, at, kThreads, plan.shared, p.stream, a);
-  };
-  if (plan.halo)
-    return plan.rows == 7 ? run(backward_combine_kernel<T, 7, true>)
-                          : run(backward_combine_kernel<T, 4, true>);
-  return plan.rows == 7 ? run(backward_combine_kernel<T, 7, false>)
-                        : run(backward_combine_kernel<T, 4, false>);
+  const auto kernel = plan.halo ? (plan.rows == 7 ? backward_combine_kernel<T, 7, true>
+                                                  : backward_combine_kernel<T, 4, true>)
+                                : (plan.rows == 7 ? backward_combine_kernel<T, 7, false>
+                                                  : backward_combine_kernel<T, 4, false>);
+  return run(kernel, p, plan, slices(a.forward.maps, plan.cut), a);
 }
 
 template <class T>
 const char* run_gate(const Problem& p, const Plan& plan, const BackwardGateArguments& a) {
-  const Grid at = grid(p, plan.cut, 2);
-  return plan.rows == 7
-             ? launch(backward_gate_kernel<T, 7>, at, kThreads, plan.shared, p.stream, a)
-             : launch(backward_gate_kernel<T, 4>, at, kThreads, plan.shared, p.stream, a);
+  return run(plan.rows == 7 ? backward_gate_kernel<T, 7> : backward_gate_kernel<T, 4>, p, plan, 2,
+             a);
 }
 
 template <class T>
 const char* run_depthwise(const Problem& p, const Plan& plan, const BackwardDepthwiseArguments& a) {
-  const Grid at = grid(p, plan.cut, 2 * slices(a.maps, plan.cut));
-  const auto run = [&](void (*kernel)(BackwardDepthwiseArguments)) {
-    return launch(kernel, at, kThreads, plan.shared, p.stream, a);
-  };
-  if (plan.halo)
-    return plan.rows == 7 ? run(backward_depthwise_kernel<T, 7, true>)
-                          : run(backward_depthwise_kernel<T, 4, true>);
-  return plan.rows == 7 ? run(backward_depthwise_kernel<T, 7, false>)
-                        : run(backward_depthwise_kernel<T, 4, false>);
+  const auto kernel = plan.halo ? (plan.rows == 7 ? backward_depthwise_kernel<T, 7, true>
+                                                  : backward_depthwise_kernel<T, 4, true>)
+                                : (plan.rows == 7 ? backward_depthwise_kernel<T, 7, false>
+                                                  : backward_depthwise_kernel<T, 4, false>);
+  return run(kernel, p, plan, 2 * slices(a.maps, plan.cut), a);
 }
 
 }  // namespace
 
 const char* backward_parts(const Problem& p, BackwardParts* found) {
-  const Plans& of = plans(p);
+  const Plans of = plans(p);
   if (const char* wrong =
           check(p, {&of.backward_combine, &of.backward_gate, &of.backward_depthwise}))
     return wrong;
@@ -94,11 +84,11 @@ const char* backward_combine(const Problem& p, const void* qkv, const void* pack
                              const float* spatial, const float* gates, const void* grad,
                              void* grad_qkv, void* grad_sum, float* pixel, float* channel_sums,
                              float* weights) {
-  const Plan& plan = plans(p).backward_combine;
+  const Plan plan = plans(p).backward_combine;
   if (const char* wrong = check(p, {&plan})) return wrong;
   BackwardCombineArguments a{};
   a.forward.maps = maps(p);
-  a.forward.cut = plan.cut;
+  a.cut = plan.cut;
   a.forward.qkv = static_cast<const uint16_t*>(qkv);
   a.forward.spatial = spatial;
   a.packed = static_cast<const uint4*>(packed);
@@ -115,7 +105,7 @@ const char* backward_combine(const Problem& p, const void* qkv, const void* pack
 const char* backward_gate(const Problem& p, const void* qkv, const void* packed,
                           const float* spatial, const float* pixel, const float* shift,
                           float* logit, float* sums) {
-  const Plan& plan = plans(p).backward_gate;
+  const Plan plan = plans(p).backward_gate;
   if (const char* wrong = check(p, {&plan})) return wrong;
   const BackwardGateArguments a{maps(p),
                                 plan.cut,
@@ -133,7 +123,7 @@ const char* backward_depthwise(const Problem& p, const void* qkv, const void* pa
                                const float* spatial, const float* logit, const float* gates,
                                const float* shift, const float* coefficients, const void* grad_sum,
                                void* grad_qkv, float* weights) {
-  const Plan& plan = plans(p).backward_depthwise;
+  const Plan plan = plans(p).backward_depthwise;
   if (const char* wrong = check(p, {&plan})) return wrong;
   const BackwardDepthwiseArguments a{maps(p),
                                      plan.cut,

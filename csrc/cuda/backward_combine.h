@@ -16,15 +16,16 @@
 namespace casvit::cuda {
 
 struct BackwardCombineArguments {
-  CombineArguments forward;  // maps, cut, qkv, spatial
-  const uint4* packed;       // of BackwardLayout
-  const float* gates;        // (2, B, C), the channel gates
-  const uint16_t* grad;      // (B, H, W, padded)
-  uint16_t* grad_qkv;        // (B, H, W, 3 padded): the part of v is written
-  uint16_t* grad_sum;        // (B, H, W, padded): ga
-  float* pixel;              // (slices, B, 2, H, W)
-  float* channel_sums;       // (bands, 2, B, padded)
-  float* weights;  // (bands x image groups, 20, padded): dwc's taps, bias, proj's taps, bias
+  CombineArguments forward;  // maps, qkv, spatial
+  Cut cut;
+  const uint4* packed;   // of BackwardLayout
+  const float* gates;    // (2, B, C), the channel gates
+  const uint16_t* grad;  // (B, H, W, padded)
+  uint16_t* grad_qkv;    // (B, H, W, 3 padded): the part of v is written
+  uint16_t* grad_sum;    // (B, H, W, padded): ga
+  float* pixel;          // (slices, B, 2, H, W)
+  float* channel_sums;   // (bands, 2, B, padded)
+  float* weights;        // (bands x image groups, 20, padded): dwc's taps, bias, proj's taps, bias
 };
 
 constexpr int kColumnSums =
@@ -58,12 +59,12 @@ CASVIT_DEVICE void backward_combine_block(const BackwardCombineArguments& b) {
   constexpr int U_ROWS = HALO ? ROWS + 1 : ROWS;
   const CombineArguments& a = b.forward;
   const Maps& m = a.maps;
-  const Cut& c = a.cut;
+  const Cut& c = b.cut;
   const BackwardCombineShared shared(m, c, ROWS, HALO);
   const CombineShared& of = shared.forward;
   const BackwardLayout layout(m.padded);
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, all = m.chunks();
-  const int band = block_x(), image0 = block_y() * c.images, row0 = band * of.own_rows;
+  const int band = block_x(), image0 = c.group() * c.images, row0 = band * of.own_rows;
   const int chunk0 = block_z() * c.chunks;
   const int chunks = all - chunk0 < c.chunks ? all - chunk0 : c.chunks;
   const int images = m.images - image0 < c.images ? m.images - image0 : c.images;
@@ -221,7 +222,7 @@ CASVIT_DEVICE void backward_combine_block(const BackwardCombineArguments& b) {
   sync_threads();
 
   float* weights = b.weights +
-                   static_cast<int64_t>(block_x() + c.bands * block_y()) * 20 * m.padded +
+                   static_cast<int64_t>(block_x() + c.bands * c.group()) * 20 * m.padded +
                    chunk0 * kChunk;
   for (int i = thread; i < chunks * 18 * kChunk; i += kThreads) {
     const int chunk = i / (18 * kChunk), rest = i - chunk * 18 * kChunk, tap = rest / kChunk;

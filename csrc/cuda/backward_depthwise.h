@@ -54,7 +54,7 @@ CASVIT_DEVICE void backward_depthwise_block(const BackwardDepthwiseArguments& a)
   const CombineShared& of = shared.forward;
   const BackwardLayout layout(m.padded);
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, all = m.chunks();
-  const int image0 = block_y() * c.images, row0 = block_x() * of.own_rows;
+  const int image0 = c.group() * c.images, row0 = block_x() * of.own_rows;
   const int z = block_z() & 1, chunk0 = (block_z() >> 1) * c.chunks;
   const int chunks = all - chunk0 < c.chunks ? all - chunk0 : c.chunks;
   const int images = m.images - image0 < c.images ? m.images - image0 : c.images;
@@ -181,7 +181,7 @@ CASVIT_DEVICE void backward_depthwise_block(const BackwardDepthwiseArguments& a)
   sync_threads();
 
   float* weights = a.weights +
-                   (static_cast<int64_t>(block_x() + c.bands * block_y()) * 2 + z) * 10 * m.padded +
+                   (static_cast<int64_t>(block_x() + c.bands * c.group()) * 2 + z) * 10 * m.padded +
                    chunk0 * kChunk;
   for (int i = thread; i < chunks * 9 * kChunk; i += kThreads) {
     const int chunk = i / (9 * kChunk), rest = i - chunk * 9 * kChunk;

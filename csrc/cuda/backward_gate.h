@@ -46,7 +46,7 @@ CASVIT_DEVICE void backward_gate_block(const BackwardGateArguments& a) {
   const int band = block_x() / c.columns, column = block_x() - band * c.columns;
   const int chunks = m.chunks(), rows = c.strips * ROWS, width = 2 * c.pairs;
   const int map = m.height * m.width;
-  const Box box{block_y() * c.images, band * rows - 1, column * width - 1, c.images, rows + 2,
+  const Box box{c.group() * c.images, band * rows - 1, column * width - 1, c.images, rows + 2,
                 c.pairs + 1};
   const uint32_t row_bytes = box.pairs * pair_bytes(c);
   load_tile(a.qkv + z * m.padded, m, c, box, 0, chunks, 0, 3 * m.padded);
@@ -151,7 +151,7 @@ CASVIT_DEVICE void backward_gate_block(const BackwardGateArguments& a) {
 
   float* sums =
       a.sums +
-      (static_cast<int64_t>(block_x() + c.bands * c.columns * block_y()) * 2 + z) * 2 * m.padded;
+      (static_cast<int64_t>(block_x() + c.bands * c.columns * c.group()) * 2 + z) * 2 * m.padded;
   for (int i = thread; i < 2 * m.padded; i += kThreads) {
     float sum = 0.0f;
     for (int t = 0; t < tiles; ++t)

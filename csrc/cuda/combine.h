@@ -244,7 +244,7 @@ CASVIT_DEVICE void combine_block(const CombineArguments& a) {
   const CombineShared shared(m, c, ROWS, HALO);
   const PackedLayout layout(m.channels, m.padded);
   const int band = block_x() / c.columns, column = block_x() - band * c.columns;
-  const int image0 = block_y() * c.images, row0 = band * shared.own_rows, x0 = column * 2 * c.pairs;
+  const int image0 = c.group() * c.images, row0 = band * shared.own_rows, x0 = column * 2 * c.pairs;
   const int chunk0 = block_z() * c.chunks;
   const int chunks = m.chunks() - chunk0 < c.chunks ? m.chunks() - chunk0 : c.chunks;
   const Box u_box{image0, row0 - 1, x0 - 1, c.images, shared.u_rows, c.pairs + 1};

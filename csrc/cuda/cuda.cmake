@@ -13,17 +13,19 @@ function(add_cuda_kernels target)
   get_filename_component(home ${home} DIRECTORY)
   find_library(runtime NAMES libcudart_static.a HINTS ${home}/lib64 ${home}/lib ${home}/targets/x86_64-linux/lib
                NO_CACHE NO_DEFAULT_PATH)
-  # What this nvcc knows of the list; a trial of each, since it may lack a host compiler, too.
+  # What this nvcc knows of the list; a trial of each, since it may lack a host compiler, too, or be too
+  # old for what the sources use: they must not take the CPU's kernels with them.
   set(try ${CMAKE_CURRENT_BINARY_DIR}/try.cu)
-  file(WRITE ${try} "__global__ void nothing() {}\n")
+  file(WRITE ${try} "#include <cuda_runtime.h>\nstatic_assert(__is_same(int, int));\n"
+                    "__global__ void nothing(const __grid_constant__ int of) { if constexpr (sizeof(of) == 0) return; }\n")
   set(codes)
   set(names)
   set(reason "libcudart_static.a is not beside it")
   foreach(name IN LISTS CASVIT_CUDA_ARCHITECTURES)
     if(runtime)
       string(REGEX REPLACE "^[a-z]+_" "" number ${name})
-      execute_process(COMMAND ${CASVIT_NVCC} -ccbin ${CMAKE_CXX_COMPILER} -gencode arch=compute_${number},code=${name}
-                              -c ${try} -o ${try}.o
+      execute_process(COMMAND ${CASVIT_NVCC} -ccbin ${CMAKE_CXX_COMPILER} -std=c++17
+                              -gencode arch=compute_${number},code=${name} -c ${try} -o ${try}.o
                       RESULT_VARIABLE failed ERROR_VARIABLE reason OUTPUT_QUIET)
       if(NOT failed)
         list(APPEND codes -gencode arch=compute_${number},code=${name})
@@ -41,17 +43,21 @@ function(add_cuda_kernels target)
     return()
   endif()
   list(JOIN names "," list)
-  set(object ${CMAKE_CURRENT_BINARY_DIR}/cuda_mixer.o)
-  add_custom_command(
-    OUTPUT ${object}
-    COMMAND ${CASVIT_NVCC} -ccbin ${CMAKE_CXX_COMPILER} -std=c++17 -O3 --threads 2 ${codes}
-            "-DCASVIT_CUDA_NAMES=\"${list}\"" -I${CMAKE_CURRENT_SOURCE_DIR}
-            -Xcompiler -fPIC,-fvisibility=hidden -MD -MF ${object}.d -MT ${object}
-            -c ${CMAKE_CURRENT_SOURCE_DIR}/cuda/mixer.cu -o ${object}
-    DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/cuda/mixer.cu
-    DEPFILE ${object}.d
-    VERBATIM)
-  target_sources(${target} PRIVATE ${object} bindings/cuda.cpp)
-  set_source_files_properties(${object} PROPERTIES EXTERNAL_OBJECT ON GENERATED ON)
+  foreach(unit mixer backward)
+    set(source ${CMAKE_CURRENT_SOURCE_DIR}/cuda/${unit}.cu)
+    set(object ${CMAKE_CURRENT_BINARY_DIR}/cuda_${unit}.o)
+    add_custom_command(
+      OUTPUT ${object}
+      COMMAND ${CASVIT_NVCC} -ccbin ${CMAKE_CXX_COMPILER} -std=c++17 -O3 ${codes}
+              "-DCASVIT_CUDA_NAMES=\"${list}\"" -I${CMAKE_CURRENT_SOURCE_DIR}
+              -Xcompiler -fPIC,-fvisibility=hidden -MD -MF ${object}.d -MT ${object}
+              -c ${source} -o ${object}
+      DEPENDS ${source}
+      DEPFILE ${object}.d
+      VERBATIM)
+    target_sources(${target} PRIVATE ${object})
+    set_source_files_properties(${object} PROPERTIES EXTERNAL_OBJECT ON GENERATED ON)
+  endforeach()
+  target_sources(${target} PRIVATE bindings/cuda.cpp bindings/cuda_backward.cpp)
   target_link_libraries(${target} PRIVATE ${runtime} dl rt pthread)
 endfunction()

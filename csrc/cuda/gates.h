@@ -50,7 +50,7 @@ CASVIT_DEVICE void gates_block(const GatesArguments& a) {
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, z = block_z();
   const int band = block_x() / c.columns, column = block_x() - band * c.columns;
   const int chunks = m.chunks(), rows = c.strips * ROWS;
-  const Box box{block_y() * c.images, band * rows - 1, column * 2 * c.pairs - 1, c.images, rows + 2,
+  const Box box{c.group() * c.images, band * rows - 1, column * 2 * c.pairs - 1, c.images, rows + 2,
                 c.pairs + 1};
   const uint32_t row_bytes = box.pairs * pair_bytes(c);
 

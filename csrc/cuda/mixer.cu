@@ -39,28 +39,21 @@ const char* run_pack(const Problem& p, const PackArguments& a) {
 
 template <class T>
 const char* run_statistics(const Problem& p, const Plan& plan, const StatisticsArguments& a) {
-  const Grid blocks = grid(p, plan.cut, 2 * a.slices());
-  return plan.rows == 7
-             ? launch(statistics_kernel<T, 7>, blocks, kThreads, plan.shared, p.stream, a)
-             : launch(statistics_kernel<T, 4>, blocks, kThreads, plan.shared, p.stream, a);
+  return run(plan.rows == 7 ? statistics_kernel<T, 7> : statistics_kernel<T, 4>, p, plan,
+             2 * a.slices(), a);
 }
 
 template <class T>
 const char* run_gates(const Problem& p, const Plan& plan, const GatesArguments& a) {
-  const Grid blocks = grid(p, plan.cut, 2);
-  return plan.rows == 7 ? launch(gates_kernel<T, 7>, blocks, kThreads, plan.shared, p.stream, a)
-                        : launch(gates_kernel<T, 4>, blocks, kThreads, plan.shared, p.stream, a);
+  return run(plan.rows == 7 ? gates_kernel<T, 7> : gates_kernel<T, 4>, p, plan, 2, a);
 }
 
 template <class T>
 const char* run_combine(const Problem& p, const Plan& plan, const CombineArguments& a) {
-  const Grid blocks = grid(p, plan.cut, divide_up(a.maps.chunks(), plan.cut.chunks));
-  const auto run = [&](void (*kernel)(CombineArguments)) {
-    return launch(kernel, blocks, kThreads, plan.shared, p.stream, a);
-  };
-  if (plan.halo)
-    return plan.rows == 7 ? run(combine_kernel<T, 7, true>) : run(combine_kernel<T, 4, true>);
-  return plan.rows == 7 ? run(combine_kernel<T, 7, false>) : run(combine_kernel<T, 4, false>);
+  const auto kernel =
+      plan.halo ? (plan.rows == 7 ? combine_kernel<T, 7, true> : combine_kernel<T, 4, true>)
+                : (plan.rows == 7 ? combine_kernel<T, 7, false> : combine_kernel<T, 4, false>);
+  return run(kernel, p, plan, divide_up(a.maps.chunks(), plan.cut.chunks), a);
 }
 
 }  // namespace
@@ -74,7 +67,7 @@ const char* look_at_device(int device, Problem* p) {
   };
   for (const auto& [attribute, value] : wanted) {
     const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (error != cudaSuccess) return what(error);
   }
   return nullptr;
 }
@@ -83,7 +76,7 @@ const char* look_at_device(int device, Problem* p) {
 int64_t packed_words(int channels) { return PackedLayout(channels, padded(channels)).end; }
 
 const char* parts(const Problem& p, Parts* found) {
-  const Plans& of = plans(p);
+  const Plans of = plans(p);
   const Cut &g = of.gates.cut, &s = of.statistics.cut;
   if (const char* wrong = check(p, {&of.gates, &of.statistics})) return wrong;
   *found = {g.bands * g.columns, s.bands * s.columns * divide_up(p.images, s.images)};
@@ -99,7 +92,7 @@ const char* pack(const Problem& p, const Weights& weights, const float* statisti
 
 const char* statistics(const Problem& p, const void* qkv, const void* packed, float* counts,
                        float* moments, float* result) {
-  const Plans& of = plans(p);
+  const Plans of = plans(p);
   if (const char* wrong = check(p, {&of.statistics})) return wrong;
   const Plan& plan = of.statistics;
   const StatisticsArguments a{
@@ -116,7 +109,7 @@ const char* statistics(const Problem& p, const void* qkv, const void* packed, fl
 
 const char* mix(const Problem& p, const void* qkv, const void* packed, float* sums, float* spatial,
                 float* pooled, float* channel, void* out, bool channels_last) {
-  const Plans& of = plans(p);
+  const Plans of = plans(p);
   if (const char* wrong = check(p, {&of.gates, &of.combine})) return wrong;
   const Maps m = maps(p);
   const uint16_t* maps_of_qkv = static_cast<const uint16_t*>(qkv);

@@ -10,7 +10,8 @@ namespace casvit::cuda {
 //   gate taps   [gate][chunk][kernel row][lane] uint4: two words, two more of what rounding left
 //   over gate rows   [gate][chunk][channel pair] float4: bias and weight to the spatial gate of two
 //   channels conv taps   [dwc, proj][chunk][kernel row][lane] uint2 conv biases [dwc, proj][chunk]
-//   float4 channel     [gate][input channel][padded] float: the channel gates' weights, transposed
+//   float4 channel     [gate][8 channels][16 inputs][lane] uint4: the channel gates' weights, two
+//   words and two more of what rounding left over
 struct PackedLayout {
   int channel_tiles, channel_steps;  // of 8 channels, of 16 inputs
   int64_t gate_rows, conv_taps, conv_bias, channel, end;

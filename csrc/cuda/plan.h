@@ -124,8 +124,11 @@ inline Plan plan(Kernel kernel, const Maps& m, const Device& device) {
       if (own - rows >= m.height) break;
       const bool halo = own < m.height;
       if (is_twofold(kernel) && halo && strips != 2) continue;
+      // Pairs of their own in the end, which need the least shared memory.
       for (int columns = 1; columns <= half_width;
-           columns = columns < 8 ? columns + 1 : columns * 2) {
+           columns = columns < 8                                        ? columns + 1
+                     : columns < half_width && columns * 2 > half_width ? half_width
+                                                                        : columns * 2) {
         const int pairs = divide_up(half_width, columns);
         if (strips * pairs > most || (sums_taps(kernel) && columns > 1)) continue;
         for (const int chunks : widths) {
@@ -172,8 +175,9 @@ struct Plans {
   Plan gates, statistics, combine, backward_combine, backward_gate, backward_depthwise;
 };
 
-// Looked up in each call: worked out once for a shape and device.
-inline const Plans& plans(const Problem& p) {
+// Looked up in each call: worked out once for a shape and device. A copy: another thread may clear
+// the table.
+inline Plans plans(const Problem& p) {
   using Key = std::tuple<int, int, int, int, int, int, int>;
   static std::mutex mutex;
   static std::map<Key, Plans> known;
@@ -187,6 +191,7 @@ inline const Plans& plans(const Problem& p) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
+  if (known.size() > 4096) known.clear();  // sizes that change from batch to batch
   const Maps m = maps(p);
   const Device device{p.multiprocessors, p.shared_per_block, p.shared_per_multiprocessor};
   return known[key] = {
@@ -195,8 +200,17 @@ inline const Plans& plans(const Problem& p) {
              plan(Kernel::kBackwardGate, m, device), plan(Kernel::kBackwardDepthwise, m, device)};
 }
 
-inline Grid grid(const Problem& p, const Cut& c, int z) {
-  return {c.bands * c.columns, divide_up(p.images, c.images), z};
+// One launch, or as many as the groups of images take. z: of the grid.
+template <class Arguments>
+const char* run(void (*kernel)(Arguments), const Problem& p, const Plan& plan, int z, Arguments a) {
+  const int groups = divide_up(p.images, a.cut.images);
+  for (int& first = a.cut.first_group; first < groups; first += most_groups) {
+    const Grid blocks{a.cut.bands * a.cut.columns,
+                      groups - first < most_groups ? groups - first : most_groups, z};
+    if (const char* wrong = launch(kernel, blocks, kThreads, plan.shared, p.stream, a))
+      return wrong;
+  }
+  return nullptr;
 }
 
 // Why these plans cannot run, or null.
@@ -207,9 +221,6 @@ inline const char* check(const Problem& p, std::initializer_list<const Plan*> fo
              "shared memory";
   if (static_cast<double>(p.images) * p.height * p.width >= 2147483648.0)
     return "expected fewer than 2^31 pixels";
-  for (const Plan* plan : found)
-    if (divide_up(p.images, plan->cut.images) > 65535)
-      return "expected images for at most 65535 blocks";
   return nullptr;
 }
 

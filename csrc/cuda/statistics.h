@@ -32,7 +32,7 @@ CASVIT_DEVICE void statistics_block(const StatisticsArguments& a) {
   const int band = block_x() / c.columns, column = block_x() - band * c.columns;
   const int all = m.chunks(), chunks = all - chunk0 < c.chunks ? all - chunk0 : c.chunks;
   const int rows = c.strips * ROWS, width = 2 * c.pairs;
-  const Box box{block_y() * c.images, band * rows - 1, column * width - 1, c.images, rows + 2,
+  const Box box{c.group() * c.images, band * rows - 1, column * width - 1, c.images, rows + 2,
                 c.pairs + 1};
   const uint32_t row_bytes = box.pairs * pair_bytes(c);
   load_tile(a.qkv + z * m.padded, m, c, box, chunk0, chunks, 0, 3 * m.padded);
@@ -44,7 +44,7 @@ CASVIT_DEVICE void statistics_block(const StatisticsArguments& a) {
   const int height = m.height - band * rows < rows ? m.height - band * rows : rows;
   const int across = m.width - column * width < width ? m.width - column * width : width;
   const float number = static_cast<float>(images * height * across);
-  const int block = block_x() + c.bands * c.columns * block_y();
+  const int block = block_x() + c.bands * c.columns * c.group();
   if (block_z() == 0 && thread_index() == 0) store_global(a.counts + block, number);
 
   const Positions positions(c.images, c.strips, c.pairs);
@@ -149,7 +149,8 @@ CASVIT_DEVICE void merge_block(const MergeArguments& a) {
     const float correction = rest / number;  // what the first sum's rounding left of the mean
     float* to = a.statistics + z * 2 * a.channels + channel;
     store_global(to, mean + correction);
-    store_global(to + a.channels, fmaxf(spread / number - correction * correction, 0.0f));
+    const float variance = spread / number - correction * correction;
+    store_global(to + a.channels, variance < 0.0f ? 0.0f : variance);  // fmaxf would hide a NaN
   }
 }
 

@@ -17,10 +17,18 @@ struct Maps {
 constexpr int kThreads = 256;  // of a block
 constexpr int kWarps = kThreads / 32;
 
+#ifdef CASVIT_EMULATED
+inline int most_groups = 65535;  // less in a test
+#else
+constexpr int most_groups = 65535;
+#endif
+
 struct Cut {
   int images, strips, pairs, chunks;
-  int bands, columns;  // blocks down and across a map
-  int unit_stride;     // units from a pair to the next: odd, so that ldmatrix meets no bank twice
+  int bands, columns;   // blocks down and across a map
+  int unit_stride;      // units from a pair to the next: odd, so that ldmatrix meets no bank twice
+  int first_group = 0;  // of images, of this launch: a grid has at most `most_groups` down
+  CASVIT_DEVICE int group() const { return first_group + block_y(); }
 };
 
 // Division by what is the same for a whole block, of numbers below 2^16: a multiplication.

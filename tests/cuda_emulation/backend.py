@@ -42,13 +42,15 @@ class Emulated:
         self.skip = skip
         self.races = True
         self.sites: dict[str, None] = {}
+        self.launches: list[tuple[str, int]] = []  # kernels and the schedules that they ran in
         self.traffic: list[tuple[str, list[tuple[str, int, int]]]] = []  # of each launch
 
     def call(self, shape: Shape, dtype: torch.dtype, **buffers: tuple[Tensor, bool]) -> Any:
         """The module's object for a call that may touch these buffers; and whether it may write."""
         from cuda_emulation.build import module
 
-        self.schedule = (self.schedule + 1) % 3
+        if buffers:  # it launches
+            self.schedule = (self.schedule + 1) % 3
         given = [
             (name, t.data_ptr(), t.numel() * t.element_size(), writable)
             for name, (t, writable) in buffers.items()
@@ -67,6 +69,7 @@ class Emulated:
     def _done(self, call: Any) -> None:
         self.sites |= dict.fromkeys(call.sites())
         self.traffic += call.traffic()
+        self.launches += [(name, self.schedule) for name, _ in call.traffic()]
 
     def pack(
         self,

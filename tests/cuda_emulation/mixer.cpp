@@ -39,12 +39,15 @@ V* at(uintptr_t address) {
 }
 
 cuda::Weights weights_of(const std::vector<std::pair<uintptr_t, int>>& w) {
-  const auto of = [&](int i) { return cuda::Weight{at<const void>(w.at(i).first), w.at(i).second}; };
-  return {{{of(0), of(1), of(2), of(3), of(4), of(5)}, {of(6), of(7), of(8), of(9), of(10), of(11)}},
-          of(12),
-          of(13),
-          of(14),
-          of(15)};
+  const auto of = [&](int i) {
+    return cuda::Weight{at<const void>(w.at(i).first), w.at(i).second};
+  };
+  return {
+      {{of(0), of(1), of(2), of(3), of(4), of(5)}, {of(6), of(7), of(8), of(9), of(10), of(11)}},
+      of(12),
+      of(13),
+      of(14),
+      of(15)};
 }
 
 py::dict description(const cuda::Plan& p) {
@@ -61,6 +64,7 @@ py::dict description(const cuda::Plan& p) {
 void bind_mixer(py::module_& m) {
   m.def("packed_words", &cuda::packed_words);
   m.def("backward_packed_words", &cuda::backward_packed_words);
+  m.def("set_most_groups", [](int groups) { cuda::most_groups = groups; });
   py::class_<Call>(m, "MixerCall")
       .def(py::init<std::vector<int>, bool, int, int, int, uint64_t, bool, std::string,
                     std::vector<Buffer>>())
@@ -72,16 +76,18 @@ void bind_mixer(py::module_& m) {
            })
       .def("plans",
            [](Call& c) {
-             const cuda::Plans& p = cuda::plans(c.problem);
+             const cuda::Plans p = cuda::plans(c.problem);
              return std::make_tuple(description(p.gates), description(p.statistics),
                                     description(p.combine), description(p.backward_combine),
-                                    description(p.backward_gate), description(p.backward_depthwise));
+                                    description(p.backward_gate),
+                                    description(p.backward_depthwise));
            })
       .def("pack",
            [](Call& c, const std::vector<std::pair<uintptr_t, int>>& w, uintptr_t statistics,
               float eps_q, float eps_k, uintptr_t packed) {
              const float eps[2] = {eps_q, eps_k};
-             check(cuda::pack(c.problem, weights_of(w), at<const float>(statistics), eps, at(packed)));
+             check(cuda::pack(c.problem, weights_of(w), at<const float>(statistics), eps,
+                              at(packed)));
            })
       .def("statistics",
            [](Call& c, uintptr_t qkv, uintptr_t packed, uintptr_t counts, uintptr_t moments,
@@ -100,8 +106,8 @@ void bind_mixer(py::module_& m) {
            [](Call& c) {
              cuda::BackwardParts parts;
              check(cuda::backward_parts(c.problem, &parts));
-             return std::make_tuple(parts.slices, parts.bands, parts.combine_blocks, parts.gate_blocks,
-                                    parts.depthwise_blocks);
+             return std::make_tuple(parts.slices, parts.bands, parts.combine_blocks,
+                                    parts.gate_blocks, parts.depthwise_blocks);
            })
       .def("pack_backward",
            [](Call& c, const std::vector<std::pair<uintptr_t, int>>& w, uintptr_t statistics,
@@ -114,11 +120,10 @@ void bind_mixer(py::module_& m) {
            [](Call& c, uintptr_t qkv, uintptr_t packed, uintptr_t spatial, uintptr_t gates,
               uintptr_t grad, uintptr_t grad_qkv, uintptr_t grad_sum, uintptr_t pixel,
               uintptr_t channel_sums, uintptr_t weights) {
-             check(cuda::backward_combine(c.problem, at<const void>(qkv), at<const void>(packed),
-                                          at<const float>(spatial), at<const float>(gates),
-                                          at<const void>(grad), at(grad_qkv), at(grad_sum),
-                                          at<float>(pixel), at<float>(channel_sums),
-                                          at<float>(weights)));
+             check(cuda::backward_combine(
+                 c.problem, at<const void>(qkv), at<const void>(packed), at<const float>(spatial),
+                 at<const float>(gates), at<const void>(grad), at(grad_qkv), at(grad_sum),
+                 at<float>(pixel), at<float>(channel_sums), at<float>(weights)));
            })
       .def("backward_gate",
            [](Call& c, uintptr_t qkv, uintptr_t packed, uintptr_t spatial, uintptr_t pixel,
@@ -131,11 +136,11 @@ void bind_mixer(py::module_& m) {
            [](Call& c, uintptr_t qkv, uintptr_t packed, uintptr_t spatial, uintptr_t logit,
               uintptr_t gates, uintptr_t shift, uintptr_t coefficients, uintptr_t grad_sum,
               uintptr_t grad_qkv, uintptr_t weights) {
-             check(cuda::backward_depthwise(
-                 c.problem, at<const void>(qkv), at<const void>(packed), at<const float>(spatial),
-                 at<const float>(logit), at<const float>(gates), at<const float>(shift),
-                 at<const float>(coefficients), at<const void>(grad_sum), at(grad_qkv),
-                 at<float>(weights)));
+             check(cuda::backward_depthwise(c.problem, at<const void>(qkv), at<const void>(packed),
+                                            at<const float>(spatial), at<const float>(logit),
+                                            at<const float>(gates), at<const float>(shift),
+                                            at<const float>(coefficients), at<const void>(grad_sum),
+                                            at(grad_qkv), at<float>(weights)));
            })
       .def("traffic",  // of each launch: its arguments' type, and by buffer bytes read and written
            [](const Call& c) {

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...backends import BackendUnavailable, get
 from ...backends.cuda import channels_read
 from ..tracing import is_opaque
 from .autograd import mix_training
@@ -464,7 +465,17 @@ class CudaKernels:
 
 
 def _triton() -> Phases:
-    """Triton's phases; imports triton."""
+    """Triton's phases; imports triton.
+
+    Raises:
+        BackendUnavailable: there is none.
+    """
+    reason = get("triton").why_not()
+    if reason is not None:
+        raise BackendUnavailable(
+            "maps this wide take Triton's kernels in the backward of 'cuda', and there are none: "
+            f"{reason}"
+        )
     phases: Phases = triton_phases().TritonPhases()
     return phases
 

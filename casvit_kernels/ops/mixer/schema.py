@@ -78,6 +78,17 @@ for _operator in (
     "cuda_mix(Tensor qkv, Tensor packed, int[] shape, bool channels_last)"
     " -> (Tensor out, Tensor spatial, Tensor pooled, Tensor channel)",
     "cuda_infer(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor packed) -> Tensor",
+    # The backward. like: a tensor on the device.
+    "cuda_backward_fits(Tensor like, int[] shape) -> bool",
+    f"cuda_pack_backward({_WEIGHTS}, Tensor? statistics, ScalarType dtype) -> Tensor",
+    "cuda_backward_combine(Tensor qkv, Tensor packed, Tensor spatial, Tensor channel, Tensor grad,"
+    " int[] shape) -> (Tensor grad_qkv, Tensor grad_sum, Tensor pixel, Tensor channel_sums,"
+    " Tensor weights)",
+    "cuda_backward_gate(Tensor qkv, Tensor packed, Tensor spatial, Tensor pixel, Tensor shift,"
+    " int[] shape) -> (Tensor logit, Tensor sums)",
+    "cuda_backward_depthwise(Tensor qkv, Tensor packed, Tensor spatial, Tensor logit, Tensor channel,"
+    " Tensor shift, Tensor coefficients, Tensor grad_sum, Tensor(a!) grad_qkv, int[] shape)"
+    " -> Tensor weights",
 ):
     library.define(_operator)
 native.load()
