@@ -378,13 +378,27 @@ def gpu(monkeypatch):
 )
 def test_reasons(set_up, problem, reason, gpu):
     cuda._device.cache_clear()
+    cuda._shared_memory.cache_clear()
     gpu(**set_up)
     got = get("cuda").why_not(problem)
     cuda._device.cache_clear()
+    cuda._shared_memory.cache_clear()
     if reason is None:
         assert got is None
     else:
         assert re.search(reason, got or ""), got
+
+
+def test_of_several_gpus_the_tensors_own_counts(gpu, monkeypatch):
+    cuda._device.cache_clear()
+    gpu()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (7, 5))[i])
+    why = get("cuda").why_not
+    assert why() is None
+    assert why(Problem("cuda", torch.bfloat16, 48, 0)) is None
+    assert "8.0 or later, a GPU (cuda:1), has 7.5" in why(Problem("cuda", torch.bfloat16, 48, 1))
+    cuda._device.cache_clear()
 
 
 @pytest.mark.parametrize(

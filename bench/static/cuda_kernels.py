@@ -125,7 +125,7 @@ def plans(shape: Shape, target: str) -> dict[str, Plan]:
         list(shape), False, t.multiprocessors, t.shared, 0, 0, False, "", []
     )
     found = (Plan(*(p[field] for field in Plan._fields)) for p in call.plans())
-    return dict(zip(KERNELS, found, strict=True))
+    return dict(zip(KERNELS, found, strict=False))  # then those of the backward
 
 
 def shapes(target: str) -> Iterator[tuple[str, Shape]]:

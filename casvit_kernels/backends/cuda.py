@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterable
 
 import torch
 
@@ -32,9 +33,10 @@ class CudaBackend:
             if problem.dtype not in DTYPES:
                 return f"it computes bfloat16 and float16, not {problem.dtype}"
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        reason = _device(library, count)
+        index = None if problem is None else problem.index
+        reason = _device(library, count, index)
         if reason is None and problem is not None and problem.channels:
-            reason = _too_large(problem.channels, count)
+            reason = _too_large(problem.channels, range(count) if index is None else (index,))
         return reason
 
 
@@ -68,8 +70,8 @@ def build() -> str | None:
 
 
 @functools.cache
-def _device(library: ctypes.CDLL, count: int) -> str | None:
-    """Why the GPUs here cannot be used. count: of them."""
+def _device(library: ctypes.CDLL, count: int, index: int | None) -> str | None:
+    """Why a GPU cannot be used, of so many; None for the newest."""
     if torch.version.hip is not None:
         return "it needs an NVIDIA GPU, this PyTorch is built for AMD"
     if count == 0:
@@ -82,15 +84,18 @@ def _device(library: ctypes.CDLL, count: int) -> str | None:
             f"it was built with CUDA {_version(runtime)}, the driver serves up to {_version(driver)}: "
             "install a newer driver"
         )
-    newest = max(range(count), key=torch.cuda.get_device_capability)
-    major, minor = torch.cuda.get_device_capability(newest)
-    where = f"{torch.cuda.get_device_name(newest)} (cuda:{newest}), has {major}.{minor}"
+    which = ""
+    if index is None:
+        which = "the newest here, "
+        index = max(range(count), key=torch.cuda.get_device_capability)
+    major, minor = torch.cuda.get_device_capability(index)
+    where = f"{which}{torch.cuda.get_device_name(index)} (cuda:{index}), has {major}.{minor}"
     if (major, minor) < OLDEST_CAPABILITY:
-        return f"it needs a GPU of compute capability 8.0 or later, the newest here, {where}"
+        return f"it needs a GPU of compute capability 8.0 or later, {where}"
     names = library.casvit_cuda_architectures().decode().split(",")
     if serves(names, major, minor):
         return None
-    return f"it was built for {', '.join(names)}, the newest GPU here, {where}"
+    return f"it was built for {', '.join(names)}, and {where}"
 
 
 def serves(architectures: list[str], major: int, minor: int) -> bool:
@@ -110,17 +115,21 @@ def serves(architectures: list[str], major: int, minor: int) -> bool:
     return False
 
 
-def _too_large(channels: int, count: int) -> str | None:
+def _too_large(channels: int, devices: Iterable[int]) -> str | None:
     own = channels_read(channels) // _CHUNK | 1
-    least = min(
-        torch.cuda.get_device_properties(i).shared_memory_per_block_optin for i in range(count)
-    )
+    least = min(map(_shared_memory, devices))
     if own * _SMALLEST_TILE + 2048 <= least:
         return None
     return (
         f"{channels} channels of the smallest tile need {own * _SMALLEST_TILE + 2048:,} bytes of shared "
         f"memory, a block may have {least:,}"
     )
+
+
+@functools.cache
+def _shared_memory(index: int) -> int:
+    """Bytes that a block may ask for."""
+    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
 
 
 def _version(number: int) -> str:

@@ -143,11 +143,13 @@ def check(
         dtype = torch.get_autocast_dtype(device)
     if formulas_only(x, weight):
         return None, dtype
-    return kernels.get(_choose(backend, device, dtype, weight.shape[1])), dtype
+    return kernels.get(_choose(backend, device, dtype, weight.shape[1], x.device.index)), dtype
 
 
-def _choose(backend: str | None, device: str, dtype: torch.dtype, channels: int) -> str:
-    return select(backend, Problem(device, dtype, channels)).name
+def _choose(
+    backend: str | None, device: str, dtype: torch.dtype, channels: int, index: int | None
+) -> str:
+    return select(backend, Problem(device, dtype, channels, index)).name
 
 
 # A compiled function keeps the choice it was compiled with. This is what the decorator
