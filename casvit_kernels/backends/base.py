@@ -18,7 +18,7 @@ class Problem(NamedTuple):
     device: str  # torch device type, e.g. "cpu"
     dtype: torch.dtype  # the dtype that is computed in (autocast applied)
     channels: int = 0  # where they may be too many; 0: not asked
-    index: int | None = None  # of the device among those of its type; None: any
+    ordinal: int | None = None  # of the device among those of its type; None: any
 
 
 class Backend(Protocol):

@@ -33,7 +33,7 @@ class CudaBackend:
             if problem.dtype not in DTYPES:
                 return f"it computes bfloat16 and float16, not {problem.dtype}"
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = None if problem is None else problem.index
+        index = None if problem is None else problem.ordinal
         reason = _device(library, count, index)
         if reason is None and problem is not None and problem.channels:
             reason = _too_large(problem.channels, range(count) if index is None else (index,))
