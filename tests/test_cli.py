@@ -13,10 +13,11 @@ import torch
 
 from casvit_kernels import BackendUnavailable, backends, demo, export, testing
 from casvit_kernels.__main__ import main
+from casvit_kernels.backends import cuda
 from casvit_kernels.models import rcvit_xs
 from casvit_kernels.ops.mixer.dispatch import ReferenceKernels
 
-VERBS = ("demo", "info", "parity", "bench", "export")
+VERBS = ("demo", "info", "parity", "bench", "export", "plan")
 
 
 def run(*argv):
@@ -248,3 +249,52 @@ def test_errors_of_our_own_are_not_passed_off_as_wrong_input(monkeypatch, tmp_pa
     monkeypatch.setattr(demo.Demo, "run", broken)
     with pytest.raises(BackendUnavailable, match="a bug"):
         main(["demo", "--output", str(tmp_path / "r.html")])
+
+
+needs_cuda = pytest.mark.skipif(cuda.build() is None, reason="built without CUDA kernels ('make cuda')")
+
+
+@needs_cuda
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_plan_says_how_maps_are_cut(arch):
+    argv = ("plan", "--dim", 220, "--size", 7, "--batch", 256, "--arch", arch)
+    status, out, _ = run(*argv, "--json")
+    document = json.loads(out)
+    assert status == 0
+    assert document["shape"] == [256, 220, 7, 7]
+    assert [k["kernel"] for k in document["kernels"]] == [
+        "gates",
+        "statistics",
+        "combine",
+        "backward_combine",
+        "backward_gate",
+        "backward_depthwise",
+    ]
+    for kernel in document["kernels"]:
+        assert kernel["shared_bytes"] <= document["device"]["shared_per_block"]
+        assert kernel["images"] * kernel["blocks"] >= 256
+        text = run(*argv)[1]
+        assert kernel["kernel"] in text
+        assert f"{kernel['blocks']:,}" in text
+
+
+@needs_cuda
+def test_plan_says_which_kernels_refuse():
+    status, out, _ = run("plan", "--dim", 48, "--size", 4, "--width", 2000, "--batch", 2)
+    assert status == 0
+    assert "backward_combine: none, a block of maps this wide" in out.replace("\n", " ")
+    assert "it is Triton's" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--dim", 0, "--size", 7), "argument --dim: expected an integer of at least 1, got '0'"),
+        (("--dim", 48, "--size", 7, "--arch", "sm_70"), "argument --arch"),
+        (("--size", 7), "--dim"),
+    ],
+)
+def test_plan_of_bad_input(argv, said):
+    status, out, err = run("plan", *argv)
+    assert (status, out) == (2, "")
+    assert said in err

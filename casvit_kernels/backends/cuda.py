@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from . import native
-from .base import Problem
+from .base import BackendUnavailable, Problem
 
 DTYPES = (torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)  # Ampere: bfloat16 on tensor cores, cp.async
@@ -52,12 +52,24 @@ def _not_built(library: ctypes.CDLL) -> str | None:
             "the native library was built without CUDA kernels: no nvcc was found "
             "('make cuda' in the source tree installs one and builds them)"
         )
-    for name in ("architectures", "version"):
+    for name in ("architectures", "version", "plan"):
         getattr(library, f"casvit_cuda_{name}").restype = ctypes.c_char_p
     library.casvit_cuda_driver.restype = ctypes.c_int
     library.casvit_cuda_runtime.restype = ctypes.c_int
     library.casvit_cuda_streams.restype = ctypes.c_int
     return None
+
+
+def library() -> ctypes.CDLL:
+    """The native library.
+
+    Raises:
+        BackendUnavailable: it has no CUDA kernels, or there is none.
+    """
+    found, reason = native.load()
+    if found is None or (reason := _not_built(found)) is not None:
+        raise BackendUnavailable(f"backend='cuda': {reason}")
+    return found
 
 
 def build() -> str | None:

@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "describe.h"
 #include "launch.h"
 #include "plan.h"
 
@@ -145,6 +146,14 @@ CASVIT_EXPORT const char* casvit_cuda_architectures() { return CASVIT_CUDA_NAMES
 CASVIT_EXPORT const char* casvit_cuda_version() {
   return CASVIT_TEXT(__CUDACC_VER_MAJOR__) "." CASVIT_TEXT(__CUDACC_VER_MINOR__) "." CASVIT_TEXT(
       __CUDACC_VER_BUILD__);
+}
+// problem: images, channels, height, width, multiprocessors, shared memory of a block and of a
+// multiprocessor. JSON; the thread's own until its next call.
+CASVIT_EXPORT const char* casvit_cuda_plan(const int* problem) {
+  static thread_local std::string text;
+  text = casvit::cuda::describe({problem[0], problem[1], problem[2], problem[3], false, problem[4],
+                                 problem[5], problem[6], nullptr});
+  return text.c_str();
 }
 CASVIT_EXPORT int casvit_cuda_runtime() { return CUDART_VERSION; }
 CASVIT_EXPORT int casvit_cuda_driver() {
