@@ -251,7 +251,9 @@ def test_errors_of_our_own_are_not_passed_off_as_wrong_input(monkeypatch, tmp_pa
         main(["demo", "--output", str(tmp_path / "r.html")])
 
 
-needs_cuda = pytest.mark.skipif(cuda.build() is None, reason="built without CUDA kernels ('make cuda')")
+needs_cuda = pytest.mark.skipif(
+    cuda.build() is None, reason="built without CUDA kernels ('make cuda')"
+)
 
 
 @needs_cuda
