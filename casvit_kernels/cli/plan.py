@@ -77,7 +77,13 @@ def _text(document: dict[str, Any]) -> str:
             f"{device['multiprocessors']} multiprocessors):"
         )
     ]
-    heads = ["kernel", "images x rows x columns x channels", "shared bytes", "blocks", "instructions"]
+    heads = [
+        "kernel",
+        "images x rows x columns x channels",
+        "shared bytes",
+        "blocks",
+        "instructions",
+    ]
     if rows:
         parts.append(table(heads, rows))
         parts.append(
