@@ -88,8 +88,8 @@ def _text(document: dict[str, Any]) -> str:
         parts.append(table(heads, rows))
         parts.append(
             paragraph(
-                "Instructions: of a thread for each pixel and channel of the output, estimated, with what "
-                "a last round of blocks leaves idle. Nothing here is a time."
+                "Instructions: of a thread for each pixel and channel of the output, estimated, with "
+                "what a last round of blocks leaves idle. Nothing here is a time."
             )
         )
     if reasons:
