@@ -93,8 +93,9 @@ Tensor project(const Tensor& x, const Tensor& weight, const Optional& bias) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(rows),
                                     torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  STD_TORCH_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION) ==
+                      AOTI_TORCH_SUCCESS,
+                  "the qkv product, by the library, failed");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

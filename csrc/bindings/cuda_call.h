@@ -39,7 +39,8 @@ inline void* current_stream(int device) {
   const StreamGetter getter = stream_getter();
   STD_TORCH_CHECK(getter, "CUDA kernels: this PyTorch has no CUDA streams");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(getter(device, &stream));
+  STD_TORCH_CHECK(getter(device, &stream) == AOTI_TORCH_SUCCESS,
+                  "CUDA kernels: torch does not give its current stream");
   return stream;
 }
 

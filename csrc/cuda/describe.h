@@ -40,7 +40,8 @@ inline std::string describe(const Problem& p) {
     put("halo", k.plan.halo);
     put("sweep_rows", k.plan.rows);
     put("shared_bytes", k.plan.shared);
-    put("blocks", static_cast<long long>(c.bands) * c.columns * divide_up(p.images, c.images) * slices * k.gates);
+    put("blocks", static_cast<long long>(c.bands) * c.columns * divide_up(p.images, c.images) *
+                      slices * k.gates);
     put("warp_instructions", static_cast<long long>(k.plan.cost));
     text += "}";
   }
