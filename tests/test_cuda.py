@@ -3,6 +3,7 @@
 Here no GPU runs them: what these tests cannot show is in tests/cuda_emulation/README.md.
 """
 
+import copy
 import json
 import os
 import re
@@ -15,11 +16,21 @@ import torch
 from cuda_emulation import backend as emulated
 from cuda_emulation import build
 
-from casvit_kernels import BackendUnavailable, FusedCATM, backends, testing, use_backend
+from casvit_kernels import (
+    AdditiveTokenMixer,
+    BackendUnavailable,
+    FusedCATM,
+    backends,
+    testing,
+    use_backend,
+)
 from casvit_kernels.backends import Problem, cuda, get, native
+from casvit_kernels.ops.mixer import cuda as mixer_on_cuda
 from casvit_kernels.ops.mixer import kernels
 from casvit_kernels.ops.mixer.cuda import padded_product
+from casvit_kernels.ops.mixer.schema import Settings
 from casvit_kernels.ops.mixer.structure import Structure
+from casvit_kernels.ops.mixer.weights import flatten
 from casvit_kernels.testing.cases import Case, Target
 
 HERE = Path(__file__).parent
@@ -277,6 +288,124 @@ def test_the_products_rows_are_filled_up_with_zeros():
         assert torch.equal(weight[8 * part :][:6], given[6 * part :][:6])
         assert not weight[8 * part + 6 :][:2].any()
         assert not bias[8 * part + 6 :][:2].any()
+
+
+@emulation
+@pytest.mark.parametrize("shape", [(1, 3, 9, 4), (2, 6, 18, 3), (1, 1, 3, 3)], ids=str)
+def test_maps_three_times_as_high_as_they_have_channels(shape, operators):
+    """Rows of them are no maps of Triton's, which have 3C channels second."""
+    row = testing.check(Case(NAME, torch.bfloat16, "contiguous", "train", shape))
+    assert row.passed, row.failures
+
+
+def test_maps_that_triton_took_stay_tritons(monkeypatch):
+    """As wide as they have channels of qkv, too."""
+    seen = []
+    phases = type("Phases", (), {"project_backward": lambda self, *given: seen.append(given)})()
+    monkeypatch.setattr(mixer_on_cuda, "_triton", lambda: phases)
+    x, grad_qkv = torch.randn(1, 4, 2, 12), torch.randn(1, 12, 2, 12)
+    mixer_on_cuda.CudaPhases(None).project_backward(grad_qkv, x, None, (True, True, True))
+    assert seen == [(grad_qkv, x, None, (True, True, True))]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 4)], ids=str)
+def test_gradients_of_the_product(size, layout):
+    """Maps of fewer and of more pixels than channels."""
+    m = FusedCATM(6, attn_bias=True)
+    w = Structure(m, m._roles, m._inner).weights()
+    x = torch.randn(3, 6, *size).contiguous(memory_format=layout).requires_grad_()
+    rows = mixer_on_cuda.product(x, *padded_product(w, torch.float32))
+    rows = rows.reshape(3, -1, 24)
+    grad = torch.randn_like(rows)
+    rows.backward(grad)
+    found = mixer_on_cuda.project_backward(grad, x.detach(), w, (True, True, True))
+    assert found.x.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(found.x, x.grad)
+    torch.testing.assert_close(found.qkv_weight, m.qkv.weight.grad.flatten(1))
+    torch.testing.assert_close(found.qkv_bias, m.qkv.bias.grad)
+
+
+@emulation
+def test_nan_reaches_every_gradient_that_plain_pytorch_fills_with_it(operators):
+    plain = AdditiveTokenMixer(8).bfloat16().train()
+    fused = FusedCATM.from_mixer(copy.deepcopy(plain), backend=NAME).train()
+    x = torch.randn(2, 8, 6, 6).bfloat16()
+    x[0, 0, 2, 2] = torch.nan
+    for m in (plain, fused):
+        m(x).sum().backward()
+    for (name, p), q in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        assert torch.equal(p.grad.isnan(), q.grad.isnan()), name
+
+
+@emulation
+@pytest.mark.parametrize("images", [2, 4])
+@pytest.mark.parametrize("where", ["x", "grad"])
+@pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
+def test_with_frozen_statistics_nan_stays_in_its_image_of_the_gradient(
+    dtype, where, images, operators
+):
+    x, grad = torch.randn(2, images, 5, 6, 7).to(dtype).unbind()
+    expected = gradient_at(x, grad)
+    others = [i for i in range(images) if i != 1]
+    {"x": x, "grad": grad}[where][1, 0, 2, 2] = torch.nan
+    found = gradient_at(x, grad)
+    assert found[1].isnan().any()
+    assert torch.equal(found[others], expected[others])
+
+
+def gradient_at(x, grad):
+    x = x.clone().requires_grad_()
+    mixer(x.shape[1], x.dtype)(x).backward(grad)
+    return x.grad
+
+
+@emulation
+@pytest.mark.parametrize("shape", [(2, 6, 5, 4), (0, 6, 3, 3), (2, 8, 1, 1)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_opcheck(shape, layout, operators):
+    m = FusedCATM(shape[1], True).bfloat16()
+    w = Structure(m, m._roles, m._inner).weights()
+    x = torch.randn(shape).bfloat16().contiguous(memory_format=layout).requires_grad_()
+    settings = Settings(1e-5, 1e-5, True, True, None, NAME, "")
+    op = torch.ops.casvit_kernels
+    torch.library.opcheck(op.mix_training, (x, *flatten(w), *settings))
+    out, *saved = op.mix_training(x, *flatten(w), *settings)
+    q, k = (g._replace(norm_mean=None, norm_var=None) for g in (w.q, w.k))
+    flat = flatten(w._replace(q=q, k=k))
+    grad = torch.randn_like(out).detach().requires_grad_()
+    saved = [t.detach() for t in saved]
+    for needed in (
+        [t is not None and t.requires_grad for t in (x, *flat)],
+        [i in (1, 9) for i in range(1 + len(flat))],
+    ):
+        torch.library.opcheck(op.mix_backward, (grad, x, *flat, *settings, *saved, needed))
+
+
+@emulation
+@pytest.mark.parametrize("kind", ["expanded", "turned", "float32", "a part"])
+def test_incoming_gradients_of_any_strides(kind, operators):
+    x = torch.randn(2, 8, 6, 7).bfloat16()
+    grad = {
+        "expanded": lambda: torch.randn(2, 8, 1, 1).bfloat16().expand(2, 8, 6, 7),
+        "turned": lambda: torch.randn(2, 8, 7, 6).bfloat16().mT,
+        "float32": lambda: torch.randn(2, 8, 6, 7).bfloat16().float(),
+        "a part": lambda: torch.randn(2, 6, 7, 11).bfloat16()[..., 1:9].permute(0, 3, 1, 2),
+    }[kind]()
+    m = FusedCATM(8).bfloat16()
+    w = Structure(m, m._roles, m._inner).weights()
+    settings = Settings(1e-5, 1e-5, True, True, torch.bfloat16, NAME, "")
+    needed = [True, *(t is not None and t.requires_grad for t in flatten(w))]
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = x.contiguous(memory_format=layout)
+        op = torch.ops.casvit_kernels
+        with torch.no_grad():
+            _, *saved = op.mix_training(y, *flatten(w), *settings)
+            found, expected = (
+                op.mix_backward(g, y, *flatten(w), *settings, *saved, needed)
+                for g in (grad, grad.bfloat16().contiguous())
+            )
+        assert all(map(torch.equal, found, expected))
 
 
 WIDE = """

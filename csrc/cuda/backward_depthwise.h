@@ -142,7 +142,7 @@ CASVIT_DEVICE void backward_depthwise_block(const BackwardDepthwiseArguments& a)
                   const float v = d[2 * half + i],
                               n = fused_multiply_add(v, row_of[i].z, row_of[i].w);
                   const float smooth = fused_multiply_add(v, by_d[i], constant[i]);
-                  gd[i] = n > 0.0f ? fused_multiply_add(e, by_es[i], smooth) : smooth;
+                  gd[i] = n <= 0.0f ? smooth : fused_multiply_add(e, by_es[i], smooth);
                 }
                 const bool inside = row >= top[half] && row < bottom[half];
                 store_shared(to[half] + row * u_row + chunk * kUnitBytes,

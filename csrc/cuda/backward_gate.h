@@ -128,7 +128,7 @@ CASVIT_DEVICE void backward_gate_block(const BackwardGateArguments& a) {
                                  for (int i = 0; i < 4; ++i) {
                                    const float4& channel = i % 2 ? second : first;
                                    const float n = fused_multiply_add(d[i], channel.z, channel.w);
-                                   const float e = n > 0.0f ? es[row][i / 2] : 0.0f;
+                                   const float e = n <= 0.0f ? 0.0f : es[row][i / 2];  // NaN stays
                                    open[i % 2] += e;
                                    weighted[i % 2] = fused_multiply_add(e, d[i], weighted[i % 2]);
                                  }

@@ -296,7 +296,7 @@ class CudaPhases:
         )
         of = weights.sum(0)[:, :c]
         return Combined(
-            grad_qkv,
+            grad_qkv.flatten(1, 2),  # three dimensions: Triton's has four
             grad_sum,
             pixel.sum(0),
             sums.sum(0)[..., :c].contiguous(),
@@ -387,10 +387,9 @@ class CudaPhases:
     def project_backward(
         self, grad_qkv: Tensor, x: Tensor, w: MixerWeights, needed: tuple[bool, bool, bool]
     ) -> ProjectionGradients:
-        b, c, height, width = x.shape
-        if grad_qkv.dim() == 4 and grad_qkv.shape[1] == 3 * c and grad_qkv.shape[3] != 3 * c:
+        if grad_qkv.dim() == 4:
             return _triton().project_backward(grad_qkv, x, w, needed)
-        return project_backward(grad_qkv.view(b, height * width, -1), x, w, needed)
+        return project_backward(grad_qkv, x, w, needed)
 
 
 def gradient_rows(grad: Tensor, dtype: torch.dtype) -> Tensor:
@@ -413,7 +412,8 @@ def project_backward(
     if need_bias:
         grad_bias = rows.sum((0, 1), dtype=torch.float32).view(3, -1)[:, :c].reshape(-1)
     if need_weight:
-        if _channels_last(x):
+        # As many sums as images would be larger than small maps: rather turn these.
+        if _channels_last(x) or height * width <= c:
             pixels = x.to(rows.dtype).permute(0, 2, 3, 1).reshape(-1, c)
             grad_weight = rows.flatten(0, 1).t() @ pixels
         else:
