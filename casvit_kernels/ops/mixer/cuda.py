@@ -473,7 +473,8 @@ def _triton() -> Phases:
     reason = get("triton").why_not()
     if reason is not None:
         raise BackendUnavailable(
-            "maps this wide take Triton's kernels in the backward of 'cuda', and there are none: "
+            "maps this wide, or of this many channels, take Triton's kernels in the backward of 'cuda', and there "
+            "are none: "
             f"{reason}"
         )
     phases: Phases = triton_phases().TritonPhases()
