@@ -361,8 +361,16 @@ def gradient_at(x, grad):
 
 
 @emulation
-@pytest.mark.parametrize("shape", [(2, 6, 5, 4), (0, 6, 3, 3), (2, 8, 1, 1)], ids=str)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 6, 5, 4), (0, 6, 3, 3), pytest.param((2, 8, 1, 1), marks=pytest.mark.long)],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(torch.contiguous_format, marks=pytest.mark.long), torch.channels_last],
+    ids=str,
+)
 def test_opcheck(shape, layout, operators):
     m = FusedCATM(shape[1], True).bfloat16()
     w = Structure(m, m._roles, m._inner).weights()

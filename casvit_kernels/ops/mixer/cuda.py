@@ -473,9 +473,8 @@ def _triton() -> Phases:
     reason = get("triton").why_not()
     if reason is not None:
         raise BackendUnavailable(
-            "maps this wide, or of this many channels, take Triton's kernels in the backward of 'cuda', and there "
-            "are none: "
-            f"{reason}"
+            "maps this wide, or of this many channels, take Triton's kernels in the backward of 'cuda', "
+            f"and there are none: {reason}"
         )
     phases: Phases = triton_phases().TritonPhases()
     return phases
