@@ -3,7 +3,10 @@
 # library of CUDA is needed to load it.
 set(CASVIT_CUDA_ARCHITECTURES sm_80 sm_90a sm_100 sm_120 compute_80)
 
-function(add_cuda_kernels target)
+# Sets CUDA_SOURCES and CUDA_LIBRARIES, to nothing where there are no such kernels.
+function(find_cuda_kernels)
+  set(CUDA_SOURCES "" PARENT_SCOPE)
+  set(CUDA_LIBRARIES "" PARENT_SCOPE)
   if(NOT CASVIT_NVCC)
     message(NOTICE "casvit_kernels: building without CUDA kernels: no nvcc was found "
                    "(CUDA_HOME names its folder; 'make cuda' installs one)")
@@ -43,6 +46,7 @@ function(add_cuda_kernels target)
     return()
   endif()
   list(JOIN names "," list)
+  set(sources bindings/cuda.cpp bindings/cuda_backward.cpp)
   foreach(unit mixer backward)
     set(source ${CMAKE_CURRENT_SOURCE_DIR}/cuda/${unit}.cu)
     set(object ${CMAKE_CURRENT_BINARY_DIR}/cuda_${unit}.o)
@@ -55,9 +59,9 @@ function(add_cuda_kernels target)
       DEPENDS ${source}
       DEPFILE ${object}.d
       VERBATIM)
-    target_sources(${target} PRIVATE ${object})
+    list(APPEND sources ${object})
     set_source_files_properties(${object} PROPERTIES EXTERNAL_OBJECT ON GENERATED ON)
   endforeach()
-  target_sources(${target} PRIVATE bindings/cuda.cpp bindings/cuda_backward.cpp)
-  target_link_libraries(${target} PRIVATE ${runtime} dl rt pthread)
+  set(CUDA_SOURCES ${sources} PARENT_SCOPE)
+  set(CUDA_LIBRARIES ${runtime} dl rt pthread PARENT_SCOPE)
 endfunction()
