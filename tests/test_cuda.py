@@ -230,6 +230,29 @@ def test_statistics_of_nan_are_nan(operators):
 
 
 @emulation
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.bfloat16, 5e-5), (torch.float16, 5e-6)], ids=str
+)
+def test_spatial_gates_lose_nothing_to_rounded_taps(dtype, most, operators):
+    """Of float32 weights both words count: one alone would be off by a thousandth."""
+    c, shape = 12, (1, 12, 9, 8)
+    m = FusedCATM(c).double()
+    with torch.no_grad():
+        for parameter in m.parameters():
+            parameter.copy_(torch.randn_like(parameter).float())
+    m.eval()
+    rows = torch.randn(1, 72, 3 * c).to(dtype)
+    w = Structure(copy.deepcopy(m).float(), m._roles, m._inner).weights()
+    statistics = torch.stack([torch.zeros(c), torch.ones(c)]).expand(2, 2, c).contiguous()
+    packed = operators.pack(w, statistics, (m.oper_q[0].block[1].eps,) * 2, dtype)
+    found = operators.mix(rows, packed, shape, True).spatial
+    maps = rows.double().view(1, 9, 8, 3, c).permute(3, 0, 4, 1, 2)
+    for z, gate in enumerate((m.oper_q, m.oper_k)):
+        expected = gate[0].block(maps[z])
+        assert (found[:, z : z + 1].double() - expected).abs().max() <= most
+
+
+@emulation
 @pytest.mark.parametrize("name", DEVICES)
 def test_plans_cover_the_maps_and_fit(name):
     multiprocessors, shared = DEVICES[name]
