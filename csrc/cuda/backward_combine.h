@@ -54,6 +54,56 @@ struct BackwardCombineShared {
   }
 };
 
+// Where the taps' gradient reads a tile: the row above the block's own for an input, its first own
+// row for a gradient.
+struct TapsFrom {
+  uint32_t tile, row_bytes;
+  int rows, first, pair;  // rows of an image; the first one read; pairs before the first
+};
+
+constexpr uint32_t kTapsBytes = 9 * kChunk * 2 * 4;  // of a chunk, for both pixels of a pair
+
+// The gradient of one chunk's taps, by a warp, over every `groups`th tile of positions from `group`
+// on; to shared memory.
+template <class T, int ROWS>
+CASVIT_DEVICE void sum_positions(const Cut& c, int pairs, int chunk, int group, int groups,
+                                 const TapsFrom& input, const TapsFrom& gradient, uint32_t zeros,
+                                 uint32_t to) {
+  const int lane = thread_index() % 32;
+  const Positions positions(c.images, c.strips, pairs);
+  float sums[3][4] = {};
+#pragma unroll 1
+  for (int tile = group; tile < positions.tiles(); tile += groups) {
+    const Position p = positions.at(tile * kPositions + lane % 8 + lane / 16 * 8);
+    const Position q = positions.at(tile * kPositions + lane % 16);
+    const uint32_t from = input.tile +
+                          (p.image * input.rows + input.first + p.strip * ROWS) * input.row_bytes +
+                          (p.pair + input.pair + lane / 8 % 2) * pair_bytes(c) + chunk * kUnitBytes;
+    const uint32_t at =
+        gradient.tile +
+        (q.image * gradient.rows + gradient.first + q.strip * ROWS) * gradient.row_bytes +
+        (q.pair + gradient.pair) * pair_bytes(c) + chunk * kUnitBytes;
+    depthwise_gradient<T, ROWS>(sums, shared_base() + from, input.row_bytes,
+                                shared_base() + (q.valid ? at : zeros),
+                                q.valid ? gradient.row_bytes : 0);
+  }
+#pragma unroll
+  for (int dy = 0; dy < 3; ++dy)
+    taps_of(sums[dy], lane, [&](int dx, int channel, int pixel, float v) {
+      store_shared(to + (((dy * 3 + dx) * kChunk + channel) * 2 + pixel) * 4, v);
+    });
+}
+
+// What the groups have summed of a tap, both pixels: element i of a chunk's, `stride` bytes apart.
+CASVIT_DEVICE float sum_groups(uint32_t from, int i, int groups, uint32_t stride) {
+  float sum = 0.0f;
+  for (int g = 0; g < groups; ++g) {
+    const float2 two = load_shared<float2>(from + g * stride + i * 8);
+    sum += two.x + two.y;
+  }
+  return sum;
+}
+
 template <class T, int ROWS, bool HALO>
 CASVIT_DEVICE void backward_combine_block(const BackwardCombineArguments& b) {
   constexpr int U_ROWS = HALO ? ROWS + 1 : ROWS;
@@ -186,38 +236,13 @@ CASVIT_DEVICE void backward_combine_block(const BackwardCombineArguments& b) {
   const int group = warp / c.chunks, own_chunk = warp % c.chunks;
 #pragma unroll 1
   for (int chunk = own_chunk; chunk < chunks && group < shared.groups; chunk += kWarps) {
-#pragma unroll 1
-    for (int conv = 0; conv < 2; ++conv) {
-      const Positions positions(c.images, c.strips, conv ? c.pairs : u_box.pairs);
-      const uint32_t source = conv ? shared.u : 0, gradient = conv ? shared.grad : shared.gl;
-      const uint32_t source_row = conv ? u_row : a_row, gradient_row = conv ? a_row : u_row;
-      const int source_rows = conv ? of.u_rows : of.a_rows,
-                gradient_rows = conv ? of.a_rows : of.u_rows;
-      const int above = conv ? 0 : -1 - of.first_a, first = conv ? -of.first_a : 1,
-                shift = conv ? 1 : 0;
-      float sums[3][4] = {};
-#pragma unroll 1
-      for (int tile = group; tile < positions.tiles(); tile += shared.groups) {
-        const Position p = positions.at(tile * kPositions + lane % 8 + lane / 16 * 8);
-        const Position q = positions.at(tile * kPositions + lane % 16);
-        const uint32_t from = source +
-                              (p.image * source_rows + above + p.strip * ROWS) * source_row +
-                              (p.pair + lane / 8 % 2) * pair_bytes(c) + chunk * kUnitBytes;
-        const uint32_t at = gradient +
-                            (q.image * gradient_rows + first + q.strip * ROWS) * gradient_row +
-                            (q.pair + shift) * pair_bytes(c) + chunk * kUnitBytes;
-        depthwise_gradient<T, ROWS>(sums, shared_base() + from, source_row,
-                                    shared_base() + (q.valid ? at : shared.zeros),
-                                    q.valid ? gradient_row : 0);
-      }
-      const uint32_t to =
-          shared.taps + ((group * c.chunks + chunk) * 2 + conv) * 9 * kChunk * 2 * 4;
-#pragma unroll
-      for (int dy = 0; dy < 3; ++dy)
-        taps_of(sums[dy], lane, [&](int dx, int channel, int pixel, float v) {
-          store_shared(to + (((dy * 3 + dx) * kChunk + channel) * 2 + pixel) * 4, v);
-        });
-    }
+    const uint32_t to = shared.taps + (group * c.chunks + chunk) * 2 * kTapsBytes;
+    sum_positions<T, ROWS>(c, u_box.pairs, chunk, group, shared.groups,
+                           {0, a_row, of.a_rows, -1 - of.first_a, 0},
+                           {shared.gl, u_row, of.u_rows, 1, 0}, shared.zeros, to);
+    sum_positions<T, ROWS>(
+        c, c.pairs, chunk, group, shared.groups, {shared.u, u_row, of.u_rows, 0, 0},
+        {shared.grad, a_row, of.a_rows, -of.first_a, 1}, shared.zeros, to + kTapsBytes);
   }
   sync_threads();
 
@@ -226,12 +251,8 @@ CASVIT_DEVICE void backward_combine_block(const BackwardCombineArguments& b) {
                    chunk0 * kChunk;
   for (int i = thread; i < chunks * 18 * kChunk; i += kThreads) {
     const int chunk = i / (18 * kChunk), rest = i - chunk * 18 * kChunk, tap = rest / kChunk;
-    float sum = 0.0f;
-    for (int g = 0; g < shared.groups; ++g) {
-      const uint32_t from = shared.taps + ((g * c.chunks + chunk) * 18 * kChunk + rest) * 2 * 4;
-      const float2 two = load_shared<float2>(from);
-      sum += two.x + two.y;
-    }
+    const float sum = sum_groups(shared.taps + chunk * 2 * kTapsBytes, rest, shared.groups,
+                                 c.chunks * 2 * kTapsBytes);
     store_global(weights + (tap + tap / 9) * m.padded + chunk * kChunk + rest % kChunk, sum);
   }
 

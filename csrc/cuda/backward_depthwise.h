@@ -157,26 +157,10 @@ CASVIT_DEVICE void backward_depthwise_block(const BackwardDepthwiseArguments& a)
   const int group = warp / c.chunks, own_chunk = warp % c.chunks;
 #pragma unroll 1
   for (int chunk = own_chunk; chunk < chunks && group < shared.groups; chunk += kWarps) {
-    const Positions positions(c.images, c.strips, u_box.pairs);
-    float sums[3][4] = {};
-#pragma unroll 1
-    for (int tile = group; tile < positions.tiles(); tile += shared.groups) {
-      const Position p = positions.at(tile * kPositions + lane % 8 + lane / 16 * 8);
-      const Position q = positions.at(tile * kPositions + lane % 16);
-      const uint32_t from = (p.image * of.a_rows - 1 - of.first_a + p.strip * ROWS) * z_row +
-                            (p.pair + lane / 8 % 2) * pair_bytes(c) + chunk * kUnitBytes;
-      const uint32_t at = shared.gd + (q.image * of.u_rows + 1 + q.strip * ROWS) * u_row +
-                          q.pair * pair_bytes(c) + chunk * kUnitBytes;
-      depthwise_gradient<T, ROWS>(sums, shared_base() + from, z_row,
-                                  shared_base() + (q.valid ? at : shared.zeros),
-                                  q.valid ? u_row : 0);
-    }
-    const uint32_t to = shared.taps + (group * c.chunks + chunk) * 9 * kChunk * 2 * 4;
-#pragma unroll
-    for (int dy = 0; dy < 3; ++dy)
-      taps_of(sums[dy], lane, [&](int dx, int channel, int pixel, float v) {
-        store_shared(to + (((dy * 3 + dx) * kChunk + channel) * 2 + pixel) * 4, v);
-      });
+    sum_positions<T, ROWS>(c, u_box.pairs, chunk, group, shared.groups,
+                           {0, z_row, of.a_rows, -1 - of.first_a, 0},
+                           {shared.gd, u_row, of.u_rows, 1, 0}, shared.zeros,
+                           shared.taps + (group * c.chunks + chunk) * kTapsBytes);
   }
   sync_threads();
 
@@ -185,12 +169,8 @@ CASVIT_DEVICE void backward_depthwise_block(const BackwardDepthwiseArguments& a)
                    chunk0 * kChunk;
   for (int i = thread; i < chunks * 9 * kChunk; i += kThreads) {
     const int chunk = i / (9 * kChunk), rest = i - chunk * 9 * kChunk;
-    float sum = 0.0f;
-    for (int g = 0; g < shared.groups; ++g) {
-      const float2 two =
-          load_shared<float2>(shared.taps + ((g * c.chunks + chunk) * 9 * kChunk + rest) * 2 * 4);
-      sum += two.x + two.y;
-    }
+    const float sum =
+        sum_groups(shared.taps + chunk * kTapsBytes, rest, shared.groups, c.chunks * kTapsBytes);
     store_global(weights + rest / kChunk * m.padded + chunk * kChunk + rest % kChunk, sum);
   }
   const uint32_t out_row = c.pairs * pair_bytes(c);
