@@ -53,6 +53,27 @@ def operators():
     testing.BACKENDS.pop(NAME)
 
 
+@pytest.fixture(params=[2, 1], ids=["two launches", "one launch"])
+def either(request, operators):
+    """The emulated backend, with as many launches after the qkv product."""
+    operators.launches_wanted = request.param
+    return operators
+
+
+def cut_small(operators, shape, multiprocessors):
+    """Takes the smallest shared memory that one launch fits into, so that a cluster cuts the maps."""
+    for shared in (2048, 4096, 8192, 16384, 32768, 65536, 101376, 232448):
+        operators.device_of_mix = (multiprocessors, shared)
+        plan = single_pass(operators, shape)
+        if plan["rows"]:
+            return plan
+    raise AssertionError(f"{shape} fits nowhere")
+
+
+def single_pass(operators, shape):
+    return operators.call(shape, torch.bfloat16, operators.device_of_mix).plans()[6]
+
+
 def parity_cases():
     testing.BACKENDS[NAME] = Target("cpu", emulated.DTYPES)
     registry._REGISTRY[NAME] = emulated.EmulatedBackend()
@@ -79,14 +100,49 @@ def test_parity(case, operators):
 
 
 @emulation
+@pytest.mark.parametrize("case", parity_cases())
+def test_parity_in_one_launch(case, operators):
+    operators.launches_wanted = 1
+    if 0 not in case.shape:
+        cut_small(operators, case.shape, 1 + case.seed % 4)
+    row = testing.check(case)
+    assert row.passed, row.failures
+    assert any("SinglePass" in kernel for kernel, _ in operators.launches) or 0 in case.shape
+
+
+CLUSTERS = [  # shape; rows and strips of a block, slices and images of the cluster
+    ((2, 12, 19, 5), (4, 1, 1, 1)),  # five bands, the last with three rows
+    ((1, 24, 13, 4), (7, 1, 3, 1)),  # two bands x three slices
+    ((1, 20, 20, 6), (4, 2, 2, 1)),  # three bands of two strips, two slices of 12 and 8 channels
+    ((5, 8, 5, 14), (4, 2, 2, 3)),  # two slices, three images, of which the last cluster has two
+    ((3, 36, 7, 7), (7, 1, 1, 3)),  # one block
+]
+
+
+@emulation
+@pytest.mark.parametrize(("shape", "cut"), CLUSTERS, ids=str)
+def test_parity_of_every_kind_of_cluster(shape, cut, operators):
+    operators.launches_wanted, operators.cut = 1, list(cut)
+    for dtype, layout, mode in (
+        (torch.bfloat16, "channels_last", "train"),
+        (torch.float16, "contiguous", "eval"),
+    ):
+        row = testing.check(Case(NAME, dtype, layout, mode, shape))
+        assert row.passed, row.failures
+
+
+@emulation
 @pytest.mark.parametrize(
     "shape", [(1, 48, 56, 56), (1, 56, 28, 28), (1, 112, 14, 14), (2, 220, 7, 7)]
 )
 @pytest.mark.parametrize("name", DEVICES)
 @pytest.mark.long
-def test_parity_at_real_sizes_as_each_device_cuts_them(name, shape, operators):
+def test_parity_at_real_sizes_as_each_device_cuts_them(name, shape, either):
     """One multiprocessor: cut as for a large batch."""
-    operators.device = (1, DEVICES[name][1])
+    either.device = (1, DEVICES[name][1])
+    either.cluster = 1 if name == "A100" else 8
+    if either.launches_wanted == 1 and not single_pass(either, shape)["rows"]:
+        pytest.skip("one launch does not fit")
     for dtype, layout, mode in (
         (torch.bfloat16, "channels_last", "train"),
         (torch.bfloat16, "contiguous", "eval"),
@@ -103,7 +159,11 @@ def mixer(c, dtype, **options):
 
 @emulation
 @pytest.mark.parametrize("dtype", emulated.DTYPES, ids=str)
-def test_every_schedule_gives_the_same_bits(dtype, operators):
+def test_every_schedule_gives_the_same_bits(dtype, either):
+    operators = either
+    if operators.launches_wanted == 1:
+        plan = cut_small(operators, (2, 20, 11, 9), 1)
+        assert plan["bands"] > 1
     m, x = mixer(20, dtype), torch.randn(2, 20, 11, 9).to(dtype)
     found = []
     for first in range(3):  # each call takes the next schedule
@@ -117,7 +177,9 @@ def test_every_schedule_gives_the_same_bits(dtype, operators):
         m.load_state_dict(mixer(20, dtype).state_dict())
     ran = set(operators.launches)
     assert {s for _, s in ran} == {0, 1, 2}
-    assert len(ran) == 3 * len({kernel for kernel, _ in ran}) == 15
+    kernels_run = {kernel for kernel, _ in ran}
+    assert len(kernels_run) == 3 + operators.launches_wanted
+    assert len(ran) == 3 * len(kernels_run)
     for others in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
@@ -158,6 +220,41 @@ def test_no_barrier_and_no_wait_can_be_left_out(operators):
 
 
 @emulation
+def test_no_barrier_of_a_cluster_can_be_left_out(operators):
+    """As above, of one launch."""
+    operators.launches_wanted = 1
+    def outputs():
+        found = []
+        for shape, cut in CLUSTERS:
+            operators.cut = list(cut)
+            m, x = mixer(shape[1], torch.bfloat16), torch.randn(shape).bfloat16()
+            with torch.no_grad():
+                found.append(m(x))
+        return found
+
+    def seeded(skip="", first=0):
+        torch.manual_seed(2)
+        operators.skip, operators.schedule = skip, first
+        return outputs()
+
+    expected = seeded()
+    sites = [s for s in operators.sites if "single_pass.h" in s]
+    assert sum("cluster_sync" in s for s in sites) >= 5
+    unnoticed = []
+    for site in sites:
+        noticed = False
+        for first in range(3):
+            try:
+                got = seeded(site, first)
+            except RuntimeError as error:
+                noticed |= "never came to" not in str(error)
+            else:
+                noticed |= not all(map(torch.equal, got, expected))
+        unnoticed += [] if noticed else [site]
+    assert unnoticed == []
+
+
+@emulation
 def test_nothing_chooses_it_and_it_says_what_it_cannot(operators):
     x = torch.randn(1, 8, 4, 4, dtype=torch.bfloat16)
     assert registry.select(None, Problem("cpu", torch.bfloat16)).name != NAME
@@ -169,7 +266,7 @@ def test_nothing_chooses_it_and_it_says_what_it_cannot(operators):
 
 
 @emulation
-def test_nan_of_one_image_stays_there(operators):
+def test_nan_of_one_image_stays_there(either):
     m = mixer(8, torch.bfloat16)
     x = torch.randn(3, 8, 4, 4).bfloat16()
     with torch.no_grad():
@@ -191,7 +288,7 @@ def test_channels_that_fit_nowhere_are_refused(operators):
 
 
 def call_of(name, *shape):
-    return build.module().MixerCall(list(shape), False, *DEVICES[name], 0, 0, True, "", [])
+    return build.module().MixerCall(list(shape), False, *DEVICES[name], 8, [0] * 4, 0, 0, True, "", [])
 
 
 @emulation
@@ -205,8 +302,9 @@ def test_what_the_backend_does_not_refuse_fits(name, gpu):
 
 
 @emulation
-def test_more_images_than_a_launch_takes(operators):
+def test_more_images_than_a_launch_takes(either):
     """A grid's y has 65535 blocks; here 2."""
+    operators = either
     shape = (9, 8, 12, 10)
     operators.device = (1, 101376)
     expected = step(shape)
@@ -262,11 +360,11 @@ def test_plans_cover_the_maps_and_fit(name):
     for shape in dict.fromkeys([*shapes, (1, 3, 1, 1), (7, 1, 501, 3), (1, 4, 3, 2000)]):
         b, c, height, width = shape
         call = build.module().MixerCall(
-            list(shape), False, multiprocessors, shared, 0, 0, True, "", []
+            list(shape), False, multiprocessors, shared, 8, [0] * 4, 0, 0, True, "", []
         )
-        for plan in call.plans():
+        for i, plan in enumerate(call.plans()):
             if plan["rows"] == 0:  # none: the backward's tiles have the whole width
-                assert width > 200
+                assert width > 200 or i == 6  # in one launch a cluster has a whole map
                 continue
             assert plan["shared"] <= shared
             assert plan["bands"] * plan["strips"] * plan["rows"] >= height
@@ -300,6 +398,23 @@ def test_bytes_that_gates_and_combine_ask_for(shape, most, operators):
         if name in ("qkv", "out")
     )
     assert 6 <= moved / unit <= most
+
+
+@emulation
+@pytest.mark.parametrize(
+    "shape", [(1, 48, 56, 56), (1, 56, 28, 28), (1, 112, 14, 14), (4, 220, 7, 7)], ids=str
+)
+def test_one_launch_reads_q_k_and_v_once_and_writes_out_once(shape, operators):
+    operators.device = (1, DEVICES["H100"][1])
+    operators.launches_wanted = 1
+    with torch.no_grad():
+        mixer(shape[1], torch.bfloat16)(torch.randn(shape).bfloat16())
+    found = dict(operators.traffic)["SinglePassArguments"]
+    moved = {name: (read, written) for name, read, written in found}
+    unit = 2 * torch.Size(shape).numel()
+    assert moved["qkv"] == (3 * unit, 0)
+    assert moved["out"] == (0, unit)
+    assert moved["sums"] == (0, 0)
 
 
 def test_the_products_rows_are_filled_up_with_zeros():

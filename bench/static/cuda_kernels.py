@@ -122,7 +122,7 @@ def plans(shape: Shape, target: str) -> dict[str, Plan]:
 
     t = TARGETS[target]
     call = build.module().MixerCall(
-        list(shape), False, t.multiprocessors, t.shared, 0, 0, False, "", []
+        list(shape), False, t.multiprocessors, t.shared, t.cluster, [0] * 4, 0, 0, False, "", []
     )
     found = (Plan(*(p[field] for field in Plan._fields)) for p in call.plans())
     return dict(zip(KERNELS, found, strict=False))  # then those of the backward

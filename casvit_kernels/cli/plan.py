@@ -63,10 +63,10 @@ def _text(document: dict[str, Any]) -> str:
         each = k["warp_instructions"] * device["multiprocessors"] * 32 / pixels
         rows.append(
             [
-                k["kernel"],
+                k["kernel"] if k["chosen"] else f"({k['kernel']})",
                 cut + (", halo" if k["halo"] else ""),
                 f"{k['shared_bytes']:,}",
-                f"{k['blocks']:,}",
+                f"{k['blocks']:,}" + (f" by {k['cluster']}" if k["cluster"] > 1 else ""),
                 f"{each:.0f}",
             ]
         )
@@ -89,10 +89,16 @@ def _text(document: dict[str, Any]) -> str:
         parts.append(
             paragraph(
                 "Instructions: of a thread for each pixel and channel of the output, estimated, with "
-                "what a last round of blocks leaves idle. Nothing here is a time."
+                "what a last round of blocks leaves idle. In brackets: not launched, as the planner "
+                "expects more of the others. Blocks by n: of clusters. Nothing here is a time."
             )
         )
     if reasons:
         parts += [paragraph(text) for text in reasons]
-        parts.append(paragraph("Where one of the backward's has none, it is Triton's."))
+        parts.append(
+            paragraph(
+                "Without a single pass gates and combine are two launches. Where one of the backward's "
+                "has none, it is Triton's."
+            )
+        )
     return "\n\n".join(parts)

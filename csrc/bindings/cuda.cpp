@@ -39,8 +39,8 @@ Tensor statistics(const Tensor& qkv, const Tensor& packed,
 }
 
 struct Mixed {
-  Tensor out, spatial;
-  Optional pooled, channel;
+  Tensor out;
+  Optional spatial, pooled, channel;
 };
 
 Mixed run_mix(const Tensor& qkv, const Tensor& packed, const std::array<int64_t, 4>& shape,
@@ -49,13 +49,18 @@ Mixed run_mix(const Tensor& qkv, const Tensor& packed, const std::array<int64_t,
   const auto [B, C, H, W] = shape;
   const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
   const cuda::Problem p = problem(qkv, shape, qkv.scalar_type());
-  cuda::Parts parts;
-  check(cuda::parts(p, &parts));
-  Tensor sums = floats<4>(packed, {parts.sums, 2, B, padded(C)});
+  const bool single_pass = cuda::is_single_pass(p);
+  Optional sums;
+  if (!single_pass) {
+    cuda::Parts parts;
+    check(cuda::parts(p, &parts));
+    sums = floats<4>(packed, {parts.sums, 2, B, padded(C)});
+  }
   Mixed m{torch::stable::empty(
               {shape.data(), 4}, qkv.scalar_type(), std::nullopt, qkv.device(), std::nullopt,
               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous),
-          floats<4>(packed, {B, 2, H, W}), std::nullopt, std::nullopt};
+          std::nullopt, std::nullopt, std::nullopt};
+  if (training || !single_pass) m.spatial = floats<4>(packed, {B, 2, H, W});
   float *pooled = nullptr, *channel = nullptr;
   if (training) {
     m.pooled = floats<3>(packed, {2, B, C});
@@ -63,10 +68,9 @@ Mixed run_mix(const Tensor& qkv, const Tensor& packed, const std::array<int64_t,
     pooled = static_cast<float*>(m.pooled->mutable_data_ptr());
     channel = static_cast<float*>(m.channel->mutable_data_ptr());
   }
-  check(cuda::mix(p, qkv.const_data_ptr(), packed.const_data_ptr(),
-                  static_cast<float*>(sums.mutable_data_ptr()),
-                  static_cast<float*>(m.spatial.mutable_data_ptr()), pooled, channel,
-                  m.out.mutable_data_ptr(), channels_last));
+  check(cuda::mix(p, qkv.const_data_ptr(), packed.const_data_ptr(), sums ? data(*sums) : nullptr,
+                  m.spatial ? data(*m.spatial) : nullptr, pooled, channel, m.out.mutable_data_ptr(),
+                  channels_last));
   return m;
 }
 
@@ -74,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mix(const Tensor& qkv, const Tensor& 
                                                torch::headeronly::IntHeaderOnlyArrayRef sizes,
                                                bool channels_last) {
   Mixed m = run_mix(qkv, packed, shape_of(sizes), channels_last, true);
-  return {m.out, m.spatial, *m.pooled, *m.channel};
+  return {m.out, *m.spatial, *m.pooled, *m.channel};
 }
 
 // The product by the library, channels innermost whatever x's layout is: either is a plain GEMM.

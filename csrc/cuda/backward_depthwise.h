@@ -176,7 +176,7 @@ CASVIT_DEVICE void backward_depthwise_block(const BackwardDepthwiseArguments& a)
   const uint32_t out_row = c.pairs * pair_bytes(c);
   convolve<T, ROWS>(
       m, a.packed, layout.conv_taps, kDepthwiseTurned + z, -1, chunk0, chunks, c, shared.gd,
-      of.u_rows, u_box.pairs, 0, of.own_rows, c.pairs,
+      of.u_rows, u_box.pairs, 0, of.own_rows, c.pairs, c.pairs,
       [&](const uint32_t (&first)[2], const bool (&valid)[2], int row, const float (&d)[4]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)

@@ -67,23 +67,80 @@ CASVIT_DEVICE uint2 gated(uint2 q, uint2 k, const float (&gq)[4], const float (&
   return {two(q.x, k.x, 0), two(q.y, k.y, 2)};
 }
 
-// The gates of the block's channels and images into shared memory; some blocks write them out, too.
-// A product on tensor cores, rows of A being images: both factors are rounded, and what that leaves
-// over of either counts, too.
+// Channel means as the product below takes them, two of a word: rounded, and what that leaves over
+// in the `mean_words` behind. word: of the image's means.
 template <class T>
-CASVIT_DEVICE void channel_gates(const CombineArguments& a, const CombineShared& shared, int image0,
+CASVIT_DEVICE void store_means(uint32_t to, int word, int mean_words, float first, float second) {
+  const uint32_t rounded = pack2<T>(first, second);
+  store_shared(to + word * 4, rounded);
+  store_shared(to + (mean_words + word) * 4,
+               pack2<T>(first - low2<T>(rounded), second - high2<T>(rounded)));
+}
+
+// The gates of the block's channels and images from these means, (2, images of the cut, 2,
+// mean_words), into shared memory as (2, images of the cut, channels of the cut); also out to
+// `channel` unless it is null. A product on tensor cores, rows of A being images: both factors are
+// rounded, and what that leaves over of either counts, too.
+template <class T>
+CASVIT_DEVICE void channel_gates(const Maps& m, const Cut& c, const uint4* packed, uint32_t means,
+                                 int mean_words, uint32_t gates, float* channel_out, int image0,
+                                 int images, int chunk0, int chunks) {
+  const PackedLayout layout(m.channels, m.padded);
+  const int lane = thread_index() % 32, warp = thread_index() / 32;
+  const int first_tile_of_8 = chunk0 / 2, tiles = (chunk0 + chunks - 1) / 2 - first_tile_of_8 + 1;
+  const int image = lane / 4 < images ? lane / 4 : images - 1;  // row of A
+#pragma unroll 1
+  for (int task = warp; task < 2 * tiles; task += kWarps) {
+    const int z = task >= tiles, tile = first_tile_of_8 + task - z * tiles;
+    const uint4* weights =
+        packed + layout.channel +
+        static_cast<int64_t>(z * layout.channel_tiles + tile) * layout.channel_steps * 32 + lane;
+    uint32_t from = means + ((z * c.images + image) * 2 * mean_words + lane % 4) * 4;
+    float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
+    for (int step = 0; step < layout.channel_steps; ++step) {
+      const uint4 w = load_constant(weights + step * 32);
+      const uint32_t words[2] = {w.x, w.y}, rests[2] = {w.z, w.w};
+      const uint32_t mean[4] = {load_shared<uint32_t>(from), 0u, load_shared<uint32_t>(from + 16),
+                                0u};
+      const uint32_t rest[4] = {load_shared<uint32_t>(from + mean_words * 4), 0u,
+                                load_shared<uint32_t>(from + mean_words * 4 + 16), 0u};
+      mma<T>(d, mean, words);
+      mma<T>(d, mean, rests);
+      mma<T>(d, rest, words);
+      from += 32;
+    }
+    const int channel = tile * 8 + lane % 4 * 2, index = channel - chunk0 * kChunk;
+    if (lane / 4 < images && index >= 0 && index < chunks * kChunk) {
+      const float g[2] = {sigmoid(d[0]), sigmoid(d[1])};
+      store_shared(gates + ((z * c.images + image) * c.chunks * kChunk + index) * 4,
+                   float2{g[0], g[1]});
+      if (channel_out)
+        for (int i = 0; i < 2 && channel + i < m.channels; ++i)
+          store_global(channel_out +
+                           (static_cast<int64_t>(z) * m.images + image0 + image) * m.channels +
+                           channel + i,
+                       g[i]);
+    }
+  }
+}
+
+// The block's channel gates from the sums of the gates' kernel; some blocks write means and gates
+// out, too.
+template <class T>
+CASVIT_DEVICE void gates_of_sums(const CombineArguments& a, const CombineShared& shared, int image0,
                                  int chunk0, int chunks, bool first_tile, bool first_slice) {
   const Maps& m = a.maps;
   const Cut& c = a.cut;
-  const PackedLayout layout(m.channels, m.padded);
   const int lane = thread_index() % 32, warp = thread_index() / 32;
   const int images = m.images - image0 < c.images ? m.images - image0 : c.images;
+  const int steps = PackedLayout(m.channels, m.padded).channel_steps;
   const float scale = 1.0f / (static_cast<float>(m.height) * static_cast<float>(m.width));
   for (int line = warp; line < 2 * images; line += kWarps) {
     const int z = line >= images, image = line - z * images;
     const float* sums = a.sums + (static_cast<int64_t>(z) * m.images + image0 + image) * m.padded;
     const uint32_t to = shared.means + (z * c.images + image) * 2 * shared.mean_words * 4;
-    for (int word = lane; word < layout.channel_steps * 8; word += 32) {
+    for (int word = lane; word < steps * 8; word += 32) {
       float first = 0.0f, second = 0.0f;
       if (2 * word < m.padded) {
         const float* from = sums + 2 * word;
@@ -96,10 +153,7 @@ CASVIT_DEVICE void channel_gates(const CombineArguments& a, const CombineShared&
         }
       }
       first *= scale, second *= scale;
-      const uint32_t rounded = pack2<T>(first, second);
-      store_shared(to + word * 4, rounded);
-      store_shared(to + (shared.mean_words + word) * 4,
-                   pack2<T>(first - low2<T>(rounded), second - high2<T>(rounded)));
+      store_means<T>(to, word, shared.mean_words, first, second);
       if (a.pooled && first_tile && first_slice) {
         float* pooled = a.pooled +
                         (static_cast<int64_t>(z) * m.images + image0 + image) * m.channels +
@@ -110,43 +164,8 @@ CASVIT_DEVICE void channel_gates(const CombineArguments& a, const CombineShared&
     }
   }
   sync_threads();
-
-  const int first_tile_of_8 = chunk0 / 2, tiles = (chunk0 + chunks - 1) / 2 - first_tile_of_8 + 1;
-  const int image = lane / 4 < images ? lane / 4 : images - 1;  // row of A
-#pragma unroll 1
-  for (int task = warp; task < 2 * tiles; task += kWarps) {
-    const int z = task >= tiles, tile = first_tile_of_8 + task - z * tiles;
-    const uint4* weights =
-        a.packed + layout.channel +
-        static_cast<int64_t>(z * layout.channel_tiles + tile) * layout.channel_steps * 32 + lane;
-    uint32_t from = shared.means + ((z * c.images + image) * 2 * shared.mean_words + lane % 4) * 4;
-    float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-    for (int step = 0; step < layout.channel_steps; ++step) {
-      const uint4 w = load_constant(weights + step * 32);
-      const uint32_t words[2] = {w.x, w.y}, rests[2] = {w.z, w.w};
-      const uint32_t mean[4] = {load_shared<uint32_t>(from), 0u, load_shared<uint32_t>(from + 16),
-                                0u};
-      const uint32_t rest[4] = {load_shared<uint32_t>(from + shared.mean_words * 4), 0u,
-                                load_shared<uint32_t>(from + shared.mean_words * 4 + 16), 0u};
-      mma<T>(d, mean, words);
-      mma<T>(d, mean, rests);
-      mma<T>(d, rest, words);
-      from += 32;
-    }
-    const int channel = tile * 8 + lane % 4 * 2, index = channel - chunk0 * kChunk;
-    if (lane / 4 < images && index >= 0 && index < chunks * kChunk) {
-      const float g[2] = {sigmoid(d[0]), sigmoid(d[1])};
-      store_shared(shared.gates + ((z * c.images + image) * c.chunks * kChunk + index) * 4,
-                   float2{g[0], g[1]});
-      if (a.channel && first_tile)
-        for (int i = 0; i < 2 && channel + i < m.channels; ++i)
-          store_global(a.channel +
-                           (static_cast<int64_t>(z) * m.images + image0 + image) * m.channels +
-                           channel + i,
-                       g[i]);
-    }
-  }
+  channel_gates<T>(m, c, a.packed, shared.means, shared.mean_words, shared.gates,
+                   first_tile ? a.channel : nullptr, image0, images, chunk0, chunks);
 }
 
 // a = q sq gq + k sk gk into its tile, zero outside of the map.
@@ -190,12 +209,12 @@ CASVIT_DEVICE void make_a(const CombineArguments& a, const Cut& c, uint32_t gate
 // One convolution of the block, from a tile of `source_rows` rows of `source_pairs` pairs for each
 // image; its bias is at `bias_at` of the packed words, or there is none: at(first, valid, row, c),
 // first being the offsets of this lane's words of its two positions in row 0 of a tile of `to_rows`
-// rows of `to_pairs` pairs.
+// rows of `to_pitch` pairs, of which `to_pairs` are made.
 template <class T, int ROWS, class At>
 CASVIT_DEVICE void convolve(const Maps& m, const uint4* packed, int64_t conv_taps, int conv,
                             int64_t bias_at, int chunk0, int chunks, const Cut& c, uint32_t source,
                             int source_rows, int source_pairs, uint32_t to, int to_rows,
-                            int to_pairs, At&& at) {
+                            int to_pairs, int to_pitch, At&& at) {
   const int lane = thread_index() % 32, warp = thread_index() / 32, all = m.chunks();
   const Positions positions(c.images, c.strips, to_pairs);
   const int tiles = positions.tiles();
@@ -214,7 +233,7 @@ CASVIT_DEVICE void convolve(const Maps& m, const uint4* packed, int64_t conv_tap
     for (int half = 0; half < 2; ++half) {
       const Position mine = positions.at(tile * kPositions + half * 8 + lane / 4);
       lane_to[half] =
-          to + ((mine.image * to_rows + mine.strip * ROWS) * to_pairs + mine.pair) * pair_bytes(c) +
+          to + ((mine.image * to_rows + mine.strip * ROWS) * to_pitch + mine.pair) * pair_bytes(c) +
           lane % 4 * 4;
       valid[half] = mine.valid;
     }
@@ -231,6 +250,56 @@ CASVIT_DEVICE void convolve(const Maps& m, const uint4* packed, int64_t conv_tap
       depthwise<T, ROWS, false>(address + chunk * kUnitBytes, row_bytes, taps, bias,
                                 [&](int row, const float (&d)[4]) { at(first, valid, row, d); });
     }
+  }
+}
+
+// A box of the result from its tile to the maps; what lies outside of them is left out.
+CASVIT_DEVICE void store_tile(uint16_t* out, bool channels_last, const Maps& m, const Cut& c,
+                              const Box& box, int chunk0, int chunks, uint32_t tile) {
+  if (channels_last) {
+    const int64_t row_stride = static_cast<int64_t>(m.channels) * m.width;
+    uint16_t* to = out;
+    int count = 0;  // of channels, fewer in the last chunk
+    const auto begin = [&](int, int, int chunk, int pixel) {
+      const int channel = (chunk0 + chunk) * kChunk;
+      count = m.channels - channel;
+      to = out + static_cast<int64_t>(pixel) * m.channels + channel;
+    };
+    if (m.channels % kChunk == 0) {
+      walk(m, c, box, chunks, begin, [&](uint32_t from, bool inside) {
+        if (inside) store_global(reinterpret_cast<uint2*>(to), load_shared<uint2>(tile + from));
+        to += row_stride;
+      });
+    } else {
+      walk(m, c, box, chunks, begin, [&](uint32_t from, bool inside) {
+        if (inside)
+          for (int i = 0; i < kChunk && i < count; ++i)
+            store_global(to + i, load_shared<uint16_t>(tile + from + 2 * i));
+        to += row_stride;
+      });
+    }
+    return;
+  }
+  // Rows of pixels of a channel: neighbouring threads write neighbouring pixels.
+  const int width = 2 * box.pairs, lines = box.images * box.rows;
+  const uint32_t row_bytes = box.pairs * pair_bytes(c);
+  const Divisor by_rows(box.rows);
+  const int left = m.channels - chunk0 * kChunk,
+            own = chunks * kChunk < left ? chunks * kChunk : left;
+  for (int i = thread_index(); i < own * lines * width; i += kThreads) {
+    const int column = i % width, rest = i / width, line = rest % lines, channel = rest / lines;
+    const int local = by_rows.quotient(line), row = box.row + by_rows.remainder(line, local);
+    const int image = box.image + local, x = box.x + column;
+    if (image >= m.images || row >= m.height || x < 0 || x >= m.width) continue;
+    const uint32_t from = line * row_bytes + (column >> 1) * pair_bytes(c) +
+                          channel / kChunk * kUnitBytes + (column & 1) * 8 + channel % kChunk * 2;
+    store_global(
+        out +
+            ((static_cast<int64_t>(image) * m.channels + chunk0 * kChunk + channel) * m.height +
+             row) *
+                m.width +
+            x,
+        load_shared<uint16_t>(tile + from));
   }
 }
 
@@ -252,7 +321,7 @@ CASVIT_DEVICE void combine_block(const CombineArguments& a) {
 
   load_tile(a.qkv + 2 * m.padded, m, c, u_box, chunk0, chunks, shared.u, 3 * m.padded);
   copy_commit();
-  channel_gates<T>(a, shared, image0, chunk0, chunks, block_x() == 0, block_z() == 0);
+  gates_of_sums<T>(a, shared, image0, chunk0, chunks, block_x() == 0, block_z() == 0);
   sync_threads();
   make_a<T>(a, c, shared.gates, 0, a_box, chunk0, chunks);
   copy_wait<0>();
@@ -264,7 +333,7 @@ CASVIT_DEVICE void combine_block(const CombineArguments& a) {
   const int first_row = HALO ? 0 : 1;
   convolve<T, U_ROWS>(
       m, a.packed, layout.conv_taps, 0, layout.conv_bias, chunk0, chunks, c, 0, shared.a_rows,
-      a_box.pairs, shared.u + first_row * u_row_bytes, shared.u_rows, u_box.pairs,
+      a_box.pairs, shared.u + first_row * u_row_bytes, shared.u_rows, u_box.pairs, u_box.pairs,
       [&](const uint32_t (&first)[2], const bool (&valid)[2], int row, const float (&l)[4]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -279,7 +348,7 @@ CASVIT_DEVICE void combine_block(const CombineArguments& a) {
   const uint32_t out_row_bytes = c.pairs * pair_bytes(c);
   convolve<T, ROWS>(
       m, a.packed, layout.conv_taps, 1, layout.conv_bias + m.chunks(), chunk0, chunks, c, shared.u,
-      shared.u_rows, u_box.pairs, 0, shared.own_rows, c.pairs,
+      shared.u_rows, u_box.pairs, 0, shared.own_rows, c.pairs, c.pairs,
       [&](const uint32_t (&first)[2], const bool (&valid)[2], int row, const float (&d)[4]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -288,51 +357,8 @@ CASVIT_DEVICE void combine_block(const CombineArguments& a) {
       });
   sync_threads();
 
-  const Box out_box{image0, row0, x0, c.images, shared.own_rows, c.pairs};
-  if (a.channels_last) {
-    const int64_t row_stride = static_cast<int64_t>(m.channels) * m.width;
-    uint16_t* to = a.out;
-    int count = 0;  // of channels, fewer in the last chunk
-    const auto begin = [&](int, int, int chunk, int pixel) {
-      const int channel = (chunk0 + chunk) * kChunk;
-      count = m.channels - channel;
-      to = a.out + static_cast<int64_t>(pixel) * m.channels + channel;
-    };
-    if (m.channels % kChunk == 0) {
-      walk(m, c, out_box, chunks, begin, [&](uint32_t from, bool inside) {
-        if (inside) store_global(reinterpret_cast<uint2*>(to), load_shared<uint2>(from));
-        to += row_stride;
-      });
-    } else {
-      walk(m, c, out_box, chunks, begin, [&](uint32_t from, bool inside) {
-        if (inside)
-          for (int i = 0; i < kChunk && i < count; ++i)
-            store_global(to + i, load_shared<uint16_t>(from + 2 * i));
-        to += row_stride;
-      });
-    }
-  } else {
-    // Rows of pixels of a channel: neighbouring threads write neighbouring pixels.
-    const int width = 2 * c.pairs, lines = c.images * shared.own_rows;
-    const Divisor by_rows(shared.own_rows);
-    const int own = chunks * kChunk < m.channels - chunk0 * kChunk ? chunks * kChunk
-                                                                   : m.channels - chunk0 * kChunk;
-    for (int i = thread_index(); i < own * lines * width; i += kThreads) {
-      const int x = i % width, rest = i / width, line = rest % lines, channel = rest / lines;
-      const int local = by_rows.quotient(line), row = by_rows.remainder(line, local);
-      if (image0 + local >= m.images || row0 + row >= m.height || x0 + x >= m.width) continue;
-      const uint32_t from = line * out_row_bytes + (x >> 1) * pair_bytes(c) +
-                            channel / kChunk * kUnitBytes + (x & 1) * 8 + channel % kChunk * 2;
-      store_global(
-          a.out +
-              ((static_cast<int64_t>(image0 + local) * m.channels + chunk0 * kChunk + channel) *
-                   m.height +
-               row0 + row) *
-                  m.width +
-              x0 + x,
-          load_shared<uint16_t>(from));
-    }
-  }
+  store_tile(a.out, a.channels_last, m, c,
+             Box{image0, row0, x0, c.images, shared.own_rows, c.pairs}, chunk0, chunks, 0);
 }
 
 }  // namespace casvit::cuda

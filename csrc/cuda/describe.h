@@ -14,9 +14,11 @@ inline std::string describe(const Problem& p) {
     const char* name;
     const Plan& plan;
     int gates;  // blocks for q and for k
-  } kernels[] = {{"gates", of.gates, 2},
+    bool chosen = true;
+  } kernels[] = {{"gates", of.gates, 2, !of.single_pass_first()},
                  {"statistics", of.statistics, 2},
-                 {"combine", of.combine, 1},
+                 {"combine", of.combine, 1, !of.single_pass_first()},
+                 {"single_pass", of.single_pass, 1, of.single_pass_first()},
                  {"backward_combine", of.backward_combine, 1},
                  {"backward_gate", of.backward_gate, 2},
                  {"backward_depthwise", of.backward_depthwise, 2}};
@@ -42,7 +44,9 @@ inline std::string describe(const Problem& p) {
     put("shared_bytes", k.plan.shared);
     put("blocks", static_cast<long long>(c.bands) * c.columns * divide_up(p.images, c.images) *
                       slices * k.gates);
+    put("cluster", &k.plan == &of.single_pass ? c.bands * slices : 1);
     put("warp_instructions", static_cast<long long>(k.plan.cost));
+    text += std::string(", \"chosen\": ") + (k.chosen ? "true" : "false");
     text += "}";
   }
   return text + "]";

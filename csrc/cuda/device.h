@@ -63,9 +63,9 @@ CASVIT_DEVICE uint32_t shared_base() {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared_buffer));
 }
 
-// --- Clusters of blocks, from sm_90. All threads of the cluster meet; what they wrote before is
-// then seen by all. A block that others read may not end before they have: meet once more at the
-// end.
+// --- Clusters of blocks. All threads of the cluster meet; what they wrote before is then seen by
+// all. A block that others read may not end before they have: meet once more at the end. Before
+// sm_90 a cluster is one block.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 CASVIT_DEVICE int cluster_rank() {
   int r;
@@ -107,6 +107,13 @@ CASVIT_DEVICE V load_cluster_shared(int rank, uint32_t offset) {
   V v;
   memcpy(&v, words, sizeof(V));
   return v;
+}
+#else
+CASVIT_DEVICE int cluster_rank() { return 0; }
+CASVIT_DEVICE void cluster_sync() { __syncthreads(); }
+template <class V>
+CASVIT_DEVICE V load_cluster_shared(int, uint32_t offset) {
+  return load_shared<V>(offset);
 }
 #endif
 
@@ -156,6 +163,12 @@ CASVIT_DEVICE void ldmatrix_x2_transposed(uint32_t (&r)[2], uint32_t address) {
 
 CASVIT_DEVICE uint32_t float_bits(float v) { return __float_as_uint(v); }
 CASVIT_DEVICE float bits_float(uint32_t v) { return __uint_as_float(v); }
+
+// Four of the eight bytes of a (0 to 3) and b (4 to 7): a hexadecimal digit of `which` names each,
+// the lowest first.
+CASVIT_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t which) {
+  return __byte_perm(a, b, which);
+}
 
 // --- Element types: bits of a 2-byte float, two of them packed in a word, the first in the low
 // half.

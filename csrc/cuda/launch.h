@@ -26,9 +26,10 @@ inline const char* what(cudaError_t error) {
   return text;
 }
 
+// cluster: blocks along x that share their memory; they divide the grid's.
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), Grid grid, int threads, uint32_t shared, void* stream,
-                   const Arguments& a) {
+                   const Arguments& a, int cluster = 1) {
   if (shared > 48 * 1024) {
     // As much as the device allows, not what this call takes: between a thread's setting and its
     // launch another thread may set the same kernel's.
@@ -41,8 +42,23 @@ const char* launch(void (*kernel)(Arguments), Grid grid, int threads, uint32_t s
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error != cudaSuccess) return what(error);
   }
-  kernel<<<dim3(grid.x, grid.y, grid.z), threads, shared, static_cast<cudaStream_t>(stream)>>>(a);
-  return what(cudaGetLastError());
+  const dim3 blocks(grid.x, grid.y, grid.z);
+  if (cluster == 1) {
+    kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(a);
+    return what(cudaGetLastError());
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return what(cudaLaunchKernelEx(&config, kernel, a));
 }
 
 }  // namespace casvit::cuda

@@ -6,6 +6,7 @@
 #include "describe.h"
 #include "launch.h"
 #include "plan.h"
+#include "single_pass.h"
 
 namespace casvit::cuda {
 
@@ -29,6 +30,11 @@ template <class T, int ROWS, bool HALO>
 CASVIT_KERNEL(kThreads, 2)
 combine_kernel(CASVIT_PARAMETER CombineArguments a) {
   combine_block<T, ROWS, HALO>(a);
+}
+template <class T, int ROWS>
+CASVIT_KERNEL(kThreads, 2)
+single_pass_kernel(CASVIT_PARAMETER SinglePassArguments a) {
+  single_pass_block<T, ROWS>(a);
 }
 
 namespace {
@@ -57,6 +63,13 @@ const char* run_combine(const Problem& p, const Plan& plan, const CombineArgumen
   return run(kernel, p, plan, divide_up(a.maps.chunks(), plan.cut.chunks), a);
 }
 
+template <class T>
+const char* run_single_pass(const Problem& p, const Plan& plan, const SinglePassArguments& a) {
+  const int blocks = plan.cut.bands * divide_up(a.maps.chunks(), plan.cut.chunks);
+  return run(plan.rows == 7 ? single_pass_kernel<T, 7> : single_pass_kernel<T, 4>, p, plan, 1, a,
+             blocks);
+}
+
 }  // namespace
 
 #ifndef CASVIT_EMULATED
@@ -70,6 +83,13 @@ const char* look_at_device(int device, Problem* p) {
     const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device);
     if (error != cudaSuccess) return what(error);
   }
+  // By the code that runs there, not by the device: it may be compiled by the driver from older
+  // PTX.
+  cudaFuncAttributes of{};
+  const cudaError_t error =
+      cudaFuncGetAttributes(&of, reinterpret_cast<const void*>(single_pass_kernel<Bf16, 7>));
+  if (error != cudaSuccess) return what(error);
+  p->cluster = most_cluster(of.ptxVersion);
   return nullptr;
 }
 #endif
@@ -108,13 +128,23 @@ const char* statistics(const Problem& p, const void* qkv, const void* packed, fl
                 merge);
 }
 
+bool is_single_pass(const Problem& p) { return plans(p).single_pass_first(); }
+
 const char* mix(const Problem& p, const void* qkv, const void* packed, float* sums, float* spatial,
                 float* pooled, float* channel, void* out, bool channels_last) {
   const Plans of = plans(p);
-  if (const char* wrong = check(p, {&of.gates, &of.combine})) return wrong;
   const Maps m = maps(p);
   const uint16_t* maps_of_qkv = static_cast<const uint16_t*>(qkv);
   const uint4* words = static_cast<const uint4*>(packed);
+  if (of.single_pass_first()) {
+    if (const char* wrong = check(p, {&of.single_pass})) return wrong;
+    const SinglePassArguments a{
+        m,       of.single_pass.cut,          maps_of_qkv,  words, spatial, pooled,
+        channel, static_cast<uint16_t*>(out), channels_last};
+    return p.float16 ? run_single_pass<Fp16>(p, of.single_pass, a)
+                     : run_single_pass<Bf16>(p, of.single_pass, a);
+  }
+  if (const char* wrong = check(p, {&of.gates, &of.combine})) return wrong;
   const GatesArguments gates{m, of.gates.cut, maps_of_qkv, words, spatial, sums};
   if (const char* wrong =
           p.float16 ? run_gates<Fp16>(p, of.gates, gates) : run_gates<Bf16>(p, of.gates, gates))
@@ -148,13 +178,14 @@ CASVIT_EXPORT const char* casvit_cuda_version() {
       __CUDACC_VER_BUILD__);
 }
 // problem: images, channels, height, width, multiprocessors, shared memory of a block and of a
-// multiprocessor. JSON; the thread's own until its next call.
+// multiprocessor, blocks of a cluster. JSON; the thread's own until its next call.
 CASVIT_EXPORT const char* casvit_cuda_plan(const int* problem) {
   static thread_local std::string text;
   text = casvit::cuda::describe({problem[0], problem[1], problem[2], problem[3], false, problem[4],
-                                 problem[5], problem[6], nullptr});
+                                 problem[5], problem[6], problem[7], nullptr});
   return text.c_str();
 }
+CASVIT_EXPORT void casvit_cuda_launches(int wanted) { casvit::cuda::wanted_launches = wanted; }
 CASVIT_EXPORT int casvit_cuda_runtime() { return CUDART_VERSION; }
 CASVIT_EXPORT int casvit_cuda_driver() {
   int version = 0;

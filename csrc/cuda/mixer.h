@@ -8,12 +8,22 @@ namespace casvit::cuda {
 
 struct Weights;
 
+// The cut of a single pass, in a test; zeros: the planner's.
+struct SinglePassCut {
+  int rows, strips, slices, images;
+  bool allows(int r, int st, int sl, int im) const {
+    return !rows || (rows == r && strips == st && slices == sl && images == im);
+  }
+};
+
 // Sizes and device of a call; how the kernels cut it is worked out once for each and kept.
 struct Problem {
   int images, channels, height, width;
   bool float16;  // else bfloat16
   int multiprocessors, shared_per_block, shared_per_multiprocessor;
+  int cluster;  // most blocks that may share their memory
   void* stream;
+  SinglePassCut only{};
 };
 
 // Fills in what a plan needs to know of a device. Not in the emulation.
@@ -36,8 +46,11 @@ const char* pack(const Problem& p, const Weights& weights, const float* statisti
 const char* statistics(const Problem& p, const void* qkv, const void* packed, float* counts,
                        float* moments, float* result);
 
+// Whether `mix` is one launch, which takes no sums and, unless asked for, no spatial gates.
+bool is_single_pass(const Problem& p);
+
 // sums: (sums, 2, B, padded); pooled, channel: (2, B, C) or null; spatial: (B, 2, H, W); out in x's
-// layout.
+// layout. In a single pass sums and spatial may be null.
 const char* mix(const Problem& p, const void* qkv, const void* packed, float* sums, float* spatial,
                 float* pooled, float* channel, void* out, bool channels_last);
 

@@ -2,15 +2,17 @@
 // emulation.
 #pragma once
 
+#include <array>
+#include <atomic>
 #include <map>
 #include <mutex>
-#include <tuple>
 #include <vector>
 
 #include "backward_depthwise.h"
 #include "backward_gate.h"
 #include "launch.h"
 #include "mixer.h"
+#include "single_pass.h"
 #include "statistics.h"
 
 namespace casvit::cuda {
@@ -19,7 +21,14 @@ struct Device {
   int multiprocessors;
   int shared_per_block;           // bytes that a block may ask for
   int shared_per_multiprocessor;  // bytes that the blocks on one share
+  int cluster;                    // blocks that may share theirs
 };
+
+// 8 blocks are what every device with clusters takes.
+constexpr int most_cluster(int architecture) { return architecture >= 90 ? 8 : 1; }
+
+// 0: as planned. 1 or 2: so many launches after the qkv product, for tests and measurements.
+inline std::atomic<int> wanted_launches{0};
 
 constexpr int kReserved = 1024;  // bytes of shared memory that the driver takes of each block's
 // A warp of the gates' kernel holds the logits of its positions; the others go over many.
@@ -165,6 +174,68 @@ inline Plan plan(Kernel kernel, const Maps& m, const Device& device) {
   return best;
 }
 
+// Warp-instructions of one block of a single pass.
+inline double single_pass_cost(const Maps& m, const Cut& c, int rows) {
+  const int tiles = divide_up(c.images * c.strips * c.pairs, kPositions);
+  const int out_tiles = divide_up(c.images * c.strips * ((m.width + 2) / 2), kPositions);
+  const int groups = 2 * tiles < kWarps ? kWarps / (2 * tiles) : 1;
+  const int own_rows = c.strips * rows, units = own_rows * (c.pairs + 1);
+  const double granules = divide_up(2 * (c.pairs + 1) * c.chunks, kThreads) * kWarps *
+                          static_cast<double>(c.images) * (own_rows + (c.bands > 1 ? 0 : 2));
+  const auto sweeps = [&](int positions, double row, double start) {
+    const int shared = positions < kWarps ? kWarps / positions : 1;
+    return divide_up(c.chunks, shared) * divide_up(positions * shared, kWarps) * kWarps *
+           (rows * row + start);
+  };
+  const double logits = divide_up(c.chunks, groups) * divide_up(2 * tiles * groups, kWarps) *
+                        kWarps * (rows * 18.0 + 40);
+  return granules * 36 + logits + sweeps(tiles, 24, 30) + sweeps(out_tiles, 12, 30) +
+         c.images * divide_up(units, kThreads / c.chunks) * kWarps * 60.0 +
+         c.images * divide_up(4 * units, kThreads) * kWarps * 40.0 +
+         2 * c.images * c.chunks * units / 32.0 * 12 + c.chunks * (m.channels / 16.0) * 14 +
+         c.images * m.channels + (c.bands > 1 ? 6 * (c.pairs + 1) * c.chunks * 0.6 : 0) + 5000;
+}
+
+// The cheapest cut of a cluster whose blocks hold whole images together.
+inline Plan plan_single_pass(const Maps& m, const Device& device, const SinglePassCut& only) {
+  Plan best{{}, 0, false, 0, 1e300};
+  const int all = m.chunks(), pairs = divide_up(m.width, 2);
+  for (const int rows : {7, 4}) {
+    for (int strips = 1; strips <= 16 && (strips - 1) * rows < m.height; ++strips) {
+      const int bands = divide_up(m.height, strips * rows);
+      for (int slices = 1; slices <= device.cluster / bands; ++slices) {
+        const int chunks = divide_up(all, slices);
+        if (divide_up(all, chunks) != slices || chunks > kThreads) continue;
+        for (int images = 1; images <= m.images && images <= 8;  // rows of the channel gates' A
+             ++images) {
+          if (images > 1 && bands > 1) break;
+          if (!only.allows(rows, strips, slices, images)) continue;
+          const Cut c{images, strips, pairs, chunks, bands, 1, chunks | 1};
+          const uint32_t shared = SinglePassShared(m, c, rows).bytes;
+          if (shared > static_cast<uint32_t>(device.shared_per_block)) break;
+          int together = device.shared_per_multiprocessor / static_cast<int>(shared + kReserved);
+          together = together < 1 ? 1 : together > 2 ? 2 : together;  // registers
+          const double blocks = static_cast<double>(bands) * slices * divide_up(m.images, images);
+          const double turns = divide_up(static_cast<int>(blocks < 1e9 ? blocks : 1e9),
+                                         device.multiprocessors * together);
+          const double cost =
+              turns * together * single_pass_cost(m, c, rows) / (together > 1 ? 0.9 : 0.65);
+          if (cost < best.cost) best = {c, rows, bands > 1, shared, cost};
+        }
+      }
+    }
+  }
+  return best;
+}
+
+// Of a launch that reads and writes so many units of maps: bound by instructions, 80 % of four a
+// cycle, or by memory, 13 bytes a cycle of a multiprocessor (H100: 3 TB/s); and the launch itself.
+inline double cycles(const Plan& plan, double units, const Maps& m, const Device& device) {
+  const double bytes = units * 2.0 * m.images * m.padded * m.height * m.width;
+  const double issue = plan.cost / 3.2, memory = bytes / (device.multiprocessors * 13.0);
+  return (issue > memory ? issue : memory) + 3000;
+}
+
 inline int padded(int channels) { return divide_up(channels, kChunk) * kChunk; }
 
 inline Maps maps(const Problem& p) {
@@ -172,13 +243,18 @@ inline Maps maps(const Problem& p) {
 }
 
 struct Plans {
-  Plan gates, statistics, combine, backward_combine, backward_gate, backward_depthwise;
+  Plan gates, statistics, combine, single_pass, backward_combine, backward_gate, backward_depthwise;
+  bool prefers_single_pass;
+  bool single_pass_first() const {
+    const int wanted = wanted_launches;
+    return wanted ? wanted == 1 : prefers_single_pass;
+  }
 };
 
 // Looked up in each call: worked out once for a shape and device. A copy: another thread may clear
 // the table.
 inline Plans plans(const Problem& p) {
-  using Key = std::tuple<int, int, int, int, int, int, int>;
+  using Key = std::array<int, 12>;
   static std::mutex mutex;
   static std::map<Key, Plans> known;
   const Key key{p.images,
@@ -187,27 +263,44 @@ inline Plans plans(const Problem& p) {
                 p.width,
                 p.multiprocessors,
                 p.shared_per_block,
-                p.shared_per_multiprocessor};
+                p.shared_per_multiprocessor,
+                p.cluster,
+                p.only.rows,
+                p.only.strips,
+                p.only.slices,
+                p.only.images};
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   if (known.size() > 4096) known.clear();  // sizes that change from batch to batch
   const Maps m = maps(p);
-  const Device device{p.multiprocessors, p.shared_per_block, p.shared_per_multiprocessor};
-  return known[key] = {
-             plan(Kernel::kGates, m, device),        plan(Kernel::kStatistics, m, device),
-             plan(Kernel::kCombine, m, device),      plan(Kernel::kBackwardCombine, m, device),
-             plan(Kernel::kBackwardGate, m, device), plan(Kernel::kBackwardDepthwise, m, device)};
+  const Device device{p.multiprocessors, p.shared_per_block, p.shared_per_multiprocessor,
+                      p.cluster};
+  Plans of{plan(Kernel::kGates, m, device),
+           plan(Kernel::kStatistics, m, device),
+           plan(Kernel::kCombine, m, device),
+           plan_single_pass(m, device, p.only),
+           plan(Kernel::kBackwardCombine, m, device),
+           plan(Kernel::kBackwardGate, m, device),
+           plan(Kernel::kBackwardDepthwise, m, device),
+           false};
+  of.prefers_single_pass =
+      of.single_pass.rows && cycles(of.single_pass, 4, m, device) <=
+                                 cycles(of.gates, 2, m, device) + cycles(of.combine, 4, m, device);
+  return known[key] = of;
 }
 
 // One launch, or as many as the groups of images take. z: of the grid.
+// cluster: blocks across, where these share their memory.
 template <class Arguments>
-const char* run(void (*kernel)(Arguments), const Problem& p, const Plan& plan, int z, Arguments a) {
+const char* run(void (*kernel)(Arguments), const Problem& p, const Plan& plan, int z, Arguments a,
+                int cluster = 0) {
   const int groups = divide_up(p.images, a.cut.images);
   for (int& first = a.cut.first_group; first < groups; first += most_groups) {
-    const Grid blocks{a.cut.bands * a.cut.columns,
+    const Grid blocks{cluster ? cluster : a.cut.bands * a.cut.columns,
                       groups - first < most_groups ? groups - first : most_groups, z};
-    if (const char* wrong = launch(kernel, blocks, kThreads, plan.shared, p.stream, a))
+    if (const char* wrong =
+            launch(kernel, blocks, kThreads, plan.shared, p.stream, a, cluster ? cluster : 1))
       return wrong;
   }
   return nullptr;

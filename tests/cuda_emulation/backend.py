@@ -29,15 +29,27 @@ class Emulated:
     """`cuda.Operators` in the emulation.
 
     Args:
-        multiprocessors, shared: of the device that plans are made for; few, so that small maps are cut.
+        multiprocessors, shared, cluster: of the device that plans are made for; few multiprocessors, so
+            that small maps are cut.
+        launches: after the qkv product: 1, 2, or 0 for what the planner prefers.
         schedule: the first of the launches' schedules; each call takes the next.
         skip: a barrier's or wait's name, to do nothing.
     """
 
     def __init__(
-        self, multiprocessors: int = 4, shared: int = 101376, schedule: int = 0, skip: str = ""
+        self,
+        multiprocessors: int = 4,
+        shared: int = 101376,
+        schedule: int = 0,
+        skip: str = "",
+        cluster: int = 8,
+        launches: int = 2,
     ) -> None:
         self.device = (multiprocessors, shared)
+        self.cluster = cluster
+        self.launches_wanted = launches
+        self.device_of_mix: tuple[int, int] | None = None  # another one for it alone
+        self.cut = [0, 0, 0, 0]  # of one launch, unless 0: rows, strips, slices, images
         self.schedule = schedule
         self.skip = skip
         self.races = True
@@ -45,7 +57,13 @@ class Emulated:
         self.launches: list[tuple[str, int]] = []  # kernels and the schedules that they ran in
         self.traffic: list[tuple[str, list[tuple[str, int, int]]]] = []  # of each launch
 
-    def call(self, shape: Shape, dtype: torch.dtype, **buffers: tuple[Tensor, bool]) -> Any:
+    def call(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: tuple[int, int] | None = None,
+        **buffers: tuple[Tensor, bool],
+    ) -> Any:
         """The module's object for a call that may touch these buffers; and whether it may write."""
         from cuda_emulation.build import module
 
@@ -55,10 +73,13 @@ class Emulated:
             (name, t.data_ptr(), t.numel() * t.element_size(), writable)
             for name, (t, writable) in buffers.items()
         ]
+        module().set_launches(self.launches_wanted)
         return module().MixerCall(
             list(shape),
             dtype is torch.float16,
-            *self.device,
+            *(device or self.device),
+            self.cluster,
+            self.cut,
             self.schedule,
             self.schedule,
             self.races,
@@ -146,7 +167,8 @@ class Emulated:
 
     def mix(self, rows: Tensor, packed: Tensor, shape: Shape, channels_last: bool) -> Mixed:
         b, c, height, width = shape
-        parts = self.call(shape, rows.dtype).parts()[0]
+        device = self.device_of_mix
+        parts = self.call(shape, rows.dtype, device).parts()[0]
         layout = torch.channels_last if channels_last else torch.contiguous_format
         out = torch.empty(shape, dtype=rows.dtype, memory_format=layout).fill_(float("nan"))
         sums = torch.full((parts, 2, b, channels_read(c)), float("nan"))
@@ -162,6 +184,7 @@ class Emulated:
         call = self.call(
             shape,
             rows.dtype,
+            device,
             qkv=(rows, False),
             packed=(packed, False),
             **{name: (t, True) for name, t in results.items()},

@@ -243,6 +243,14 @@ inline void ldmatrix_x2_transposed(uint32_t (&r)[2], uint32_t address, CASVIT_HE
 inline uint32_t float_bits(float v) { return emulation::bits_of(v); }
 inline float bits_float(uint32_t v) { return emulation::float_of(v); }
 
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t which) {
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t r = 0;
+  for (int i = 0; i < 4; i++)
+    r |= static_cast<uint32_t>(both >> (which >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return r;
+}
+
 // --- Element types.
 struct Bf16 {};
 struct Fp16 {};

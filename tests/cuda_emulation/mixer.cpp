@@ -22,11 +22,19 @@ struct Call {
   cuda::emulation::Session session;
 
   Call(const std::vector<int>& shape, bool float16, int multiprocessors, int shared_per_block,
-       int schedule, uint64_t seed, bool races, const std::string& skip,
-       const std::vector<Buffer>& buffers) {
-    problem = {shape.at(0), shape.at(1),     shape.at(2),      shape.at(3),
-               float16,     multiprocessors, shared_per_block, shared_per_block + cuda::kReserved,
-               &session};
+       int cluster, const std::vector<int>& only, int schedule, uint64_t seed, bool races,
+       const std::string& skip, const std::vector<Buffer>& buffers) {
+    problem = {shape.at(0),
+               shape.at(1),
+               shape.at(2),
+               shape.at(3),
+               float16,
+               multiprocessors,
+               shared_per_block,
+               shared_per_block + cuda::kReserved,
+               cluster,
+               &session,
+               {only.at(0), only.at(1), only.at(2), only.at(3)}};
     session.settings = {schedule, seed, races, skip};
     for (const auto& [name, address, bytes, writable] : buffers)
       session.memory.add(name, reinterpret_cast<const void*>(address), bytes, writable);
@@ -65,9 +73,10 @@ void bind_mixer(py::module_& m) {
   m.def("packed_words", &cuda::packed_words);
   m.def("backward_packed_words", &cuda::backward_packed_words);
   m.def("set_most_groups", [](int groups) { cuda::most_groups = groups; });
+  m.def("set_launches", [](int wanted) { cuda::wanted_launches = wanted; });
   py::class_<Call>(m, "MixerCall")
-      .def(py::init<std::vector<int>, bool, int, int, int, uint64_t, bool, std::string,
-                    std::vector<Buffer>>())
+      .def(py::init<std::vector<int>, bool, int, int, int, std::vector<int>, int, uint64_t, bool,
+                    std::string, std::vector<Buffer>>())
       .def("parts",
            [](Call& c) {
              cuda::Parts parts;
@@ -79,8 +88,8 @@ void bind_mixer(py::module_& m) {
              const cuda::Plans p = cuda::plans(c.problem);
              return std::make_tuple(description(p.gates), description(p.statistics),
                                     description(p.combine), description(p.backward_combine),
-                                    description(p.backward_gate),
-                                    description(p.backward_depthwise));
+                                    description(p.backward_gate), description(p.backward_depthwise),
+                                    description(p.single_pass));
            })
       .def("pack",
            [](Call& c, const std::vector<std::pair<uintptr_t, int>>& w, uintptr_t statistics,

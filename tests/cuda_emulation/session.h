@@ -38,11 +38,11 @@ using emulation::Grid;
 // Null, as a launch that went well; what goes wrong is thrown.
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), Grid grid, int threads, uint32_t shared, void* stream,
-                   const Arguments& a) {
+                   const Arguments& a, int cluster = 1) {
   auto& session = *static_cast<emulation::Session*>(stream);
   session.reports.push_back(emulation::launch(
-      emulation::name_of<Arguments>(), [&] { kernel(a); }, {grid, threads, shared}, session.memory,
-      session.settings));
+      emulation::name_of<Arguments>(), [&] { kernel(a); }, {grid, threads, shared, cluster},
+      session.memory, session.settings));
   return nullptr;
 }
 

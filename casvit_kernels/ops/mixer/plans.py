@@ -20,14 +20,15 @@ class Device(NamedTuple):
     multiprocessors: int
     shared_per_block: int  # bytes that a block may ask for
     shared_per_multiprocessor: int
+    cluster: int  # blocks that may share their memory
 
 
 # A GPU of each architecture that the library has machine code for.
 DEVICES = {
-    "sm_80": Device("A100", 108, 166912, 167936),
-    "sm_90": Device("H100", 132, 232448, 233472),
-    "sm_100": Device("B200", 148, 232448, 233472),
-    "sm_120": Device("RTX 5090", 170, 101376, 102400),
+    "sm_80": Device("A100", 108, 166912, 167936, 1),
+    "sm_90": Device("H100", 132, 232448, 233472, 8),
+    "sm_100": Device("B200", 148, 232448, 233472, 8),
+    "sm_120": Device("RTX 5090", 170, 101376, 102400, 8),
 }
 
 
@@ -39,10 +40,11 @@ def plan(shape: tuple[int, int, int, int], device: Device) -> list[dict[str, Any
         device: see `DEVICES`.
 
     Returns:
-        For each of gates, statistics, combine, backward_combine, backward_gate, backward_depthwise:
-        ``images``, ``rows``, ``columns`` (pixels) and ``channels`` of a block; ``halo``: whether rows
+        For each of gates, statistics, combine, single_pass (gates and combine in one launch),
+        backward_combine, backward_gate, backward_depthwise: ``images``, ``rows``, ``columns`` (pixels) and ``channels`` of a block; ``halo``: whether rows
         above and below are other blocks'; ``sweep_rows`` of a warp; ``shared_bytes`` of a block;
-        ``blocks`` of the launch; ``warp_instructions`` of a multiprocessor, estimated.
+        ``blocks`` of the launch and of a ``cluster``; ``warp_instructions`` of a multiprocessor,
+        estimated; ``chosen``: false for what a call does not launch.
 
     Raises:
         ValueError: a size is out of range.
@@ -51,6 +53,6 @@ def plan(shape: tuple[int, int, int, int], device: Device) -> list[dict[str, Any
     for name, size in zip(("batch", "dim", "height", "width"), shape, strict=True):
         if not 1 <= size < 2**31:
             raise ValueError(f"shape: expected {name} of 1 to 2^31 - 1, got {size}")
-    numbers = (ctypes.c_int * 7)(*shape, *device[1:])
+    numbers = (ctypes.c_int * 8)(*shape, *device[1:])
     found: list[dict[str, Any]] = json.loads(cuda.library().casvit_cuda_plan(numbers))
     return found
