@@ -122,8 +122,8 @@ CASVIT_DEVICE void backward_combine_block(const BackwardCombineArguments& b) {
   const Box a_box{image0, row0 + of.first_a, -2, c.images, of.a_rows, c.pairs + 2};
   const uint32_t a_row = a_box.pairs * pair_bytes(c), u_row = u_box.pairs * pair_bytes(c);
 
-  load_tile(a.qkv + 2 * m.padded, m, c, u_box, chunk0, chunks, shared.u, 3 * m.padded);
-  load_tile(b.grad, m, c, a_box, chunk0, chunks, shared.grad, m.padded);
+  load_tile<ROWS>(a.qkv + 2 * m.padded, m, c, u_box, chunk0, chunks, shared.u, 3 * m.padded);
+  load_tile<ROWS>(b.grad, m, c, a_box, chunk0, chunks, shared.grad, m.padded);
   copy_commit();
   for (int i = thread; i < 2 * c.images * c.chunks * kChunk; i += kThreads) {
     const int line = i / (c.chunks * kChunk), index = i - line * c.chunks * kChunk;
@@ -147,7 +147,7 @@ CASVIT_DEVICE void backward_combine_block(const BackwardCombineArguments& b) {
                    uint4{0, 0, 0, 0});
     }
   sync_threads();
-  make_a<T>(a, c, shared.gates, 0, a_box, chunk0, chunks);
+  make_a<T, ROWS>(a, c, shared.gates, 0, a_box, chunk0, chunks);
   copy_wait<0>();
   sync_threads();
 

@@ -63,7 +63,7 @@ CASVIT_DEVICE void backward_depthwise_block(const BackwardDepthwiseArguments& a)
   const Box z_box{image0, row0 + of.first_a, -2, c.images, of.a_rows, c.pairs + 2};
   const uint32_t z_row = z_box.pairs * pair_bytes(c), u_row = u_box.pairs * pair_bytes(c);
 
-  load_tile(a.qkv + z * m.padded, m, c, z_box, chunk0, chunks, 0, 3 * m.padded);
+  load_tile<ROWS>(a.qkv + z * m.padded, m, c, z_box, chunk0, chunks, 0, 3 * m.padded);
   copy_commit();
   if (thread == 0) store_shared(shared.zeros, uint4{0, 0, 0, 0});
   if (!HALO)

@@ -49,7 +49,7 @@ CASVIT_DEVICE void backward_gate_block(const BackwardGateArguments& a) {
   const Box box{c.group() * c.images, band * rows - 1, column * width - 1, c.images, rows + 2,
                 c.pairs + 1};
   const uint32_t row_bytes = box.pairs * pair_bytes(c);
-  load_tile(a.qkv + z * m.padded, m, c, box, 0, chunks, 0, 3 * m.padded);
+  load_tile<ROWS>(a.qkv + z * m.padded, m, c, box, 0, chunks, 0, 3 * m.padded);
   copy_commit();
   for (int i = thread; i < c.images * m.padded; i += kThreads) {
     const int image = i / m.padded, channel = i - image * m.padded;

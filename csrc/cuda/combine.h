@@ -169,7 +169,7 @@ CASVIT_DEVICE void gates_of_sums(const CombineArguments& a, const CombineShared&
 }
 
 // a = q sq gq + k sk gk into its tile, zero outside of the map.
-template <class T>
+template <class T, int ROWS>
 CASVIT_DEVICE void make_a(const CombineArguments& a, const Cut& c, uint32_t gates, uint32_t tile,
                           const Box& box, int chunk0, int chunks) {
   const Maps& m = a.maps;
@@ -178,7 +178,7 @@ CASVIT_DEVICE void make_a(const CombineArguments& a, const Cut& c, uint32_t gate
   float gq[4], gk[4];
   const uint16_t *q_from = a.qkv, *k_from = a.qkv;
   const float *sq_from = a.spatial, *sk_from = a.spatial;
-  walk(
+  walk<ROWS>(
       m, c, box, chunks,
       [&](int image, int local, int chunk, int pixel) {
         if (local >= m.images - box.image) local = 0;  // there is no such image: outside, all of it
@@ -254,6 +254,7 @@ CASVIT_DEVICE void convolve(const Maps& m, const uint4* packed, int64_t conv_tap
 }
 
 // A box of the result from its tile to the maps; what lies outside of them is left out.
+template <int ROWS>
 CASVIT_DEVICE void store_tile(uint16_t* out, bool channels_last, const Maps& m, const Cut& c,
                               const Box& box, int chunk0, int chunks, uint32_t tile) {
   if (channels_last) {
@@ -266,12 +267,12 @@ CASVIT_DEVICE void store_tile(uint16_t* out, bool channels_last, const Maps& m, 
       to = out + static_cast<int64_t>(pixel) * m.channels + channel;
     };
     if (m.channels % kChunk == 0) {
-      walk(m, c, box, chunks, begin, [&](uint32_t from, bool inside) {
+      walk<ROWS>(m, c, box, chunks, begin, [&](uint32_t from, bool inside) {
         if (inside) store_global(reinterpret_cast<uint2*>(to), load_shared<uint2>(tile + from));
         to += row_stride;
       });
     } else {
-      walk(m, c, box, chunks, begin, [&](uint32_t from, bool inside) {
+      walk<ROWS>(m, c, box, chunks, begin, [&](uint32_t from, bool inside) {
         if (inside)
           for (int i = 0; i < kChunk && i < count; ++i)
             store_global(to + i, load_shared<uint16_t>(tile + from + 2 * i));
@@ -319,11 +320,11 @@ CASVIT_DEVICE void combine_block(const CombineArguments& a) {
   const Box u_box{image0, row0 - 1, x0 - 1, c.images, shared.u_rows, c.pairs + 1};
   const Box a_box{image0, row0 + shared.first_a, x0 - 2, c.images, shared.a_rows, c.pairs + 2};
 
-  load_tile(a.qkv + 2 * m.padded, m, c, u_box, chunk0, chunks, shared.u, 3 * m.padded);
+  load_tile<ROWS>(a.qkv + 2 * m.padded, m, c, u_box, chunk0, chunks, shared.u, 3 * m.padded);
   copy_commit();
   gates_of_sums<T>(a, shared, image0, chunk0, chunks, block_x() == 0, block_z() == 0);
   sync_threads();
-  make_a<T>(a, c, shared.gates, 0, a_box, chunk0, chunks);
+  make_a<T, ROWS>(a, c, shared.gates, 0, a_box, chunk0, chunks);
   copy_wait<0>();
   sync_threads();
 
@@ -357,8 +358,8 @@ CASVIT_DEVICE void combine_block(const CombineArguments& a) {
       });
   sync_threads();
 
-  store_tile(a.out, a.channels_last, m, c,
-             Box{image0, row0, x0, c.images, shared.own_rows, c.pairs}, chunk0, chunks, 0);
+  store_tile<ROWS>(a.out, a.channels_last, m, c,
+                   Box{image0, row0, x0, c.images, shared.own_rows, c.pairs}, chunk0, chunks, 0);
 }
 
 }  // namespace casvit::cuda

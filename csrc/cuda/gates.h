@@ -55,7 +55,7 @@ CASVIT_DEVICE void gates_block(const GatesArguments& a) {
                 c.pairs + 1};
   const uint32_t row_bytes = box.pairs * pair_bytes(c);
 
-  load_tile(a.qkv + z * m.padded, m, c, box, 0, chunks, 0, 3 * m.padded);
+  load_tile<ROWS>(a.qkv + z * m.padded, m, c, box, 0, chunks, 0, 3 * m.padded);
   copy_commit();
   for (int i = thread; i < c.images * 4 * shared.units_padded / 2; i += kThreads)
     store_shared(shared.gates + i * 4, uint32_t{0});  // s of the halo

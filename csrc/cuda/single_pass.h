@@ -69,22 +69,36 @@ CASVIT_DEVICE void meet(const Rank& rank) {
 
 // Fills the rows above and below the block's own with its neighbours', zeros at the maps' ends.
 // Nothing to do where a block has all rows: these are zero from the start.
-CASVIT_DEVICE void exchange_rows(const Cut& c, const SinglePassShared& shared, const Rank& rank,
-                                 int chunks, uint32_t tile) {
+CASVIT_DEVICE void exchange_rows(const SinglePassShared& shared, const Rank& rank, uint32_t tile) {
   if (rank.bands == 1) return;
-  const Divisor by_chunks(chunks);
-  const int units = shared.pairs * chunks;
-  for (int i = thread_index(); i < 2 * units; i += kThreads) {
-    const bool below = i >= units;
-    const int unit = below ? i - units : i, pair = by_chunks.quotient(unit);
-    const uint32_t offset = pair * pair_bytes(c) + by_chunks.remainder(unit, pair) * kUnitBytes;
-    const int band = below ? rank.band + 1 : rank.band - 1;
-    uint4 value{0, 0, 0, 0};
-    if (band >= 0 && band < rank.bands)
-      value = load_cluster_shared<uint4>(
-          rank.of(band, rank.slice),
-          tile + (below ? 1 : shared.own_rows) * shared.row_bytes + offset);
-    store_shared(tile + (below ? shared.own_rows + 1 : 0) * shared.row_bytes + offset, value);
+#pragma unroll
+  for (int below = 0; below < 2; ++below) {
+    const int band = rank.band + 2 * below - 1;
+    const uint32_t from = tile + (below ? 1 : shared.own_rows) * shared.row_bytes;
+    const uint32_t to = tile + (below ? shared.own_rows + 1 : 0) * shared.row_bytes;
+    const bool there = band >= 0 && band < rank.bands;
+    const int other = rank.of(there ? band : rank.band, rank.slice);
+#pragma unroll 2
+    for (uint32_t i = thread_index() * 16; i < shared.row_bytes; i += kThreads * 16) {
+      uint4 value{0, 0, 0, 0};
+      if (there) value = load_cluster_shared<uint4>(other, from + i);
+      store_shared(to + i, value);
+    }
+  }
+}
+
+// Zeros where no copy writes but whole rows are read: the pair right of the last row, and units
+// between one pair and the next, of the rows that neighbours take.
+CASVIT_DEVICE void fill_gaps(const Cut& c, const SinglePassShared& shared, int chunks) {
+  for (int i = thread_index(); i < c.unit_stride; i += kThreads)
+    store_shared(2 * shared.u + i * kUnitBytes, uint4{0, 0, 0, 0});
+  if (c.bands == 1 || chunks == c.unit_stride) return;
+  for (int i = thread_index(); i < 4 * shared.pairs; i += kThreads) {
+    const int line = i / shared.pairs, pair = i - line * shared.pairs;
+    const uint32_t row =
+        (line & 2 ? shared.u : 0) + (line & 1 ? shared.own_rows : 1) * shared.row_bytes;
+    for (int chunk = chunks; chunk < c.unit_stride; ++chunk)
+      store_shared(row + pair * pair_bytes(c) + chunk * kUnitBytes, uint4{0, 0, 0, 0});
   }
 }
 
@@ -345,18 +359,18 @@ CASVIT_DEVICE void single_pass_block(const SinglePassArguments& a) {
   const uint32_t first_row = (1 - border) * shared.row_bytes;
   const auto load = [&](int z, int x, uint32_t tile) {
     const Box box{image0, row0 - border, x, c.images, shared.own_rows + 2 * border, shared.pairs};
-    load_tile(a.qkv + z * m.padded, m, c, box, chunk0, chunks, tile + first_row, 3 * m.padded);
+    load_tile<ROWS>(a.qkv + z * m.padded, m, c, box, chunk0, chunks, tile + first_row,
+                    3 * m.padded);
   };
 
   load(0, -1, 0);
   load(1, -1, shared.u);
   copy_commit();
-  for (int i = thread_index(); i < chunks; i += kThreads)  // the pair right of the last row
-    store_shared(2 * shared.u + i * kUnitBytes, uint4{0, 0, 0, 0});
+  fill_gaps(c, shared, chunks);
   copy_wait<0>();
   meet(rank);
-  exchange_rows(c, shared, rank, chunks, 0);
-  exchange_rows(c, shared, rank, chunks, shared.u);
+  exchange_rows(shared, rank, 0);
+  exchange_rows(shared, rank, shared.u);
   sync_threads();
 
   logits_of_slice<T, ROWS>(a, shared, chunk0, chunks);
@@ -373,7 +387,7 @@ CASVIT_DEVICE void single_pass_block(const SinglePassArguments& a) {
   load(2, -2, shared.u);
   copy_commit();
   if (rank.bands > 1) cluster_sync();
-  exchange_rows(c, shared, rank, chunks, 0);
+  exchange_rows(shared, rank, 0);
   copy_wait<0>();
   sync_threads();
 
@@ -392,7 +406,7 @@ CASVIT_DEVICE void single_pass_block(const SinglePassArguments& a) {
       });
   if (rank.bands > 1) cluster_sync();
   else sync_threads();
-  exchange_rows(c, shared, rank, chunks, shared.u);
+  exchange_rows(shared, rank, shared.u);
   if (rank.bands > 1) sync_threads();
 
   convolve<T, ROWS>(
@@ -406,8 +420,9 @@ CASVIT_DEVICE void single_pass_block(const SinglePassArguments& a) {
                          pack2<T>(d[2 * half], d[2 * half + 1]));
       });
   sync_threads();
-  store_tile(a.out, a.channels_last, m, c,
-             Box{image0, row0, -1, c.images, shared.own_rows, shared.pairs}, chunk0, chunks, 0);
+  store_tile<ROWS>(a.out, a.channels_last, m, c,
+                   Box{image0, row0, -1, c.images, shared.own_rows, shared.pairs}, chunk0, chunks,
+                   0);
   if (!rank.alone()) cluster_sync();  // nobody reads this block's memory any more
 }
 

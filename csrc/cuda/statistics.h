@@ -35,7 +35,7 @@ CASVIT_DEVICE void statistics_block(const StatisticsArguments& a) {
   const Box box{c.group() * c.images, band * rows - 1, column * width - 1, c.images, rows + 2,
                 c.pairs + 1};
   const uint32_t row_bytes = box.pairs * pair_bytes(c);
-  load_tile(a.qkv + z * m.padded, m, c, box, chunk0, chunks, 0, 3 * m.padded);
+  load_tile<ROWS>(a.qkv + z * m.padded, m, c, box, chunk0, chunks, 0, 3 * m.padded);
   copy_commit();
   copy_wait<0>();
   sync_threads();

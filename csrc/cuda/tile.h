@@ -58,48 +58,56 @@ CASVIT_DEVICE uint32_t pair_bytes(const Cut& c) {
 // Visits each pixel and chunk of a box that this thread takes: begin(image, image in the box,
 // chunk, pixel) before the rows of an image, where pixel is the index of the column's first one in
 // the maps and may lie outside; then at(offset in shared memory, inside) for each row. A thread
-// keeps one column and chunk and walks down, so that pointers only grow by a row.
-template <class Begin, class At>
+// keeps one column and chunk and walks down, so that pointers only grow by a row; where the next
+// ROWS are all inside, without a question for each.
+template <int ROWS, class Begin, class At>
 CASVIT_DEVICE void walk(const Maps& m, const Cut& c, const Box& box, int chunk_count, Begin&& begin,
                         At&& at) {
-  const int width = 2 * box.pairs;
   const uint32_t row_bytes = box.pairs * pair_bytes(c);
-  const int column_step = kThreads / chunk_count, chunk_step = kThreads - column_step * chunk_count;
-  int column = thread_index() / chunk_count, chunk = thread_index() - column * chunk_count;
+  const int across = chunk_count < kThreads ? chunk_count : kThreads, step = kThreads / across;
+  const int first = thread_index() / across, end = box.row + box.rows;
+  if (first >= step) return;
 #pragma unroll 1
-  while (column < width) {
-    const int x = box.x + column;
-    uint32_t offset =
-        (column >> 1) * pair_bytes(c) + chunk * kUnitBytes + (column & 1) * (kUnitBytes / 2);
+  for (int chunk = thread_index() - first * across; chunk < chunk_count; chunk += across) {
 #pragma unroll 1
-    for (int i = 0; i < box.images; ++i) {
-      const int image = box.image + i;
-      const unsigned height = x >= 0 && x < m.width && image < m.images ? m.height : 0;
-      begin(image < m.images ? image : m.images - 1, i, chunk,
-            (image * m.height + box.row) * m.width + x);
-#pragma unroll 4
-      for (int row = box.row; row < box.row + box.rows; ++row) {
-        at(offset, static_cast<unsigned>(row) < height);
-        offset += row_bytes;
+    for (int column = first; column < 2 * box.pairs; column += step) {
+      const int x = box.x + column;
+      uint32_t offset =
+          (column >> 1) * pair_bytes(c) + chunk * kUnitBytes + (column & 1) * (kUnitBytes / 2);
+#pragma unroll 1
+      for (int i = 0; i < box.images; ++i) {
+        const int image = box.image + i;
+        const bool there = x >= 0 && x < m.width && image < m.images;
+        const int height = there ? m.height : 0, last = (end < height ? end : height) - ROWS;
+        begin(image < m.images ? image : m.images - 1, i, chunk,
+              (image * m.height + box.row) * m.width + x);
+        int row = box.row;
+#pragma unroll 1
+        while (row < end) {
+          if (row >= 0 && row <= last) {
+#pragma unroll
+            for (int next = 0; next < ROWS; ++next, offset += row_bytes) at(offset, true);
+            row += ROWS;
+          } else {
+            at(offset, row >= 0 && row < height);
+            offset += row_bytes;
+            ++row;
+          }
+        }
       }
-    }
-    column += column_step;
-    chunk += chunk_step;
-    if (chunk >= chunk_count) {
-      chunk -= chunk_count;
-      ++column;
     }
   }
 }
 
 // Starts copies of a box of a map whose pixels are `pixel_stride` elements apart, 3 padded for q, k
 // and v; what lies outside of the map becomes zero.
+template <int ROWS>
 CASVIT_DEVICE void load_tile(const uint16_t* map, const Maps& m, const Cut& c, const Box& box,
                              int chunk0, int chunk_count, uint32_t to, int pixel_stride) {
   const uint32_t base = shared_base() + to;
   const int64_t row_stride = static_cast<int64_t>(pixel_stride) * m.width;
   const uint16_t* from = map;
-  walk(
+  walk<ROWS>(
       m, c, box, chunk_count,
       [&](int, int, int chunk, int pixel) {
         from = map + static_cast<int64_t>(pixel) * pixel_stride + (chunk0 + chunk) * kChunk;

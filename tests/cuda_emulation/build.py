@@ -29,6 +29,8 @@ FLAGS = [
     "-DCASVIT_EMULATED",
 ]
 
+_failed: dict[Path, str] = {}  # what the compiler said of a module
+
 
 def compiler() -> str | None:
     """The C++ compiler: CXX, or what is there."""
@@ -95,6 +97,8 @@ def build() -> Path:
     module_file = BUILD / f"{_digest(tools + content)}.so"
     if module_file.exists():
         return module_file
+    if module_file in _failed:  # each test would compile it again
+        raise RuntimeError(_failed[module_file])
 
     # Objects stay, for a build after a change to one file; one process at a time.
     folder = BUILD / _digest(tools)
@@ -110,7 +114,8 @@ def build() -> Path:
             [sys.executable, "-m", "ninja", "-C", str(folder)], capture_output=True, text=True
         )
         if result.returncode:
-            raise RuntimeError(f"the CUDA emulation does not compile:\n{result.stdout}")
+            _failed[module_file] = f"the CUDA emulation does not compile:\n{result.stdout}"
+            raise RuntimeError(_failed[module_file])
         partial = module_file.with_suffix(f".{os.getpid()}")
         shutil.copy2(folder / output, partial)
         os.replace(partial, module_file)

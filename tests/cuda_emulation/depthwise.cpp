@@ -27,7 +27,7 @@ void forward_probe(const ProbeArguments a) {
   const int lane = thread_index() % 32, warp = thread_index() / 32, chunks = a.maps.chunks();
   const Box box{0, -1, -1, c.images, c.strips * ROWS + 2, c.pairs + 1};
   const uint32_t row_bytes = box.pairs * pair_bytes(c);
-  load_tile(a.qkv, a.maps, c, box, 0, chunks, 0, 3 * a.maps.padded);
+  load_tile<ROWS>(a.qkv, a.maps, c, box, 0, chunks, 0, 3 * a.maps.padded);
   copy_commit();
   copy_wait<0>();
   sync_threads();
@@ -78,8 +78,8 @@ void gradient_probe(const ProbeArguments a) {
   const uint32_t row_bytes = box.pairs * pair_bytes(c), own_row_bytes = own.pairs * pair_bytes(c);
   const uint32_t gradient = c.images * box.rows * row_bytes,
                  zeros = gradient + c.images * own.rows * own_row_bytes;
-  load_tile(a.qkv, a.maps, c, box, 0, chunks, 0, 3 * a.maps.padded);
-  load_tile(a.gradient, a.maps, c, own, 0, chunks, gradient, 3 * a.maps.padded);
+  load_tile<ROWS>(a.qkv, a.maps, c, box, 0, chunks, 0, 3 * a.maps.padded);
+  load_tile<ROWS>(a.gradient, a.maps, c, own, 0, chunks, gradient, 3 * a.maps.padded);
   copy_commit();
   if (thread_index() == 0) store_shared(zeros, uint4{0, 0, 0, 0});
   copy_wait<0>();
