@@ -87,9 +87,11 @@ CASVIT_DEVICE void exchange_rows(const SinglePassShared& shared, const Rank& ran
   }
 }
 
-// Zeros where no copy writes but whole rows are read: the pair right of the last row, and units
-// between one pair and the next, of the rows that neighbours take.
+// Zeros: spatial gates outside of the map, the pair right of the last row, and, as neighbours take
+// whole rows, in these the units between one pair and the next.
 CASVIT_DEVICE void fill_gaps(const Cut& c, const SinglePassShared& shared, int chunks) {
+  for (int i = thread_index(); i < c.images * shared.units_padded; i += kThreads)
+    store_shared(shared.spatial + i * 16, uint4{0, 0, 0, 0});
   for (int i = thread_index(); i < c.unit_stride; i += kThreads)
     store_shared(2 * shared.u + i * kUnitBytes, uint4{0, 0, 0, 0});
   if (c.bands == 1 || chunks == c.unit_stride) return;
@@ -102,11 +104,34 @@ CASVIT_DEVICE void fill_gaps(const Cut& c, const SinglePassShared& shared, int c
   }
 }
 
+struct Pixel {
+  int image, y, x;
+};
+CASVIT_DEVICE bool is_inside(const Maps& m, const Pixel& p) {
+  return p.image < m.images && p.y < m.height && p.x >= 0 && p.x < m.width;
+}
+
+// A pixel's spatial gate of q or k from its logit: a word of s rounded and what that left over;
+// those outside of the map stay zero. `spatial` takes it, too.
+template <class T>
+CASVIT_DEVICE void store_gate(const SinglePassArguments& a, const SinglePassShared& shared,
+                              const Rank& rank, uint32_t offset, int z, const Pixel& at,
+                              float logit) {
+  const Maps& m = a.maps;
+  const float s = sigmoid(logit);
+  const uint32_t rounded = pack2<T>(s, 0.0f);
+  store_shared(shared.spatial + offset, rounded | pack2<T>(0.0f, s - low2<T>(rounded)));
+  if (a.spatial && rank.slice == 0)
+    store_global(
+        a.spatial + ((static_cast<int64_t>(at.image) * 2 + z) * m.height + at.y) * m.width + at.x,
+        s);
+}
+
 // Logits of q and k over the block's channels: floats (2, images, 2, units_padded), of a pair's
-// first and second pixel.
+// first and second pixel. Where it has all channels, the gates at once.
 template <class T, int ROWS>
 CASVIT_DEVICE void logits_of_slice(const SinglePassArguments& a, const SinglePassShared& shared,
-                                   int chunk0, int chunks) {
+                                   const Rank& rank, int image0, int row0, int chunk0, int chunks) {
   const Cut& c = a.cut;
   const int lane = thread_index() % 32, warp = thread_index() / 32, all = a.maps.chunks();
   const PackedLayout layout(a.maps.channels, a.maps.padded);
@@ -142,67 +167,53 @@ CASVIT_DEVICE void logits_of_slice(const SinglePassArguments& a, const SinglePas
             logits[row][1] = fused_multiply_add(relu(d[3]), of.w, logits[row][1]);
           });
     }
-    // Pixel 0 of position j is the second of its input pair, pixel 1 the first of the next.
-    const int pixel = lane >> 1 & 1;
-    uint32_t to[2];
-    bool mine[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Position q = positions.at(tile * kPositions + half * 8 + lane / 4);
-      const int unit = q.strip * ROWS * shared.pairs + q.pair + pixel;
-      to[half] = shared.logits +
-                 (((z * c.images + q.image) * 2 + 1 - pixel) * shared.units_padded + unit) * 4;
-      mine[half] = q.valid && !(lane & 1);
-    }
-    // In turn, so that groups need no more memory than one, and the sum's order stays.
+    // A pixel's channels lie in two lanes: the even one goes on with the first of their positions,
+    // the odd one with the second. Pixel 0 of a position is the second of its input pair, pixel 1
+    // the first of the next.
+    const int half = lane & 1, pixel = lane >> 1 & 1;
+    const Position mine = positions.at(tile * kPositions + half * 8 + lane / 4);
+    const int unit = mine.strip * ROWS * shared.pairs + mine.pair + pixel;
+    const uint32_t line = (z * c.images + mine.image) * 2 + 1 - pixel;
+    const uint32_t to = (line * shared.units_padded + unit) * 4;
+    const Pixel at{image0 + mine.image, row0 + mine.strip * ROWS, 2 * mine.pair + pixel};
+    // Groups in turn, so that they need no more memory than one, and the sum's order stays.
 #pragma unroll 1
     for (int turn = groups - 1; turn >= 0; --turn) {
       if (group == turn)
 #pragma unroll
-        for (int row = 0; row < ROWS; ++row)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float both = logits[row][half] + shuffle_xor(logits[row][half], 1);
-            const uint32_t at = to[half] + row * shared.pairs * 4;
-            if (!mine[half]) continue;
-            if (turn < groups - 1) both += load_shared<float>(at);
-            store_shared(at, both);
-          }
+        for (int row = 0; row < ROWS; ++row) {
+          float both = (half ? logits[row][1] : logits[row][0]) +
+                       shuffle_xor(half ? logits[row][0] : logits[row][1], 1);
+          const uint32_t next = to + row * shared.pairs * 4;
+          const Pixel there{at.image, at.y + row, at.x};
+          if (!mine.valid || !is_inside(a.maps, there)) continue;
+          if (turn < groups - 1) both += load_shared<float>(shared.logits + next);
+          if (turn || rank.slices > 1) store_shared(shared.logits + next, both);
+          else store_gate<T>(a, shared, rank, next, z, there, both);
+        }
       if (turn) sync_threads();
     }
   }
 }
 
-// Spatial gates of all the block's pixels from the logits of all slices: words in the logits'
-// order, s rounded and what that left over; zero outside of the map.
+// Where logits of slices are to be summed: the gates of all the block's pixels.
 template <class T>
-CASVIT_DEVICE void spatial_gates(const SinglePassArguments& a, const SinglePassShared& shared,
-                                 const Rank& rank, int image0, int row0) {
-  const Maps& m = a.maps;
-  const Cut& c = a.cut;
-  const Divisor by_units(shared.units_padded), by_pairs(shared.pairs);
-  const int map = m.height * m.width;
-  for (int i = thread_index(); i < 4 * c.images * shared.units_padded; i += kThreads) {
-    const int line = by_units.quotient(i), unit = by_units.remainder(i, line);
-    const int local = line / 2 % c.images, z = line / 2 >= c.images;
-    const int row = by_pairs.quotient(unit);
-    const int y = row0 + row, x = 2 * by_pairs.remainder(unit, row) - 1 + line % 2;
-    uint32_t word = 0;
-    if (row < shared.own_rows && y < m.height && x >= 0 && x < m.width &&
-        image0 + local < m.images) {
-      float logit = 0.0f;
-      if (rank.slices == 1) logit = load_shared<float>(shared.logits + i * 4);
-      else
-        for (int slice = 0; slice < rank.slices; ++slice)
-          logit += load_cluster_shared<float>(rank.of(rank.band, slice), shared.logits + i * 4);
-      const float s = sigmoid(logit);
-      const uint32_t rounded = pack2<T>(s, 0.0f);
-      word = rounded | pack2<T>(0.0f, s - low2<T>(rounded));
-      if (a.spatial && rank.slice == 0)
-        store_global(
-            a.spatial + (static_cast<int64_t>(image0 + local) * 2 + z) * map + y * m.width + x, s);
-    }
-    store_shared(shared.spatial + i * 4, word);
+CASVIT_DEVICE void gates_of_slices(const SinglePassArguments& a, const SinglePassShared& shared,
+                                   const Rank& rank, int image0, int row0) {
+  const int images = a.cut.images, lane = thread_index() % 32, steps = shared.units_padded / 32;
+  const Divisor by_pairs(shared.pairs);
+#pragma unroll 1
+  for (int task = thread_index() / 32; task < 4 * images * steps; task += kWarps) {
+    const int line = task / steps, unit = (task - line * steps) * 32 + lane;
+    const int z = line >= 2 * images, row = by_pairs.quotient(unit);
+    const Pixel at{image0 + line / 2 - z * images, row0 + row,
+                   2 * by_pairs.remainder(unit, row) - 1 + line % 2};
+    if (row >= shared.own_rows || !is_inside(a.maps, at)) continue;
+    const uint32_t offset = (line * shared.units_padded + unit) * 4;
+    float logit = 0.0f;
+    for (int slice = 0; slice < rank.slices; ++slice)
+      logit += load_cluster_shared<float>(rank.of(rank.band, slice), shared.logits + offset);
+    store_gate<T>(a, shared, rank, offset, z, at, logit);
   }
 }
 
@@ -373,10 +384,11 @@ CASVIT_DEVICE void single_pass_block(const SinglePassArguments& a) {
   exchange_rows(shared, rank, shared.u);
   sync_threads();
 
-  logits_of_slice<T, ROWS>(a, shared, chunk0, chunks);
-  if (rank.slices > 1) cluster_sync();
-  else sync_threads();
-  spatial_gates<T>(a, shared, rank, image0, row0);
+  logits_of_slice<T, ROWS>(a, shared, rank, image0, row0, chunk0, chunks);
+  if (rank.slices > 1) {
+    cluster_sync();
+    gates_of_slices<T>(a, shared, rank, image0, row0);
+  }
   sync_threads();
   sum_channels<T>(a, shared, image0, chunks);
   meet(rank);
