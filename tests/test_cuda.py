@@ -353,6 +353,13 @@ def test_spatial_gates_lose_nothing_to_rounded_taps(dtype, most, operators):
 
 
 @emulation
+@pytest.mark.parametrize("steps", range(-2, 3))
+def test_divisors_divide(steps):
+    """Also where a GPU's reciprocal is off in its last place."""
+    assert build.module().first_wrong_quotient(steps) == (0, 0)
+
+
+@emulation
 @pytest.mark.parametrize("name", DEVICES)
 def test_plans_cover_the_maps_and_fit(name):
     multiprocessors, shared = DEVICES[name]

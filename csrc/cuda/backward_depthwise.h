@@ -87,10 +87,13 @@ CASVIT_DEVICE void backward_depthwise_block(const BackwardDepthwiseArguments& a)
   const int first_row = HALO ? 0 : 1;
   {
     const Positions positions(c.images, c.strips, u_box.pairs);
-    const int tiles = positions.tiles(), groups = tiles < kWarps ? kWarps / tiles : 1,
-              group = warp / tiles;
+    const int tiles = positions.tiles();
+    const Divisor by_tiles(tiles);
+    const int groups = tiles < kWarps ? by_tiles.quotient(kWarps) : 1;
+    const int group = by_tiles.quotient(warp);
 #pragma unroll 1
-    for (int tile = warp % tiles; tile < tiles && group < groups; tile += kWarps) {
+    for (int tile = by_tiles.remainder(warp, group); tile < tiles && group < groups;
+         tile += kWarps) {
       const Position p = positions.at(tile * kPositions + lane % 16);
       const uint32_t address = shared_base() + (p.image * of.a_rows + p.strip * U_ROWS) * z_row +
                                (p.pair + lane / 16) * pair_bytes(c);

@@ -43,7 +43,8 @@ CASVIT_DEVICE void backward_gate_block(const BackwardGateArguments& a) {
   const BackwardGateShared shared(m, c, ROWS);
   const BackwardLayout layout(m.padded);
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, z = block_z();
-  const int band = block_x() / c.columns, column = block_x() - band * c.columns;
+  const Divisor by_columns(c.columns);
+  const int band = by_columns.quotient(block_x()), column = by_columns.remainder(block_x(), band);
   const int chunks = m.chunks(), rows = c.strips * ROWS, width = 2 * c.pairs;
   const int map = m.height * m.width;
   const Box box{c.group() * c.images, band * rows - 1, column * width - 1, c.images, rows + 2,
@@ -96,7 +97,9 @@ CASVIT_DEVICE void backward_gate_block(const BackwardGateArguments& a) {
   sync_threads();
 
   const Positions positions(c.images, c.strips, c.pairs);
-  const int tiles = positions.tiles(), group = warp / tiles, tile = warp - group * tiles;
+  const int tiles = positions.tiles();
+  const Divisor by_tiles(tiles);
+  const int group = by_tiles.quotient(warp), tile = by_tiles.remainder(warp, group);
   if (group < shared.groups) {
     const Position p = positions.at(tile * kPositions + lane % 16);
     const uint32_t address = shared_base() + (p.image * box.rows + p.strip * ROWS) * row_bytes +
@@ -112,9 +115,10 @@ CASVIT_DEVICE void backward_gate_block(const BackwardGateArguments& a) {
         es[row][half] =
             mine.valid ? load_shared<float>(shared.logit + (first + row * width) * 4) : 0.0f;
     }
-    const int last = (group + 1) * chunks / shared.groups;
+    const Divisor by_groups(shared.groups);
+    const int last = by_groups.quotient((group + 1) * chunks);
 #pragma unroll 1
-    for (int chunk = group * chunks / shared.groups; chunk < last; ++chunk) {
+    for (int chunk = by_groups.quotient(group * chunks); chunk < last; ++chunk) {
       uint32_t taps[12];
       load_exact_taps(taps, a.packed, z * chunks + chunk, lane);
       const float4* of = reinterpret_cast<const float4*>(a.packed) + layout.gate_rows +

@@ -219,10 +219,12 @@ CASVIT_DEVICE void convolve(const Maps& m, const uint4* packed, int64_t conv_tap
   const Positions positions(c.images, c.strips, to_pairs);
   const int tiles = positions.tiles();
   const uint32_t row_bytes = source_pairs * pair_bytes(c);
+  const Divisor by_tiles(tiles);
+  const int groups = tiles < kWarps ? by_tiles.quotient(kWarps) : 1;
+  const int group = by_tiles.quotient(warp);
+  if (group >= groups) return;
 #pragma unroll 1
-  for (int tile = warp % tiles; tile < tiles; tile += kWarps) {
-    const int groups = tiles < kWarps ? kWarps / tiles : 1, group = warp / tiles;
-    if (group >= groups) break;
+  for (int tile = by_tiles.remainder(warp, group); tile < tiles; tile += kWarps) {
     const Position p = positions.at(tile * kPositions + lane % 16);
     const uint32_t address = shared_base() + source +
                              (p.image * source_rows + p.strip * ROWS) * row_bytes +
@@ -313,7 +315,8 @@ CASVIT_DEVICE void combine_block(const CombineArguments& a) {
   const Cut& c = a.cut;
   const CombineShared shared(m, c, ROWS, HALO);
   const PackedLayout layout(m.channels, m.padded);
-  const int band = block_x() / c.columns, column = block_x() - band * c.columns;
+  const Divisor by_columns(c.columns);
+  const int band = by_columns.quotient(block_x()), column = by_columns.remainder(block_x(), band);
   const int image0 = c.group() * c.images, row0 = band * shared.own_rows, x0 = column * 2 * c.pairs;
   const int chunk0 = block_z() * c.chunks;
   const int chunks = m.chunks() - chunk0 < c.chunks ? m.chunks() - chunk0 : c.chunks;

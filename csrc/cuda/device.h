@@ -245,6 +245,12 @@ CASVIT_DEVICE float relu(float x) {
 // One over 1 + exp(-x), by the fast exponential: a relative error of about 2^-22 (2 + |x|); 0 and 1
 // at the ends.
 CASVIT_DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+// 1 / x, to one unit in the last place.
+CASVIT_DEVICE float fast_reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
 CASVIT_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 // a b + c of both halves of bfloat16 words, rounded once.
 CASVIT_DEVICE uint32_t fused_multiply_add2(uint32_t a, uint32_t b, uint32_t c) {

@@ -49,7 +49,8 @@ CASVIT_DEVICE void gates_block(const GatesArguments& a) {
   const GatesShared shared(c, ROWS);
   const PackedLayout layout(m.channels, m.padded);
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, z = block_z();
-  const int band = block_x() / c.columns, column = block_x() - band * c.columns;
+  const Divisor by_columns(c.columns);
+  const int band = by_columns.quotient(block_x()), column = by_columns.remainder(block_x(), band);
   const int chunks = m.chunks(), rows = c.strips * ROWS;
   const Box box{c.group() * c.images, band * rows - 1, column * 2 * c.pairs - 1, c.images, rows + 2,
                 c.pairs + 1};
@@ -61,7 +62,9 @@ CASVIT_DEVICE void gates_block(const GatesArguments& a) {
     store_shared(shared.gates + i * 4, uint32_t{0});  // s of the halo
 
   const Positions positions(c.images, c.strips, c.pairs);
-  const int tiles = positions.tiles(), group = warp / tiles, tile = warp - group * tiles;
+  const int tiles = positions.tiles();
+  const Divisor by_tiles(tiles);
+  const int group = by_tiles.quotient(warp), tile = by_tiles.remainder(warp, group);
   const Position p = positions.at(tile * kPositions + lane % 16);
   const uint32_t address = shared_base() + (p.image * box.rows + p.strip * ROWS) * row_bytes +
                            (p.pair + lane / 16) * pair_bytes(c);
@@ -72,9 +75,10 @@ CASVIT_DEVICE void gates_block(const GatesArguments& a) {
   sync_threads();
 
   if (group < shared.groups) {
-    const int last = (group + 1) * chunks / shared.groups;
+    const Divisor by_groups(shared.groups);
+    const int last = by_groups.quotient((group + 1) * chunks);
 #pragma unroll 1
-    for (int chunk = group * chunks / shared.groups; chunk < last; ++chunk) {
+    for (int chunk = by_groups.quotient(group * chunks); chunk < last; ++chunk) {
       uint32_t taps[12];
       load_exact_taps(taps, a.packed, z * chunks + chunk, lane);
       const float4 of = load_constant(reinterpret_cast<const float4*>(a.packed) + layout.gate_rows +

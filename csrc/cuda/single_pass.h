@@ -95,8 +95,9 @@ CASVIT_DEVICE void fill_gaps(const Cut& c, const SinglePassShared& shared, int c
   for (int i = thread_index(); i < c.unit_stride; i += kThreads)
     store_shared(2 * shared.u + i * kUnitBytes, uint4{0, 0, 0, 0});
   if (c.bands == 1 || chunks == c.unit_stride) return;
+  const Divisor by_pairs(shared.pairs);
   for (int i = thread_index(); i < 4 * shared.pairs; i += kThreads) {
-    const int line = i / shared.pairs, pair = i - line * shared.pairs;
+    const int line = by_pairs.quotient(i), pair = by_pairs.remainder(i, line);
     const uint32_t row =
         (line & 2 ? shared.u : 0) + (line & 1 ? shared.own_rows : 1) * shared.row_bytes;
     for (int chunk = chunks; chunk < c.unit_stride; ++chunk)
@@ -138,8 +139,12 @@ CASVIT_DEVICE void logits_of_slice(const SinglePassArguments& a, const SinglePas
   const Positions positions(c.images, c.strips, c.pairs);
   // Where there are fewer tiles than warps, groups of warps share the channels.
   const int tiles = positions.tiles(), tasks = 2 * tiles;
-  const int groups = tasks < kWarps ? kWarps / tasks : 1, group = groups > 1 ? warp / tasks : 0;
-  const int first = group * chunks / groups, last = (group + 1) * chunks / groups;
+  const Divisor by_tasks(tasks);
+  const int groups = tasks < kWarps ? by_tasks.quotient(kWarps) : 1;
+  const int group = groups > 1 ? by_tasks.quotient(warp) : 0;
+  const Divisor by_groups(groups);
+  const int first = by_groups.quotient(group * chunks);
+  const int last = by_groups.quotient((group + 1) * chunks);
 #pragma unroll 1
   for (int task = warp - group * tasks; task < tasks; task += kWarps) {
     const int z = task >= tiles, tile = task - z * tiles;
@@ -201,10 +206,10 @@ template <class T>
 CASVIT_DEVICE void gates_of_slices(const SinglePassArguments& a, const SinglePassShared& shared,
                                    const Rank& rank, int image0, int row0) {
   const int images = a.cut.images, lane = thread_index() % 32, steps = shared.units_padded / 32;
-  const Divisor by_pairs(shared.pairs);
+  const Divisor by_pairs(shared.pairs), by_steps(steps);
 #pragma unroll 1
   for (int task = thread_index() / 32; task < 4 * images * steps; task += kWarps) {
-    const int line = task / steps, unit = (task - line * steps) * 32 + lane;
+    const int line = by_steps.quotient(task), unit = by_steps.remainder(task, line) * 32 + lane;
     const int z = line >= 2 * images, row = by_pairs.quotient(unit);
     const Pixel at{image0 + line / 2 - z * images, row0 + row,
                    2 * by_pairs.remainder(unit, row) - 1 + line % 2};
@@ -323,8 +328,10 @@ template <class T>
 CASVIT_DEVICE void make_a_in_place(const SinglePassArguments& a, const SinglePassShared& shared,
                                    int image0, int chunks) {
   const Cut& c = a.cut;
-  const int step = kThreads / chunks, first = thread_index() / chunks;
-  const int chunk = thread_index() - first * chunks, units = shared.own_rows * shared.pairs;
+  const Divisor by_chunks(chunks);
+  const int step = by_chunks.quotient(kThreads), first = by_chunks.quotient(thread_index());
+  const int chunk = by_chunks.remainder(thread_index(), first),
+            units = shared.own_rows * shared.pairs;
   if (first >= step) return;
 #pragma unroll 1
   for (int image = 0; image < c.images && image0 + image < a.maps.images; ++image) {
@@ -360,7 +367,7 @@ CASVIT_DEVICE void single_pass_block(const SinglePassArguments& a) {
   const Cut& c = a.cut;
   const SinglePassShared shared(m, c, ROWS);
   const PackedLayout layout(m.channels, m.padded);
-  const int band = block_x() / shared.slices;
+  const int band = Divisor(shared.slices).quotient(block_x());
   const Rank rank{band, block_x() - band * shared.slices, c.bands, shared.slices};
   const int image0 = c.group() * c.images, row0 = band * shared.own_rows;
   const int chunk0 = rank.slice * c.chunks;

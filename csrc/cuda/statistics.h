@@ -29,7 +29,8 @@ CASVIT_DEVICE void statistics_block(const StatisticsArguments& a) {
   const PackedLayout layout(m.channels, m.padded);
   const int lane = thread_index() % 32, warp = thread_index() / 32;
   const int z = block_z() & 1, chunk0 = (block_z() >> 1) * c.chunks;
-  const int band = block_x() / c.columns, column = block_x() - band * c.columns;
+  const Divisor by_columns(c.columns);
+  const int band = by_columns.quotient(block_x()), column = by_columns.remainder(block_x(), band);
   const int all = m.chunks(), chunks = all - chunk0 < c.chunks ? all - chunk0 : c.chunks;
   const int rows = c.strips * ROWS, width = 2 * c.pairs;
   const Box box{c.group() * c.images, band * rows - 1, column * width - 1, c.images, rows + 2,

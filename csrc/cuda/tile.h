@@ -31,10 +31,14 @@ struct Cut {
   CASVIT_DEVICE int group() const { return first_group + block_y(); }
 };
 
-// Division by what is the same for a whole block, of numbers below 2^16: a multiplication.
+// Division of what is below 2^16 by what is the same for a whole block: a multiplication. The
+// inverse, 2^32 / d, may be too large by 2^-17 of itself before a quotient is wrong, and must not
+// be too small: the fast reciprocal, which is off by 2^-22 at most, and 2^-20 more.
 class Divisor {
  public:
-  CASVIT_DEVICE explicit Divisor(int d) : d_(d), inverse_(0xffffffffu / d + 1) {}
+  CASVIT_DEVICE explicit Divisor(int d) : Divisor(d, fast_reciprocal(static_cast<float>(d))) {}
+  CASVIT_DEVICE Divisor(int d, float reciprocal)
+      : d_(d), inverse_(static_cast<uint32_t>(4294971392.0f * reciprocal) + 1) {}
   CASVIT_DEVICE int quotient(int n) const {
     return d_ == 1 ? n : static_cast<int>(static_cast<uint64_t>(n) * inverse_ >> 32);
   }
@@ -64,8 +68,10 @@ template <int ROWS, class Begin, class At>
 CASVIT_DEVICE void walk(const Maps& m, const Cut& c, const Box& box, int chunk_count, Begin&& begin,
                         At&& at) {
   const uint32_t row_bytes = box.pairs * pair_bytes(c);
-  const int across = chunk_count < kThreads ? chunk_count : kThreads, step = kThreads / across;
-  const int first = thread_index() / across, end = box.row + box.rows;
+  const int across = chunk_count < kThreads ? chunk_count : kThreads;
+  const Divisor by_across(across);
+  const int step = by_across.quotient(kThreads), first = by_across.quotient(thread_index());
+  const int end = box.row + box.rows;
   if (first >= step) return;
 #pragma unroll 1
   for (int chunk = thread_index() - first * across; chunk < chunk_count; chunk += across) {

@@ -295,6 +295,7 @@ inline float relu(float x) { return x > 0.0f || std::isnan(x) ? x : 0.0f; }
 inline float sigmoid(float x) {
   return static_cast<float>(1.0 / (1.0 + std::exp(-static_cast<double>(x))));
 }
+inline float fast_reciprocal(float x) { return 1.0f / x; }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline uint32_t fused_multiply_add2(uint32_t a, uint32_t b, uint32_t c) {
   return pack2<Bf16>(std::fma(low2<Bf16>(a), low2<Bf16>(b), low2<Bf16>(c)),

@@ -6,6 +6,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
+
 namespace py = pybind11;
 namespace cuda = casvit::cuda;
 
@@ -69,7 +71,23 @@ py::dict description(const cuda::Plan& p) {
 
 }  // namespace
 
+// (n, d) of the first quotient that is wrong with a reciprocal off by `steps` of its last place; a
+// quotient changes, if at all, at multiples of d.
+std::pair<int, int> first_wrong_quotient(int steps) {
+  for (int d = 1; d < 32768; ++d) {
+    float reciprocal = 1.0f / static_cast<float>(d);
+    for (int i = 0; i < std::abs(steps); ++i)
+      reciprocal = std::nextafterf(reciprocal, steps < 0 ? 0.0f : 2.0f);
+    const cuda::Divisor by_d(d, reciprocal);
+    for (int n = 0; n < 65536; n += d)
+      for (const int near : {n - 1, n})
+        if (near >= 0 && by_d.quotient(near) != near / d) return {near, d};
+  }
+  return {0, 0};
+}
+
 void bind_mixer(py::module_& m) {
+  m.def("first_wrong_quotient", &first_wrong_quotient);
   m.def("packed_words", &cuda::packed_words);
   m.def("backward_packed_words", &cuda::backward_packed_words);
   m.def("set_most_groups", [](int groups) { cuda::most_groups = groups; });
