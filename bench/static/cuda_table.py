@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 from cuda_counts import KERNELS, Phase, blocks_together
 from cuda_work import CHUNK, LANES, WARPS, Plan, Shape
 
+from bench.report.gpu_order import TRITON_INSTRUCTIONS
+
 JUDGED = "sm_90a"  # where goals are judged: the H100
 # The time model of an H100; the first three are assumptions, none is measured.
 BANDWIDTH = 3.0e12  # bytes a second
 CLOCK = 1.7e9
 ISSUED = 0.8 * 4  # warp-instructions of a cycle and multiprocessor
 MMA_CYCLES = 8 / 4  # of an mma.sync on a multiprocessor with four tensor cores
-TRITON_INSTRUCTIONS = 170
 
 Row = dict[str, Any]
 
