@@ -78,8 +78,8 @@ def test_info_says_which_and_why(gpu, monkeypatch, capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     if not torch.cuda.is_available():
-        assert "no GPU; one of compute capability 8.0" in text
-        assert "cuda first, predicted by the static model for sm_80, not measured" in text
+        assert "there is no GPU here" in text
+        assert "compute capability 8.0   cuda, predicted by the static model for sm_80" in text
     gpu((9, 0))
     assert main(["info", "--json"]) == 0
     (of,) = json.loads(capsys.readouterr().out)["gpu_order"]

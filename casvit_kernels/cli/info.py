@@ -51,9 +51,9 @@ def _text(document: dict[str, Any]) -> str:
         for b in document["backends"]
     ]
     parts = [_pairs(facts)]
-    parts.append(
-        "cuda or triton, in bfloat16 and float16\n" + _pairs(_orders(document["gpu_order"]))
-    )
+    orders = document["gpu_order"]
+    here = "" if orders[0]["gpu"] else "; there is no GPU here"
+    parts.append(f"cuda or triton first, in bfloat16 and float16{here}\n" + _pairs(_orders(orders)))
     if sets:
         parts.append("Instruction sets of the native library\n" + _pairs(_usable(sets)))
     parts.append("Backends, in order of preference\n" + _pairs(backends))
@@ -62,8 +62,8 @@ def _text(document: dict[str, Any]) -> str:
 
 def _orders(orders: list[dict[str, Any]]) -> Iterator[list[str]]:
     for of in orders:
-        gpu = f"{of['gpu'] or 'no GPU; one'} of compute capability {of['capability']}"
-        yield [gpu, f"{of['first']} first, {of['why']}"]
+        gpu = f"{of['gpu'] or 'compute capability'} {of['capability']}"
+        yield [gpu, f"{of['first']}, {of['why']}"]
 
 
 def _usable(sets: dict[str, str | None]) -> Iterator[list[str]]:
