@@ -12,7 +12,7 @@ from cuda_forward import COMBINE, GATES, STATISTICS
 from cuda_work import LANES, WARPS, Kernel, Launch, Plan, Rounds, Rule
 from sass import Function, Loop, kinds, named
 
-# In the order in which the library gives plans. What is asked of them stands in cuda_table.PASSES.
+# In the order in which the emulation gives plans. What is asked of them stands in cuda_table.PASSES.
 KERNELS = {
     kernel.name: kernel
     for kernel in (
