@@ -12,9 +12,8 @@ import torch
 from cuda_emulation import backend as emulated
 from cuda_emulation import build
 
-from casvit_kernels import FusedCATM
-from casvit_kernels.ops.mixer.cuda import channels_read
-from casvit_kernels.ops.mixer.structure import Structure
+from casvit_kernels import FusedCATM, testing
+from casvit_kernels.ops.mixer import kernels
 
 FOLDER = Path(__file__).parents[1] / "bench" / "static"
 emulation = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
@@ -28,8 +27,17 @@ def load(name):
 
 
 # Each imports those before it by its plain name, as a script's neighbours do.
-sass, work, counts, tables, bench = map(
-    load, ("sass", "cuda_work", "cuda_counts", "cuda_table", "cuda_kernels")
+sass, work, forward, backward, counts, tables, bench = map(
+    load,
+    (
+        "sass",
+        "cuda_work",
+        "cuda_forward",
+        "cuda_backward",
+        "cuda_counts",
+        "cuda_table",
+        "cuda_kernels",
+    ),
 )
 
 
@@ -49,7 +57,7 @@ def test_the_committed_table_is_of_these_sources(document):
         (target, dtype, shape.channels, kernel)
         for target in bench.TARGETS
         for dtype, shape in bench.shapes(target)
-        for kernel in work.KERNELS
+        for kernel in counts.KERNELS
     }
     found = [(r["target"], r["dtype"], r["channels"], r["kernel"]) for r in document["rows"]]
     assert len(found) == len(wanted)
@@ -79,7 +87,7 @@ def test_check_fails_for_other_sources_and_another_table(monkeypatch, tmp_path):
 def test_no_spills_and_no_barrier_where_tensor_cores_work(document):
     for row in document["rows"]:
         assert row["spilled"] == 0, row
-        assert tables.barriers_in_sweeps(row) == 0, row
+        assert tables.barriers_with_mma(row) == 0, row
         shared = bench.TARGETS[row["target"]].shared
         plan = work.Plan(*row["plan"])
         assert plan.shared <= shared, row
@@ -119,57 +127,73 @@ def test_what_blocks_do_covers_the_maps(document):
     """Pieces of work times what each makes: all outputs, and not much more, of halos and edges."""
     shapes = {s.channels: s for s in numbers(document).shapes}
     granules, mma = 32 * 4, 16 * 8  # of a warp's granules; positions or units x pixels and channels
-    makes = dict.fromkeys(("copy", "store", "make a"), granules)
+    makes = dict.fromkeys(("copy", "copy v", "copy gradient", "store", "make a"), granules)
     makes |= {"sweep u": mma / 3, "sweep out": mma / 3, "sweep": mma / 6, "pooled sums": mma}
-    makes["pixels"] = 32
+    makes |= {"sweep l, gu": mma / 6, "sweep ga": mma / 3, "sweep gd": mma / 6, "sweep gz": mma / 3}
     for row in document["rows"]:
         shape, plan = shapes[row["channels"]], work.Plan(*row["plan"])
+        launch, kernel = work.Launch(shape, plan, 1), counts.KERNELS[row["kernel"]]
         done = dict.fromkeys(row["loops"], 0)
         for chunks in plan.slices(shape):
-            for name, n in work.rounds(row["kernel"], plan, shape, chunks, 1).items():
+            for name, n in kernel.rounds(launch, chunks).items():
                 done[name] += n.items * plan.blocks(shape)
+        both = row["kernel"] == "backward_combine"  # convolutions' taps
+        own = makes | {"taps": mma / 6 if both else mma / 3}
+        # A pixel's sigmoid, and its sum over chunks.
+        own["pixels"] = 32 * (4 if row["kernel"] == "backward_gate" else shape.channels)
         for name, n in done.items():
-            if name in makes:
-                outputs = shape.unit / 2 / (shape.channels if name == "pixels" else 1)
-                assert 1 <= n * makes[name] / outputs <= 2.7, (row, name)
+            if name in own:
+                assert 1 <= n * own[name] / (shape.unit / 2) <= 2.7, (row, name)
 
 
-SHOWN = ["images", "bands", "columns", "slices", "last images"]
+SHOWN = ["images", "bands", "columns", "slices", "last images", "bands of the backward"]
 CASES = [  # batch, C, H, W; multiprocessors; what it has to show
-    ((3, 12, 9, 7), 1, lambda p, s: p["gates"].images > 1),
+    ((3, 12, 9, 7), 1, lambda p, s: all(p[k].images > 1 for k in p)),
     ((2, 10, 19, 4), 16, lambda p, s: p["combine"].halo and s.channels % 4),
     ((1, 20, 9, 40), 64, lambda p, s: p["gates"].columns > 1),
     ((1, 20, 9, 40), 64, lambda p, s: len(p["combine"].slices(s)) > 1),
     ((5, 5, 7, 7), 1, lambda p, s: all(s.batch % p[k].images for k in p)),
+    (
+        (2, 10, 19, 4),
+        16,
+        lambda p, s: all(p[k].halo and len(p[k].slices(s)) > 1 for k in IN_SLICES),
+    ),
 ]
+IN_SLICES = ("backward_combine", "backward_depthwise")
+
+
+@pytest.fixture
+def emulate():
+    """The emulated backend on a device of so many multiprocessors, registered for one test."""
+    registry = sys.modules["casvit_kernels.backends.registry"]
+    yield lambda multiprocessors: emulated.register(emulated.Emulated(multiprocessors, 101376))
+    registry._REGISTRY.pop(emulated.NAME, None)
+    kernels._TABLE.pop(emulated.NAME, None)
+    testing.BACKENDS.pop(emulated.NAME, None)
 
 
 @emulation
 @pytest.mark.parametrize(("shape", "multiprocessors", "shows"), CASES, ids=SHOWN)
-def test_bytes_are_those_that_the_emulation_counts(shape, multiprocessors, shows):
-    b, c, height, width = shape
-    operators = emulated.Emulated(multiprocessors, 101376)
-    mixer = FusedCATM(c)
-    packed = operators.pack(
-        Structure(mixer, mixer._roles, mixer._inner).weights(), None, (1e-5, 1e-5), torch.bfloat16
-    )
-    rows = torch.randn(b, height * width, 3 * channels_read(c)).bfloat16()
+def test_bytes_are_those_that_the_emulation_counts(shape, multiprocessors, shows, emulate):
+    """In a training step, which takes every kernel."""
+    operators = emulate(multiprocessors)
     call = operators.call(shape, torch.bfloat16)
     found = (work.Plan(*(p[f] for f in work.Plan._fields)) for p in call.plans())
-    plans = dict(zip(work.KERNELS, found, strict=False))
-    assert shows(plans, work.Shape(*shape)), plans
-    operators.statistics(rows, packed, shape)
+    plans = dict(zip(counts.KERNELS, found, strict=False))
+    shape = work.Shape(*shape)
+    assert shows(plans, shape), plans
+    x = torch.randn(shape).bfloat16().contiguous(memory_format=torch.channels_last)
+    mixer = FusedCATM(shape.channels, backend=emulated.NAME).bfloat16().train()
+    mixer(x.requires_grad_()).backward(torch.randn_like(x))
     launches = dict(operators.traffic)
-    operators.mix(rows, packed, shape, True)
-    launches |= dict(operators.traffic)
     parts = plans["gates"].bands * plans["gates"].columns
-    for kernel, plan in plans.items():
+    for name, kernel in counts.KERNELS.items():
         counted = {
-            name: (read, written)
-            for name, read, written in launches[f"{kernel.capitalize()}Arguments"]
-            if read + written and name not in ("pooled", "channel")  # for a backward pass
+            buffer: (read, written)
+            for buffer, read, written in launches[kernel.arguments]
+            if read + written and buffer not in ("pooled", "channel")  # for a backward pass
         }
-        assert work.traffic(kernel, plan, work.Shape(*shape), parts) == counted, (kernel, plan)
+        assert kernel.traffic(work.Launch(shape, plans[name], parts)) == counted, name
 
 
 CODE = """
@@ -227,10 +251,28 @@ UNROLLED = """
 def test_an_unrolled_loop_and_what_lies_around_it():
     """Five instructions for two copies; of the seven around them 2.5 are for the third."""
     function = sass.Function("f", *sass.loops(sass.parse(UNROLLED)), 32, 0)
-    (copy_phase,) = counts.phases("gates", function).values()
+    (copy_phase,) = counts.phases(forward.GATES, function).values()
     assert copy_phase == counts.Phase("copy", 5, 2, 0, (4,), 0, 0)
     assert copy_phase.instructions(work.Rounds(8, (3, 2))) == 8 * 2.5 + 2 * 4
     assert len(function.straight) == 2
+
+
+def test_loops_that_no_rule_fits_are_errors():
+    """And two of a kind where one is expected twice."""
+    function = sass.Function("f", *sass.loops(sass.parse(UNROLLED)), 32, 0)
+    with pytest.raises(ValueError, match=r"f: 1 loops are \('copy v', 'copy gradient'\)"):
+        counts.phases(backward.BACKWARD_COMBINE, function)
+    other = sass.parse(UNROLLED.replace("LDGSTS.E.64", "ATOMG.E.ADD"))
+    with pytest.raises(ValueError, match=r"gates: no phase has .*'ATOMG': 3"):
+        counts.phases(forward.GATES, sass.Function("f", *sass.loops(other), 32, 0))
+
+
+def test_a_kernel_whose_name_ends_like_anothers():
+    of = "N6casvit4cuda{}INS0_4Bf16ELi7ELb1EEEv"
+    names = [of.format("14combine_kernel"), of.format("23backward_combine_kernel")]
+    plan = work.Plan(1, 2, 7, 28, 4, 4, 1, True, 0)
+    for kernel, name in zip((forward.COMBINE, backward.BACKWARD_COMBINE), names, strict=True):
+        assert counts.instance(kernel, "bf16", plan, names) == name
 
 
 NVCC = bench.tool("nvcc") if bench.tool("cuobjdump") else None

@@ -1,4 +1,5 @@
-"""Turns the results under bench/results/ into the tables and the picture of README and docs.
+"""Turns the results under bench/results/ into the tables and the picture of README and docs, and into
+the numbers by which the package chooses between GPU backends.
 
     python bench/report            write them
     python bench/report --check    exit 1 where they are not what the results give
@@ -15,6 +16,7 @@ from pathlib import Path
 from bench.report.accuracy import coreml_tables
 from bench.report.complete import complete_tables
 from bench.report.documents import ReportError
+from bench.report.gpu_order import module
 from bench.report.load import load, load_accuracy, load_coreml, load_gpu, load_kept
 from bench.report.performance import performance
 from bench.report.readme import readme_table
@@ -57,6 +59,9 @@ def outputs(root: Path) -> dict[Path, str]:
         root / "docs" / "bench.svg": picture(documents),
         results / "README.md": complete_tables(documents, kept, gpus, accuracy),
     }
+    static = results / "cuda_kernels.json"
+    if static.is_file():
+        found[root / "casvit_kernels" / "backends" / "gpu_numbers.py"] = module(static, gpus)
     if coreml is not None:
         page = root / "docs" / "coreml.md"
         if not page.is_file():

@@ -1,14 +1,29 @@
 """Executed instructions of the CUDA kernels, from their loops (sass.py) and how often these go round
-(cuda_work.py)."""
+(cuda_forward.py, cuda_backward.py)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from cuda_work import LANES, WARPS, Plan, Rounds, Shape, rounds
-from sass import Function, Instruction, Loop, kinds
+from cuda_backward import BACKWARD_COMBINE, BACKWARD_DEPTHWISE, BACKWARD_GATE
+from cuda_forward import COMBINE, GATES, STATISTICS
+from cuda_work import LANES, WARPS, Kernel, Launch, Plan, Rounds, Rule
+from sass import Function, Loop, kinds, named
+
+# In the order in which the emulation gives plans. What is asked of them stands in cuda_table.PASSES.
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        GATES,
+        STATISTICS,
+        COMBINE,
+        BACKWARD_COMBINE,
+        BACKWARD_GATE,
+        BACKWARD_DEPTHWISE,
+    )
+}
 
 
 class Phase(NamedTuple):
@@ -34,88 +49,49 @@ class Phase(NamedTuple):
         )
 
 
-def _has(*names: str) -> Callable[[Sequence[Instruction]], int]:
-    """How many instructions have one of these names, options in any order: LDSM.T, STG.64, ..."""
-
-    def count(code: Sequence[Instruction]) -> int:
-        found = 0
-        for i in code:
-            options = i.name.split(".")
-            for name in names:
-                kind, *wanted = name.split(".")
-                found += options[0] == kind and all(w in options for w in wanted)
-        return found
-
-    return count
+def rule_of(kernel: Kernel, loop: Loop) -> Rule:
+    """By what an outermost loop has."""
+    for rule in kernel.rules:
+        lacks = not rule.lacks or not named(loop.code, *rule.lacks)
+        if lacks and all(named(loop.code, name) for name in rule.has):
+            return rule
+    raise ValueError(f"{kernel.name}: no phase has {dict(kinds(loop.code))}")
 
 
-_TRANSPOSED = _has("LDSM.MT88")
-_EXPONENTIAL = _has("MUFU.EX2")
-
-
-def phase_of(kernel: str, loop: Loop) -> str | None:
-    """Which phase an outermost loop is, by what it has."""
-    n = kinds(loop.code)
-    if n["LDGSTS"]:
-        return "copy"
-    if n["HMMA"]:
-        if _TRANSPOSED(loop.code):
-            return "pooled sums"
-        if kernel != "combine":
-            return "sweep"
-        if _EXPONENTIAL(loop.code):
-            return "channel gates"
-        return "sweep u" if n["LDS"] else "sweep out"  # u is a product with v, which lies there
-    if n["LDG"] and n["STS"]:
-        return "make a" if _has("STS.64")(loop.code) else "means"
-    if _EXPONENTIAL(loop.code):
-        return "pixels"
-    if _has("STG.64", "STG.128")(loop.code) and n["LDS"]:
-        return "store"
-    if n["STS"] and not n["LDS"]:
-        return "zeros"
-    return None  # out as NCHW, or with channels that are no multiple of 4
-
-
-# What stands for a phase's work.
-_ITEMS = {
-    "copy": _has("LDGSTS"),
-    "means": _has("LDG"),
-    "channel gates": _has("HMMA"),
-    "make a": _has("STS.64"),
-    "sweep": _has("HMMA"),
-    "sweep u": _has("HMMA"),
-    "sweep out": _has("HMMA"),
-    "store": _has("STG.64"),
-    "zeros": _has("STS"),
-    "pixels": _EXPONENTIAL,
-    "pooled sums": _has("HMMA"),
-}
-
-
-def _main(loop: Loop, items: Callable[[Sequence[Instruction]], int]) -> tuple[Loop, ...]:
+def _main(loop: Loop, item: str) -> tuple[Loop, ...]:
     """The way from an outermost loop to the one with most of the phase's work in its own code, which is
     the body of an unrolled loop and not one of its remainders."""
     ways = [(loop,)]
     for inner in loop.inner:
-        ways.append((loop, *_main(inner, items)))
+        ways.append((loop, *_main(inner, item)))
     # The innermost of those with work: what an unrolled loop left over stands in the loop around it.
-    return max(ways, key=lambda way: (len(way) > 1 and items(way[-1].own) > 0, items(way[-1].own)))
+    return max(
+        ways,
+        key=lambda way: (len(way) > 1 and named(way[-1].own, item) > 0, named(way[-1].own, item)),
+    )
 
 
-def phases(kernel: str, function: Function) -> dict[str, Phase]:
+def _loops(kernel: Kernel, function: Function) -> dict[str, tuple[Loop, ...]]:
+    """Each phase's way to its work, as they stand in the code."""
     found: dict[str, tuple[Loop, ...]] = {}
-    for loop in function.loops:
-        name = phase_of(kernel, loop)
-        if name is None:
-            continue
-        way = _main(loop, _ITEMS[name])
-        if name not in found or _ITEMS[name](way[-1].own) > _ITEMS[name](found[name][-1].own):
-            found[name] = way
+    for rule in kernel.rules:
+        item = rule.has[0]
+        ways = [_main(loop, item) for loop in function.loops if rule_of(kernel, loop) is rule]
+        if len(rule.names) > 1:
+            if len(ways) != len(rule.names):
+                raise ValueError(f"{function.name}: {len(ways)} loops are {rule.names}")
+            found |= dict(zip(rule.names, ways, strict=True))
+        elif rule.names and ways:  # an unrolled loop and its remainder, which may stand apart
+            found[rule.names[0]] = max(ways, key=lambda way: named(way[-1].own, item))
+    return dict(sorted(found.items(), key=lambda one: one[1][0].first))
+
+
+def phases(kernel: Kernel, function: Function) -> dict[str, Phase]:
     result = {}
-    for name, way in found.items():
-        body, count = way[-1].own, _ITEMS[name]
-        items = count(body)
+    item = {name: rule.has[0] for rule in kernel.rules for name in rule.names}
+    for name, way in _loops(kernel, function).items():
+        body = way[-1].own
+        items = named(body, item[name])
         if not items:
             raise ValueError(f"{function.name}: no work in the loop of {name!r}")
         each = len(body) / items
@@ -124,9 +100,12 @@ def phases(kernel: str, function: Function) -> dict[str, Phase]:
             len(body),
             items,
             kinds(body)["HMMA"],
-            tuple(max(0, round(len(loop.own) - count(loop.own) * each)) for loop in way[:-1]),
+            tuple(
+                max(0, round(len(loop.own) - named(loop.own, item[name]) * each))
+                for loop in way[:-1]
+            ),
             sum(len(inner.own) for inner in way[-1].inner),
-            _has("BAR")(way[0].code),
+            named(way[0].code, "BAR"),
         )
     return result
 
@@ -139,16 +118,15 @@ class Counted(NamedTuple):
     mma: float  # for 128 of them
 
 
-def count(
-    kernel: str, function: Function, plan: Plan, shape: Shape, parts: int
-) -> tuple[dict[str, Phase], Counted]:
+def count(kernel: Kernel, function: Function, launch: Launch) -> tuple[dict[str, Phase], Counted]:
     of = phases(kernel, function)
+    shape, plan, _ = launch
     slices = plan.slices(shape)
-    blocks = plan.blocks(shape) * (1 if kernel == "combine" else 2)
+    blocks = plan.blocks(shape) * kernel.gates
     loops = dict.fromkeys(of, 0.0)
     mma = 0.0
     for chunks in slices:
-        times = rounds(kernel, plan, shape, chunks, parts)
+        times = kernel.rounds(launch, chunks)
         if set(times) != set(of):
             raise ValueError(f"{function.name}: loops of {sorted(of)}, expected {sorted(times)}")
         for name, phase in of.items():
@@ -162,10 +140,12 @@ def count(
     )
 
 
-def instance(kernel: str, dtype: str, plan: Plan, names: Sequence[str]) -> str:
+def instance(kernel: Kernel, dtype: str, plan: Plan, names: Sequence[str]) -> str:
     """The mangled name of the kernel that a plan launches."""
-    halo = f"ELb{int(plan.halo)}" if kernel == "combine" else ""
-    wanted = re.compile(rf"{kernel}_kernelI\w*{dtype.capitalize()}ELi{plan.rows}{halo}EE")
+    wanted = re.compile(
+        # Its length stands before a name, so that combine is not backward_combine.
+        rf"\d{kernel.name}_kernelI\w*{dtype.capitalize()}ELi{plan.rows}(ELb{int(plan.halo)})?EE"
+    )
     found = [name for name in names if wanted.search(name)]
     if len(found) != 1:
         raise ValueError(f"{len(found)} functions are {wanted.pattern}")

@@ -5,16 +5,17 @@
     python bench/static/cuda_kernels.py --check    exit 1 where files are out of date; needs no nvcc
 
 How instructions are counted. Loops are found in the machine code and told apart by what they have
-(`phase_of` in cuda_counts.py): asynchronous copies, mma with ldmatrix (sweeps), mma with transposed
-ldmatrix (pooled sums), loads of q and k made into a, exponentials (sigmoid), stores. Of an unrolled
-loop the body counts, not its remainders: its instructions over the pieces of work in one round, told by
-how many copies, mma, stores, ... it has. Times the pieces that a block has, from how the map is cut
-(`rounds` in cuda_work.py); so a body of 35 instructions with 4 copies costs 8.75 a copy of 8 bytes.
-Loops around it count as often as they go round, without the remainders' work in them. What is in no
-loop counts once for each warp ("straight", in the table "rest"). Both sides of a branch count, there
-and around bodies, so the sum errs upwards; subroutines (divisions in rare cases) do not count. Then
-times the blocks and 32 threads of a warp, over B C H W: thread-instructions for each output pixel and
-channel, q and k both counted.
+(the rules of each kernel in cuda_forward.py and cuda_backward.py): asynchronous copies, mma with
+ldmatrix (sweeps), mma with transposed ldmatrix (pooled sums, the taps' gradients), loads of q and k
+made into a, exponentials (sigmoid), stores. A loop that no rule fits is an error. Of an unrolled loop
+the body counts, not its remainders: its instructions over the pieces of work in one round, told by how
+many copies, mma, stores, ... it has. Times the pieces that a block has, from how the map is cut
+(`rounds` there); so a body of 35 instructions with 4 copies costs 8.75 a copy of 8 bytes. Loops around
+it count as often as they go round, without the remainders' work in them. What is in no loop counts once
+for each warp ("straight", in the table "rest"). Both sides of a branch count, there and around bodies,
+so the sum errs upwards; subroutines (divisions in rare cases) do not count. Then times the blocks and 32
+threads of a warp, over B C H W: thread-instructions for each output pixel and channel, q and k both
+counted.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "tests")]
 
-from cuda_counts import count, instance  # noqa: E402
+from cuda_counts import KERNELS, count, instance  # noqa: E402
 from cuda_table import table  # noqa: E402
-from cuda_work import KERNELS, Plan, Shape, traffic  # noqa: E402
+from cuda_work import Launch, Plan, Shape  # noqa: E402
 from sass import Function, functions  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "cuda_kernels.json"
@@ -64,12 +65,12 @@ TARGETS = {
 
 
 def source_hash() -> str:
-    """Of all that decides the machine code: the kernels without comments, and the compiler's version."""
+    """Of all that decides the machine code and the rows: the kernels without comments, the compiler."""
     digest = hashlib.sha256()
     for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cu"), SOURCES / "toolkit.txt"]):
         text = re.sub(r"//.*|^# .*", "", path.read_text(), flags=re.M)
         digest.update(f"{path.name} {' '.join(text.split())}\n".encode())
-    digest.update(repr((TARGETS, STAGES, BATCH)).encode())
+    digest.update(repr((TARGETS, STAGES, BATCH, list(KERNELS))).encode())
     return digest.hexdigest()
 
 
@@ -98,22 +99,25 @@ def _tool(name: str) -> str:
 
 
 def compiled(target: str) -> dict[str, Function]:
+    found: dict[str, Function] = {}
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "mixer.cubin"
-        subprocess.run(
-            [
-                *(
-                    _tool("nvcc"),
-                    "-std=c++17",
-                    "-O3",
-                    '-DCASVIT_CUDA_NAMES=""',
-                    f"-I{ROOT / 'csrc'}",
-                ),
-                *(f"-arch={target}", "-cubin", str(SOURCES / "mixer.cu"), "-o", str(cubin)),
-            ],
-            check=True,
-        )
-        return functions(cubin, Path(_tool("cuobjdump")))
+        for source in sorted({kernel.source for kernel in KERNELS.values()}):
+            cubin = Path(folder) / f"{source}.cubin"
+            subprocess.run(
+                [
+                    *(
+                        _tool("nvcc"),
+                        "-std=c++17",
+                        "-O3",
+                        '-DCASVIT_CUDA_NAMES=""',
+                        f"-I{ROOT / 'csrc'}",
+                    ),
+                    *(f"-arch={target}", "-cubin", str(SOURCES / source), "-o", str(cubin)),
+                ],
+                check=True,
+            )
+            found |= functions(cubin, Path(_tool("cuobjdump")))
+    return found
 
 
 def plans(shape: Shape, target: str) -> dict[str, Plan]:
@@ -125,7 +129,7 @@ def plans(shape: Shape, target: str) -> dict[str, Plan]:
         list(shape), False, t.multiprocessors, t.shared, t.cluster, [0] * 4, 0, 0, False, "", []
     )
     found = (Plan(*(p[field] for field in Plan._fields)) for p in call.plans())
-    return dict(zip(KERNELS, found, strict=False))  # then those of the backward
+    return dict(zip(KERNELS, found, strict=False))  # what the table does not count comes last
 
 
 def shapes(target: str) -> Iterator[tuple[str, Shape]]:
@@ -142,22 +146,23 @@ def rows(target: str) -> list[dict[str, Any]]:
     for dtype, shape in shapes(target):
         cuts = plans(shape, target)
         parts = cuts["gates"].bands * cuts["gates"].columns
-        for kernel, plan in cuts.items():
+        for name, plan in cuts.items():
+            kernel, launch = KERNELS[name], Launch(shape, plan, parts)
             function = of[instance(kernel, dtype, plan, list(of))]
-            phases, counted = count(kernel, function, plan, shape, parts)
-            asked = traffic(kernel, plan, shape, parts)
-            maps = sum(sum(asked[name]) for name in ("qkv", "out") if name in asked)
+            phases, counted = count(kernel, function, launch)
+            asked = kernel.traffic(launch)
+            maps = sum(sum(asked[buffer]) for buffer in kernel.maps)
             found.append(
                 {
                     "target": target,
                     "dtype": dtype,
                     "channels": shape.channels,
-                    "kernel": kernel,
+                    "kernel": name,
                     "plan": list(plan),
                     "registers": function.registers,
                     "spilled": function.spilled,
                     "phases": [list(p) for p in phases.values()],
-                    "loops": {name: round(n, 3) for name, n in counted.loops.items()},
+                    "loops": {phase: round(n, 3) for phase, n in counted.loops.items()},
                     "straight": round(counted.straight, 3),
                     "mma": round(counted.mma, 3),
                     "maps": round(maps / shape.unit, 4),

@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from cuda_counts import Phase, blocks_together
-from cuda_work import CHUNK, KERNELS, LANES, WARPS, Plan, Shape
+from cuda_counts import KERNELS, Phase, blocks_together
+from cuda_work import CHUNK, LANES, WARPS, Plan, Shape
+
+from bench.report.gpu_order import TRITON_INSTRUCTIONS
 
 JUDGED = "sm_90a"  # where goals are judged: the H100
-MOST_INSTRUCTIONS = 60.0  # of gates + combine at the first stage
-MOST_MAPS = 6.3  # units that gates + combine ask for
-SHARES = (0.6, 0.6, 0.4, 0.4)  # of the least time there could be, by stage
 # The time model of an H100; the first three are assumptions, none is measured.
 BANDWIDTH = 3.0e12  # bytes a second
 CLOCK = 1.7e9
 ISSUED = 0.8 * 4  # warp-instructions of a cycle and multiprocessor
 MMA_CYCLES = 8 / 4  # of an mma.sync on a multiprocessor with four tensor cores
-UNITS = {"gates": 2, "combine": 4}  # maps to and from device memory; 4 would do: q and k once
-LEAST_UNITS = 4
-TRITON_INSTRUCTIONS = 170
 
 Row = dict[str, Any]
+
+
+class Pass(NamedTuple):
+    """Kernels that run together, and what is asked of them."""
+
+    name: str
+    kernels: tuple[str, ...]
+    least_units: int  # of maps, once each
+    most_instructions: float  # an output, at the first stage
+    most_maps: float  # units that they ask for
+    shares: tuple[float, ...]  # of the least time there could be, by stage
+
+
+PASSES = (
+    # 4 units: q and k once.
+    Pass("gates + combine", ("gates", "combine"), 4, 60.0, 6.3, (0.6, 0.6, 0.4, 0.4)),
+    Pass(
+        "B1 + B2 + B3",
+        ("backward_combine", "backward_gate", "backward_depthwise"),
+        13,
+        150.0,
+        14.0,
+        (0.55, 0.55),
+    ),
+)
 
 
 def total(row: Row) -> float:
@@ -33,15 +55,15 @@ def seconds(row: Row, shape: Shape, multiprocessors: int) -> dict[str, float]:
     outputs = shape.unit / 2
     cycles = multiprocessors * CLOCK
     return {
-        "memory": UNITS[row["kernel"]] * shape.unit / BANDWIDTH,
+        "memory": KERNELS[row["kernel"]].units * shape.unit / BANDWIDTH,
         "instructions": total(row) * outputs / LANES / (ISSUED * cycles),
         "mma": row["mma"] * outputs / 128 * MMA_CYCLES / cycles,
     }
 
 
-def barriers_in_sweeps(row: Row) -> int:
+def barriers_with_mma(row: Row) -> int:
     phases = (Phase(*p[:4], tuple(p[4]), *p[5:]) for p in row["phases"])
-    return sum(p.barriers for p in phases if p.name.startswith(("sweep", "pooled")))
+    return sum(p.barriers for p in phases if p.mma)
 
 
 def _verdict(met: bool) -> str:
@@ -68,39 +90,39 @@ class Numbers:
             r for r in self.rows if (r["target"], r["dtype"], r["channels"], r["kernel"]) == key
         )
 
-    def mixing(self, target: str, shape: Shape) -> tuple[Row, Row]:
-        """gates and combine: what inference runs."""
-        return self.row(target, shape.channels, "gates"), self.row(
-            target, shape.channels, "combine"
-        )
+    def together(self, of: Pass, target: str, shape: Shape) -> list[Row]:
+        """A row for each kernel of a pass."""
+        return [self.row(target, shape.channels, kernel) for kernel in of.kernels]
 
-    def share(self, shape: Shape) -> float:
-        """Of the least time that the predicted one is."""
+    def seconds(self, of: Pass, shape: Shape) -> tuple[float, float]:
+        """The predicted time, and the least."""
         multiprocessors = self.targets[JUDGED].multiprocessors
-        took = sum(
-            max(seconds(r, shape, multiprocessors).values()) for r in self.mixing(JUDGED, shape)
-        )
-        return LEAST_UNITS * shape.unit / BANDWIDTH / took
+        rows = self.together(of, JUDGED, shape)
+        took = sum(max(seconds(r, shape, multiprocessors).values()) for r in rows)
+        return took, of.least_units * shape.unit / BANDWIDTH
 
     def goals(self) -> list[tuple[str, str, str, bool]]:
         """What is asked, where, what it is, and whether that meets it."""
         found = []
-        first = self.shapes[0]
-        n = sum(total(r) for r in self.mixing(JUDGED, first))
-        asked = f"at most {MOST_INSTRUCTIONS:.0f} instructions an output"
-        found.append((asked, f"C = {first.channels}", f"{n:.1f}", n <= MOST_INSTRUCTIONS))
-        for shape in self.shapes:
-            units = sum(r["maps"] for r in self.mixing(JUDGED, shape))
-            where = f"C = {shape.channels}"
-            asked = f"at most {MOST_MAPS} units of maps asked for"
-            found.append((asked, where, f"{units:.2f}", units <= MOST_MAPS))
-        for shape, least in zip(self.shapes, SHARES, strict=True):
-            share = self.share(shape)
-            asked = f"at least {least} of the bandwidth, predicted"
-            found.append((asked, f"C = {shape.channels}", f"{share:.3f}", share >= least))
+        for of in PASSES:
+            first = self.shapes[0]
+            n = sum(total(r) for r in self.together(of, JUDGED, first))
+            asked = f"{of.name}: at most {of.most_instructions:.0f} instructions an output"
+            where = f"C = {first.channels}"
+            found.append((asked, where, f"{n:.1f}", n <= of.most_instructions))
+            for shape in self.shapes:
+                units = sum(r["maps"] for r in self.together(of, JUDGED, shape))
+                asked = f"{of.name}: at most {of.most_maps:g} units of maps asked for"
+                where = f"C = {shape.channels}"
+                found.append((asked, where, f"{units:.2f}", units <= of.most_maps))
+            for shape, share in zip(self.shapes, of.shares, strict=False):
+                took, least = self.seconds(of, shape)
+                asked = f"{of.name}: at least {share} of the bandwidth, predicted"
+                where = f"C = {shape.channels}"
+                found.append((asked, where, f"{least / took:.3f}", least / took >= share))
         spilled = sum(r["spilled"] for r in self.rows)
         found.append(("no spills", "all rows", str(spilled), spilled == 0))
-        barriers = sum(barriers_in_sweeps(r) for r in self.rows)
+        barriers = sum(barriers_with_mma(r) for r in self.rows)
         found.append(("no barrier in a loop with mma", "all rows", str(barriers), barriers == 0))
         return found
 
@@ -113,9 +135,9 @@ numbers over assumed rates. Batch {batch}, the four stages of RCViT-xs at 224 x 
 Instructions are of a thread, executed, for each pixel and channel of the output. "Loops" is what the
 bodies of loops cost, "rest" what lies in no loop, each side of its branches counted, so at most. mma:
 tensor-core instructions of a warp for 128 of these outputs. A unit is B C H W values of 16 bits. "Maps"
-are units of q, k, v and the result that threads ask for, halos included; "others" what they ask for of
-weights, spatial gates and sums, nearly all of it served by caches. How it is counted is written at the
-head of `bench/static/cuda_kernels.py`."""
+are units of q, k, v, the result and gradients of these that threads ask for, halos included; "others"
+what they ask for of weights, spatial gates and sums, nearly all of it served by caches. How it is
+counted is written at the head of `bench/static/cuda_kernels.py`."""
 
 
 def table(
@@ -136,7 +158,8 @@ def table(
         "",
         "## Goals",
         "",
-        f"Of gates and combine together, on {JUDGED} ({judged}), bf16.",
+        f"On {JUDGED} ({judged}), bf16. gates + combine are the forward of inference, B1 + B2 + B3 the",
+        "backward: backward_combine, backward_gate and backward_depthwise.",
         "",
         "| goal | where | is | |",
         "|---|---|---:|---|",
@@ -176,16 +199,19 @@ def _launches(numbers: Numbers, name: str, target: Any) -> list[str]:
             f"{sum(p[6] for p in row['phases'])} | {row['maps']:.2f} | {row['rest']:.2f} |"
         )
     sums = []
-    for shape in numbers.shapes:
-        pair = numbers.mixing(name, shape)
-        sums.append(
-            f"{sum(map(total, pair)):.1f} instructions and {sum(r['maps'] for r in pair):.2f} units "
-            f"at C = {shape.channels}"
-        )
+    for of in PASSES:
+        each = []
+        for shape in numbers.shapes:
+            rows = numbers.together(of, name, shape)
+            each.append(
+                f"{sum(map(total, rows)):.1f} instructions and {sum(r['maps'] for r in rows):.2f} units "
+                f"at C = {shape.channels}"
+            )
+        sums.append(f"{of.name}: {', '.join(each)}.")
     return [
-        f"Cut: images x rows x columns x channels, by {WARPS * LANES} threads. gates + combine: "
-        + ", ".join(sums)
-        + ".",
+        f"Cut: images x rows x columns x channels, by {WARPS * LANES} threads.",
+        "",
+        *(f"- {line}" for line in sums),
         "",
         *lines,
     ]
@@ -194,19 +220,22 @@ def _launches(numbers: Numbers, name: str, target: Any) -> list[str]:
 def _phases(numbers: Numbers) -> list[str]:
     lines = [
         "Instructions an output by phase, and in brackets of one piece of work: a warp's copy, load or",
-        "store of 32 granules of four channels, an mma, 32 pixels' sigmoid, 32 products. What a piece's",
-        "share does not explain are loops around it: divisions, pointers, remainders.",
+        "store of 32 granules of four channels, an mma, 32 pixels' sigmoid, 32 products or sums. What a",
+        "piece's share does not explain are loops around it: divisions, pointers, remainders.",
         "",
         "| kernel | phase | " + " | ".join(f"C = {s.channels}" for s in numbers.shapes) + " |",
         "|---|---|" + "---:|" * len(numbers.shapes),
     ]
     for kernel in KERNELS:
         rows = [numbers.row(JUDGED, s.channels, kernel) for s in numbers.shapes]
-        for name in rows[0]["loops"]:
+        for name in dict.fromkeys(name for row in rows for name in row["loops"]):
             cells = []
             for row in rows:
-                _, own, items, *_ = next(p for p in row["phases"] if p[0] == name)
-                cells.append(f"{row['loops'][name]:.1f} ({own / items:.1f})")
+                found = [
+                    p for p in row["phases"] if p[0] == name
+                ]  # zeros: not where bands have halos
+                cells += [f"{row['loops'][name]:.1f} ({own / n:.1f})" for _, own, n, *_ in found]
+                cells += [""] * (not found)
             lines.append(f"| {kernel} | {name} | " + " | ".join(cells) + " |")
         lines.append(
             f"| {kernel} | no loop | " + " | ".join(f"{r['straight']:.1f}" for r in rows) + " |"
@@ -215,27 +244,29 @@ def _phases(numbers: Numbers) -> list[str]:
 
 
 def _times(numbers: Numbers) -> list[str]:
+    units = (f"{kernel} {KERNELS[kernel].units}" for of in PASSES for kernel in of.kernels)
+    least = (f"{of.least_units} units for {of.name}" for of in PASSES)
     lines = [
-        f"Each kernel takes the longest of three: device memory at {BANDWIDTH / 1e12:.1f} TB/s (gates 2",
-        "units, combine 4: halos and all else are taken to come from L2); instructions at",
+        f"Each kernel takes the longest of three: device memory at {BANDWIDTH / 1e12:.1f} TB/s (units:",
+        f"{', '.join(units)};",
+        "halos and what is read again are taken to come from L2); instructions at",
         f"{ISSUED:.1f} of a warp each cycle and multiprocessor (80 % of what can be issued) at",
         f"{CLOCK / 1e9:.1f} GHz; an mma in {MMA_CYCLES:.0f} cycles of a multiprocessor. These rates are",
         "assumed, not measured; launches, the last blocks of a grid and waiting at barriers cost",
-        "nothing here. The least: 4 units at the same bandwidth. Microseconds.",
+        f"nothing here. The least: {', '.join(least)}, at the same bandwidth.",
+        "Microseconds.",
         "",
-        "| C | kernel | memory | instructions | mma | predicted | both | least | share |",
+        "| C | kernel | memory | instructions | mma | predicted | together | least | share |",
         "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for shape in numbers.shapes:
-        took = 0.0
-        for row in numbers.mixing(JUDGED, shape):
-            parts = seconds(row, shape, numbers.targets[JUDGED].multiprocessors)
-            longest = max(parts.values())
-            took += longest
-            cells = [f"{1e6 * t:.1f}" for t in (*parts.values(), longest)]
-            if row["kernel"] == "combine":
-                least = LEAST_UNITS * shape.unit / BANDWIDTH
-                cells += [f"{1e6 * took:.1f}", f"{1e6 * least:.1f}", f"{least / took:.3f}"]
+    multiprocessors = numbers.targets[JUDGED].multiprocessors
+    for of, shape in itertools.product(PASSES, numbers.shapes):
+        for row in numbers.together(of, JUDGED, shape):
+            parts = seconds(row, shape, multiprocessors)
+            cells = [f"{1e6 * t:.1f}" for t in (*parts.values(), max(parts.values()))]
+            if row["kernel"] == of.kernels[-1]:
+                took, floor = numbers.seconds(of, shape)
+                cells += [f"{1e6 * took:.1f}", f"{1e6 * floor:.1f}", f"{floor / took:.3f}"]
             else:
                 cells += [""] * 3
             lines.append(f"| {shape.channels} | {row['kernel']} | " + " | ".join(cells) + " |")

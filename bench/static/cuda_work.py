@@ -1,20 +1,21 @@
-"""What a launch of the CUDA kernels has to do, from how its maps are cut (csrc/cuda/plan.h): how often
+"""What a launch of a CUDA kernel has to do, from how its maps are cut (csrc/cuda/plan.h): how often
 a block's warps go round each loop, and the bytes that it asks for.
 
-A warp counts as a whole where some of its threads have nothing to do, a block as whole where it lies
-partly outside of the maps.
+Here is what all kernels share; a kernel is a `Kernel`, in cuda_forward.py or cuda_backward.py. A warp
+counts as a whole where some of its threads have nothing to do, a block as whole where it lies partly
+outside of the maps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-KERNELS = ("gates", "statistics", "combine")
 WARPS = 8  # of a block
 LANES = 32
 POSITIONS = 16  # of an mma
 CHUNK = 4  # channels
+GRANULE = 8  # bytes of a pixel's chunk
 
 
 class Shape(NamedTuple):
@@ -25,12 +26,20 @@ class Shape(NamedTuple):
 
     @property
     def chunks(self) -> int:
-        return _up(self.channels, CHUNK)
+        return up(self.channels, CHUNK)
+
+    @property
+    def padded(self) -> int:
+        return self.chunks * CHUNK
+
+    @property
+    def pixels(self) -> int:
+        return self.batch * self.height * self.width
 
     @property
     def unit(self) -> int:
         """Bytes of one map in 16 bits."""
-        return 2 * self.batch * self.channels * self.height * self.width
+        return 2 * self.channels * self.pixels
 
 
 class Plan(NamedTuple):
@@ -56,11 +65,23 @@ class Plan(NamedTuple):
 
     def tiles(self, pairs: int) -> int:
         """Of 16 positions: what one warp sweeps down."""
-        return _up(self.images * self.strips * pairs, POSITIONS)
+        return up(self.images * self.strips * pairs, POSITIONS)
 
     def blocks(self, shape: Shape) -> int:
         """Of each slice, and of q or k where a block has but one of them."""
-        return self.bands * self.columns * _up(shape.batch, self.images)
+        return self.bands * self.columns * up(shape.batch, self.images)
+
+
+class Launch(NamedTuple):
+    """What work depends on."""
+
+    shape: Shape
+    plan: Plan
+    parts: int  # sums of the gates' kernel for each image
+
+    def box(self, halo: int) -> int:
+        """Pixels in the maps that the blocks of a slice have, with so many around their own."""
+        return sum(_boxes(self.plan, self.shape, halo))
 
 
 class Rounds(NamedTuple):
@@ -71,59 +92,50 @@ class Rounds(NamedTuple):
     inside: int = 0  # rounds of a loop inside of it
 
 
-def _up(a: int, b: int) -> int:
+Traffic = dict[str, tuple[int, int]]  # bytes read and written, by buffer
+
+
+class Rule(NamedTuple):
+    """By what an outermost loop is told to be a phase: instructions as `sass.named` takes them."""
+
+    names: tuple[str, ...]  # of several such loops in this order; none: such a loop does not run
+    has: tuple[str, ...]  # all of these; the first stands for its work
+    lacks: tuple[str, ...] = ()
+
+
+class Kernel(NamedTuple):
+    """What is to be known of one kernel."""
+
+    name: str
+    source: str  # the file that launches it
+    arguments: str  # their type, by which the emulation calls a launch
+    gates: int  # blocks for q and for k: 2; for both: 1
+    units: int  # maps to and from device memory
+    maps: tuple[str, ...]  # buffers that are maps
+    rules: tuple[Rule, ...]  # the first that fits counts
+    rounds: Callable[[Launch, int], dict[str, Rounds]]  # by phase, of a block with so many chunks
+    traffic: Callable[[Launch], Traffic]  # also where a cache serves it
+
+
+def up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _walk(plan: Plan, chunks: int, pairs: int, rows: int) -> Rounds:
-    columns = _up(2 * pairs * chunks, LANES)
+def walk(plan: Plan, chunks: int, pairs: int, rows: int) -> Rounds:
+    columns = up(2 * pairs * chunks, LANES)
     return Rounds(columns * plan.images * rows, (columns, columns * plan.images))
 
 
-def _units(plan: Plan) -> int:
-    return _up(plan.own_rows * (plan.pairs + 1), 32) * 32
-
-
-def rounds(kernel: str, plan: Plan, shape: Shape, chunks: int, parts: int) -> dict[str, Rounds]:
-    """By phase, for a block with so many chunks. parts: sums of the gates' kernel for each image."""
-    tiles = plan.tiles(plan.pairs)
-    if kernel == "combine":
-        wide = plan.tiles(plan.pairs + 1)
-        u_rows = plan.rows + 1 if plan.halo else plan.rows
-        warps = [t * max(1, WARPS // t) for t in (wide, tiles)]
-        steps, lines = _up(shape.channels, 16), 2 * plan.images
-        words = lines * _up(8 * steps, LANES)  # of two channels
-        tasks = 2 * _up(chunks, 2)  # of 8 channels of a gate
-        return {
-            "copy": _walk(plan, chunks, plan.pairs + 1, plan.own_rows + 2),
-            "means": Rounds(words * parts, (lines, words)),
-            "channel gates": Rounds(tasks * steps * 3, (tasks,)),
-            "make a": _walk(plan, chunks, plan.pairs + 2, plan.own_rows + (4 if plan.halo else 2)),
-            "sweep u": Rounds(wide * chunks * u_rows * 3, (warps[0],)),
-            "sweep out": Rounds(tiles * chunks * plan.rows * 3, (warps[1],)),
-            "store": _walk(plan, chunks, plan.pairs, plan.own_rows),
-        }
-    copy = {"copy": _walk(plan, chunks, plan.pairs + 1, plan.own_rows + 2)}
-    sweep = tiles * chunks * plan.rows * 6
-    if kernel == "statistics":
-        return {**copy, "sweep": Rounds(sweep, (chunks,))}
-    pixels = _up(plan.images * plan.own_rows * plan.pairs * 2, LANES)
-    tasks = plan.images * _up(chunks, 2)  # of two chunks; an mma sums 16 units of one
-    return {
-        **copy,
-        "zeros": Rounds(_up(plan.images * 2 * _units(plan), LANES), ()),
-        "sweep": Rounds(sweep, ()),
-        "pixels": Rounds(pixels, (), pixels * (WARPS // tiles - 1)),
-        "pooled sums": Rounds(tasks * 2 * _units(plan) // 16, (tasks,)),
-    }
+def sweep(plan: Plan, chunks: int, tiles: int, rows: int, each: int) -> Rounds:
+    """A warp at a time takes a tile and some of the chunks, and sweeps down; mma of each row."""
+    return Rounds(tiles * chunks * rows * each, (tiles * max(1, WARPS // tiles),))
 
 
 def _inside(first: int, count: int, size: int) -> int:
     return max(0, min(first + count, size) - max(first, 0))
 
 
-def _box(plan: Plan, shape: Shape, halo: int) -> Iterator[int]:
-    """For each block of a slice: pixels of its box that lie in the maps."""
+def _boxes(plan: Plan, shape: Shape, halo: int) -> Iterator[int]:
     for band in range(plan.bands):
         # A block that has all rows keeps no second halo, and has none to read.
         rows = _inside(band * plan.own_rows - halo, plan.own_rows + 2 * halo, shape.height)
@@ -132,47 +144,3 @@ def _box(plan: Plan, shape: Shape, halo: int) -> Iterator[int]:
             across = _inside(column * width - halo, width + 2 * halo, shape.width)
             for image in range(0, shape.batch, plan.images):
                 yield rows * across * min(plan.images, shape.batch - image)
-
-
-def traffic(kernel: str, plan: Plan, shape: Shape, parts: int) -> dict[str, tuple[int, int]]:
-    """Bytes that threads ask to read and write, by buffer, also where a cache serves them.
-    Without what is written for a backward pass."""
-    padded = shape.chunks * CHUNK
-    pixels = shape.batch * shape.height * shape.width
-    blocks = plan.blocks(shape)
-    granule = 8
-    if kernel != "combine":
-        read = 2 * sum(_box(plan, shape, 1)) * shape.chunks * granule
-        slices = plan.slices(shape)
-        taps = LANES * 4 * 16 * 2 * blocks * sum(slices)
-        if kernel == "statistics":
-            moments = blocks * 2 * 2 * padded * 4
-            return {
-                "qkv": (read, 0),
-                "packed": (taps, 0),
-                "counts": (0, blocks * 4),
-                "moments": (0, moments),
-            }
-        taps *= plan.tiles(plan.pairs)
-        return {
-            "qkv": (read, 0),
-            "packed": (taps, 0),
-            "spatial": (0, 2 * pixels * 4),
-            "sums": (0, plan.bands * plan.columns * 2 * shape.batch * padded * 4),
-        }
-    a, u = sum(_box(plan, shape, 2)), sum(_box(plan, shape, 1))
-    tiles = plan.tiles(plan.pairs) + plan.tiles(plan.pairs + 1)
-    taps = LANES * 4 * 8 * tiles * blocks * shape.chunks
-    first, channel = 0, 0
-    for chunks in plan.slices(shape):
-        tiles_of_8 = (first + chunks - 1) // 2 - first // 2 + 1
-        channel += blocks * 2 * tiles_of_8 * _up(shape.channels, 16) * LANES * 16
-        first += chunks
-    means = plan.bands * plan.columns * shape.batch * 2 * padded * parts * 4
-    return {
-        "qkv": ((2 * a + u) * shape.chunks * granule, 0),
-        "out": (0, pixels * shape.channels * 2),
-        "packed": (taps + channel, 0),
-        "spatial": (a * shape.chunks * 2 * 4, 0),
-        "sums": (means * len(plan.slices(shape)), 0),
-    }

@@ -66,6 +66,17 @@ def kinds(code: Sequence[Instruction]) -> Counter[str]:
     return Counter(i.kind for i in code)
 
 
+def named(code: Sequence[Instruction], *names: str) -> int:
+    """How many instructions have one of these names, options in any order: LDSM.T, STG.64, ..."""
+    found = 0
+    for i in code:
+        options = i.name.split(".")
+        for name in names:
+            kind, *wanted = name.split(".")
+            found += options[0] == kind and all(w in options for w in wanted)
+    return found
+
+
 _LINE = re.compile(
     r"/\*(?P<address>[0-9a-f]{4,6})\*/\s+(?P<predicate>@!?U?P\w+\s+)?"
     r"(?P<name>[A-Z][A-Z0-9_.]*)(?P<operands>[^;]*);"

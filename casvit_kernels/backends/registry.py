@@ -1,8 +1,9 @@
 """The ordered registry of backends and the choice among them.
 
 Choice, first that is set: the `backend=` argument, `use_backend(...)`, the environment variable
-CASVIT_KERNELS_BACKEND, else the first registered backend that can serve the call. A backend that was
-asked for and cannot serve the call raises with its reason; only the automatic choice moves on.
+CASVIT_KERNELS_BACKEND, else the first registered backend that can serve the call; which of `cuda` and
+`triton` comes first on a GPU, gpu_order.py says. A backend that was asked for and cannot serve the call
+raises with its reason; only the automatic choice moves on.
 
 To add a backend: write one file beside `cpu.py` that implements `base.Backend`, add it to `_REGISTRY`,
 and for each operation a file of its kernels (see `ops/mixer/kernels.py`).
@@ -12,11 +13,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
+from . import gpu_order
 from .base import Backend, BackendUnavailable, Problem
 from .cpu import CpuBackend
 from .cuda import CudaBackend
@@ -49,8 +51,17 @@ class BackendStatus(NamedTuple):
 def backends() -> list[BackendStatus]:
     """Every known backend, in order of preference, usable on this machine or why not."""
     return [
-        BackendStatus(b.name, (reason := b.why_not()) is None, reason) for b in _REGISTRY.values()
+        BackendStatus(b.name, (reason := b.why_not()) is None, reason)
+        for b in _in_order("cuda", None)
     ]
+
+
+def _in_order(device: str, ordinal: int | None) -> Iterable[Backend]:
+    """By preference for a device."""
+    if device != "cuda" or not gpu_order.triton_first(ordinal):
+        return _REGISTRY.values()
+    turned = {"cuda": "triton", "triton": "cuda"}
+    return [_REGISTRY[turned.get(name, name)] for name in _REGISTRY]
 
 
 def check_name(name: str | None, origin: str) -> None:
@@ -103,7 +114,7 @@ def select(requested: str | None, problem: Problem) -> Backend:
                 f"({problem.dtype} on {problem.device}): {reason}"
             )
         return backend
-    for backend in _REGISTRY.values():
+    for backend in _in_order(problem.device, problem.ordinal):
         if backend.why_not(problem) is None:
             if backend.name == "reference":
                 _say_once(problem)

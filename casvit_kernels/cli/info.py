@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import benchmark
-from ..backends import backends, cpu, cuda
+from ..backends import backends, cpu, cuda, gpu_order
 from ..demo import phrases
 from .arguments import Outcome, add_verb
 
@@ -32,6 +32,10 @@ def run(arguments: argparse.Namespace) -> Outcome:
         "cpu_features": _cpu_features(),
         "instruction_sets": cpu.instruction_sets(),
         "cuda_build": cuda.build(),
+        "gpu_order": [
+            {"gpu": name, "capability": f"{major}.{minor}", **of._asdict()}
+            for name, (major, minor), of in gpu_order.orders()
+        ],
         "backends": [status._asdict() for status in backends()],
     }
     return Outcome(document, _text(document))
@@ -47,10 +51,19 @@ def _text(document: dict[str, Any]) -> str:
         for b in document["backends"]
     ]
     parts = [_pairs(facts)]
+    orders = document["gpu_order"]
+    here = "" if orders[0]["gpu"] else "; there is no GPU here"
+    parts.append(f"cuda or triton first, in bfloat16 and float16{here}\n" + _pairs(_orders(orders)))
     if sets:
         parts.append("Instruction sets of the native library\n" + _pairs(_usable(sets)))
     parts.append("Backends, in order of preference\n" + _pairs(backends))
     return "\n\n".join(parts)
+
+
+def _orders(orders: list[dict[str, Any]]) -> Iterator[list[str]]:
+    for of in orders:
+        gpu = f"{of['gpu'] or 'compute capability'} {of['capability']}"
+        yield [gpu, f"{of['first']}, {of['why']}"]
 
 
 def _usable(sets: dict[str, str | None]) -> Iterator[list[str]]:
