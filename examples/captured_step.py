@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     try:
         device = device_of(options)
-        rows = [learn(options, device, way) for way in options.way or WAYS]
+        graphs = device.type == "cuda"
+        rows = [learn(options, device, way, graphs) for way in options.way or WAYS]
     except Problem as problem:
         print(f"captured_step: {problem}", file=sys.stderr)
         return 2
@@ -76,7 +77,11 @@ class Training:
         self._amp, self._device = options.amp, device
         torch.manual_seed(options.seed)
         config = Config(options.layers, options.dims)
-        self.model = RCViT(config, options.classes, distillation=False, fused=True).to(device)
+        try:
+            model = RCViT(config, options.classes, distillation=False, fused=True)
+        except ValueError as error:
+            raise Problem(f"the model: {error}") from error
+        self.model = model.to(device)
         self._run: Any = self.model
         if compiled:
             self._run = torch.compile(self.model, mode="reduce-overhead", fullgraph=True)
@@ -155,13 +160,14 @@ def side_stream() -> Iterator[None]:
     current.wait_stream(side)
 
 
-def learn(options: argparse.Namespace, device: torch.device, way: str) -> dict[str, Any]:
-    """Train and test in one way; its row of the results."""
-    on_gpu = device.type == "cuda"
+def learn(
+    options: argparse.Namespace, device: torch.device, way: str, graphs: bool
+) -> dict[str, Any]:
+    """Train and test in one way; its row of the results. graphs: whether there can be any."""
     training = Training(options, device, compiled=way == "compile")
     step: Call = training.step
     infer: Call = training.infer
-    if way == "graph" and on_gpu:
+    if way == "graph" and graphs:
         step, infer = Captured(step), Captured(infer)
     # The compiler's graphs reuse their memory from step to step.
     mark: Call = torch.compiler.cudagraph_mark_step_begin if way == "compile" else bool
@@ -189,7 +195,7 @@ def learn(options: argparse.Namespace, device: torch.device, way: str) -> dict[s
             bar.advance()
     return {
         "way": way,
-        "how": (WAYS if on_gpu else WITHOUT_GPU)[way],
+        "how": (WAYS if graphs else WITHOUT_GPU)[way],
         "losses": torch.stack(losses).tolist(),
         "top1": 100 * torch.stack(hits).mean().item(),
         "milliseconds_per_step": 1e3 * seconds / (options.steps - WARM_UP - 1),
@@ -197,7 +203,7 @@ def learn(options: argparse.Namespace, device: torch.device, way: str) -> dict[s
 
 
 def batches(options: argparse.Namespace, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(B, 3, H, W) float32 and (B,) int64, on the CPU: a pattern for each class, in noise twice as large.
+    """(B, 3, H, W) float32 and (B,) int64, on the CPU: a pattern for each class, in twice as much noise.
 
     seed: of these batches; the patterns are the same for all.
     """
