@@ -1,7 +1,7 @@
 """A CUDA graph made of a tape: what a call runs is noted, and run again on the same tensors.
 
-Its Python runs once, and what a capture forbids is an error. Calls of the emulated CUDA kernels are noted
-as operators are. What it cannot show: streams, memory pools, what a device does at the same time.
+Its Python runs once, and what a capture forbids is an error. Calls of the emulated CUDA kernels are
+noted as operators are. What it cannot show: streams, memory pools, what a device does at one time.
 """
 
 from __future__ import annotations
