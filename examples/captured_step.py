@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -174,12 +175,12 @@ def learn(
     losses, hits = [], []
     with phase(way, options.steps + TEST_BATCHES) as bar:
         training.model.train()
-        for number, (images, labels) in enumerate(batches(options, options.steps, 1)):
-            if number == WARM_UP + 1:  # warmed up, captured and compiled
+        for index, (images, labels) in enumerate(batches(options, options.steps, 1)):
+            if index == WARM_UP + 1:  # warmed up, captured and compiled
                 start = now(device)
             training.images.copy_(images, non_blocking=True)
             training.labels.copy_(labels, non_blocking=True)
-            training.rate.fill_(options.lr * (1 - number / options.steps))
+            training.rate.fill_(options.lr * (1 - index / options.steps))
             mark()
             step()
             losses.append(training.loss.clone())  # still on the device: nobody waits for it
@@ -193,10 +194,16 @@ def learn(
             infer()
             hits.append((training.logits.argmax(1) == labels.to(device)).float().mean())
             bar.advance()
+    values = torch.stack(losses).tolist()
+    for index, value in enumerate(values):
+        if not math.isfinite(value):
+            raise Problem(
+                f"{way}, step {index}: expected a finite loss, got {value}; try a smaller --lr"
+            )
     return {
         "way": way,
         "how": (WAYS if graphs else WITHOUT_GPU)[way],
-        "losses": torch.stack(losses).tolist(),
+        "losses": values,
         "top1": 100 * torch.stack(hits).mean().item(),
         "milliseconds_per_step": 1e3 * seconds / (options.steps - WARM_UP - 1),
     }

@@ -151,9 +151,12 @@ def test_compiled_it_is_the_same_training():
         (["--dims", "1,8,8,8"], r"config\.dims\[0\]: expected an integer >= 2, got 1"),
         (["--batch-size", "1"], r"--batch-size: expected an integer >= 2, got '1'"),
         (["--way", "fast"], r"--way: invalid choice: 'fast'"),
+        (["--lr", "1e30"], r"plain, step \d: expected a finite loss, got nan; .* --lr"),
+        (["--device", "cuda"], r"--device: expected one that is there, got cuda"),
     ],
 )
-def test_what_does_not_fit_is_said(arguments, message, capsys):
+def test_what_does_not_fit_is_said(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     try:
         status = captured_step.main([*TINY, "--way", "plain", *arguments])
     except SystemExit as stop:
