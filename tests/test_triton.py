@@ -3,10 +3,12 @@
 TRITON_INTERPRET must be set before triton is imported, and what is interpreted cannot be compiled.
 """
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from casvit_kernels import BackendUnavailable, FusedCATM, backends, testing
 from casvit_kernels.backends import Problem, get, triton
 from casvit_kernels.ops.mixer.autograd import mix_training
 from casvit_kernels.ops.mixer.schema import Settings
-from casvit_kernels.ops.mixer.triton import tuning
+from casvit_kernels.ops.mixer.triton import plan, tuning
 
 triton_itself = pytest.importorskip("triton")
 backends_module = sys.modules["casvit_kernels.backends.registry"]
@@ -227,12 +229,9 @@ print(json.dumps([C * H * W > 2**31, (partial[1, 0] - own.mean(1)).abs().max().i
 
 
 def test_images_too_large_are_refused():
-    from casvit_kernels.ops.mixer.triton import launch
-
     x = torch.empty(1, 8, 2**13, 2**14, device="meta")
-    cut = tuning.cut("statistics", *(x.shape[i] for i in (1, 0, 2, 3)))
-    with launch.recorded(), pytest.raises(ValueError, match=r"fewer than 2\^31 elements"):
-        launch.launch("statistics", x, cut, ())
+    with pytest.raises(ValueError, match=r"fewer than 2\^31 elements"):
+        plan.plan("statistics", plan.maps_of(x))
 
 
 def test_rows_and_images_of_a_program_only_change_rounding():
@@ -243,14 +242,15 @@ def test_rows_and_images_of_a_program_only_change_rounding():
 import json
 import torch
 from casvit_kernels import FusedCATM
-from casvit_kernels.ops.mixer.triton import tuning
+from casvit_kernels.ops.mixer.triton import plan, tuning
 
 mixer = FusedCATM(3, True, backend="triton").train()
 x = torch.randn(4, 3, 5, 6)
 results = []
 for few, many, band in ((1, 1, 8), (10**6, 10**6, 1), (10**6, 1, 2)):
-    tuning.FEW_PROGRAMS, tuning.MANY_PROGRAMS, tuning.SMALLEST_BAND = few, many, band
-    cut = tuning.cut("combine", 3, *x.shape[:1], *x.shape[2:])
+    tuning.FEW_PROGRAMS, tuning.MULTIPROCESSORS, tuning.SMALLEST_BAND = few, many, band
+    plan.plan.cache_clear()
+    cut = tuning.cut("combine", 3, *x.shape[:1], *x.shape[2:], many)
     y = x.clone().requires_grad_()
     mixer.zero_grad()
     mixer(y).square().sum().backward()
@@ -370,10 +370,38 @@ def test_tiles(channels):
             (64, 96, 96),
             (2, 9, 33),
         ):
-            cut = tuning.cut(kernel, channels, images, height, width)
+            cut = tuning.cut(kernel, channels, images, height, width, tuning.MULTIPROCESSORS)
             owned = tile.pixels if width <= tile.pixels else tile.pixels - 2 * halo
             together = (tile.pixels + 1) // (width + 1) or 1
             columns = -(-width // owned)
             assert cut.parts == columns * -(-height // cut.rows)
             groups = cut.programs // cut.parts * cut.repeat
             assert groups * together >= images > (groups - cut.repeat) * together
+
+
+@pytest.mark.parametrize(("channels", "edge"), [(48, 56), (56, 28), (112, 14), (220, 7), (512, 7)])
+def test_no_multiprocessor_is_idle(channels, edge):
+    """At batch 256, on GPUs with as many as an A100, an H100 and an MI300X, nine in ten have work."""
+    for count, kernel in itertools.product((108, 132, 304), tuning.HALO):
+        tile = tuning.tile(kernel, channels)
+        cut = tuning.cut(kernel, channels, 256, edge, edge, count)
+        gates = 2 if kernel in tuning.PER_GATE else 1
+        programs = cut.programs * -(-channels // tile.channels) * gates
+        assert programs > 0.79 * -(-programs // count) * count, (count, kernel, programs)
+
+
+def test_the_multiprocessors_of_the_gpu_count(monkeypatch):
+    """Not those of the GPU that is current; and a constant where there is none."""
+    properties = {torch.device("cuda", 0): 64, torch.device("cuda", 1): 10**6}
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: types.SimpleNamespace(multi_processor_count=properties[device]),
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    shape, devices = torch.Size((256, 112, 14, 14)), [*properties, torch.device("cpu")]
+    repeats = [plan.plan("gates", plan.Maps(shape, False, d)).sizes[-1] for d in devices]
+    cuts = [tuning.cut("gates", 112, 256, 14, 14, n) for n in (64, 10**6, tuning.MULTIPROCESSORS)]
+    assert repeats == [c.repeat for c in cuts]
+    assert len(set(repeats)) == 3, repeats
+    plan.plan.cache_clear()  # of GPUs that are not there

@@ -1,7 +1,7 @@
 """How kernels are cut: tile sizes by kernel, channels, dtype and layout; rows and images by size.
 
-Fixed by these tables and rules, never measured at run time: the first call does not stall, processes
-that start together do not race, and equal inputs give equal bits. Imports no triton.
+Fixed by these tables and rules, never measured at run time: processes that start together do not race,
+and equal inputs give equal bits on GPUs with as many multiprocessors. Imports no triton.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import NamedTuple
 FEW_PROGRAMS = 256  # below it, images are cut into bands of rows
 SMALLEST_BAND = 8  # rows; a band reads up to four rows more than it owns
 # A program takes several groups of images, and reads weights and writes their gradients once for them,
-# until these are a small part of its traffic, or as long as programs for most multiprocessors remain.
-MANY_PROGRAMS = 80
+# until these are a small part of its traffic, but as evenly over the multiprocessors as may be.
+MULTIPROCESSORS = 132  # where there is no GPU to ask: those of an H100
 MOST_REPEATS = 8
 SMALL_PART = 40  # one of so many parts
 
@@ -55,7 +55,7 @@ _FIXED = {
     "backward_gate": (16, 1),
     "backward_depthwise": (76, 5),
 }
-_PER_GATE = ("statistics", "gates", "backward_gate")  # q and k have programs of their own
+PER_GATE = ("statistics", "gates", "backward_gate")  # q and k have programs of their own
 # For kernels whose tile holds some of the channels.
 _BY_CHANNELS = {
     "statistics": Tile(32, 32, 128, 3),
@@ -77,19 +77,27 @@ def tile(kernel: str, channels: int, pixels_last: bool = False) -> Tile:
     return Tile(pixels, padded, threads, stages)
 
 
-def cut(kernel: str, channels: int, images: int, height: int, width: int) -> Cut:
+def cut(
+    kernel: str, channels: int, images: int, height: int, width: int, multiprocessors: int
+) -> Cut:
     """How many programs share B images of H x W pixels; as `tile.layout` counts them."""
     lanes, per_tile, *_ = tile(kernel, channels)
     halo = HALO[kernel]
     together = max((lanes + 1) // (width + 1), 1)
     tiles = 1 if width <= lanes else -(-width // (lanes - 2 * halo))
     groups = -(-images // together)
-    programs = groups * tiles * -(-channels // per_tile) * (2 if kernel in _PER_GATE else 1)
+    programs = groups * tiles * -(-channels // per_tile) * (2 if kernel in PER_GATE else 1)
     bands = min(-(-FEW_PROGRAMS // programs), -(-height // SMALLEST_BAND))
     rows = -(-height // bands)
     parts = tiles * -(-height // rows)
     fixed, maps = _FIXED[kernel]
     moved = maps * 2 * rows * (together * width if tiles == 1 else lanes)  # bytes, of 16 bits each
-    repeat = min(-(-SMALL_PART * 4 * fixed // moved), MOST_REPEATS)
-    repeat = max(1, min(repeat, programs * bands // MANY_PROGRAMS, groups))
+    most = min(-(-SMALL_PART * 4 * fixed // moved), MOST_REPEATS, groups)
+    each = parts * programs // (groups * tiles)  # programs of a group
+
+    def busiest(repeat: int) -> int:
+        """Bytes a channel that the multiprocessor with the most to do moves."""
+        return -(-(-(-groups // repeat) * each) // multiprocessors) * (4 * fixed + repeat * moved)
+
+    repeat = min(range(1, max(most, 1) + 1), key=busiest)
     return Cut(-(-groups // repeat) * parts, rows, repeat, parts)
