@@ -55,8 +55,13 @@ def maps_of(x: Tensor) -> Maps:
     return Maps(x.shape, output_memory_format(x) is torch.contiguous_format, x.device)
 
 
+def warp_size() -> int:
+    """Threads of a warp that this PyTorch's GPUs have; of AMD's the data-centre ones."""
+    return 64 if torch.version.hip is not None else 32
+
+
 def options(name: str, threads: int, warp: int) -> dict[str, Any]:
-    """For Triton's compiler. warp: threads of a warp, 64 on AMD's data-centre GPUs."""
+    """For Triton's compiler. warp: threads of a warp."""
     return {
         "num_warps": threads // (32 if name in SAME_WARPS else warp),
         "enable_fp_fusion": True,  # its default is to change
@@ -113,8 +118,7 @@ def _plan(
     constants: dict[str, Any],
     threads: int,
 ) -> Plan:
-    warp = 64 if torch.version.hip is not None else 32
-    keywords = constants | options(name, threads, warp)
+    keywords = constants | options(name, threads, warp_size())
     one_device = maps.device.type != "cuda" or torch.cuda.device_count() == 1
     return Plan(name, grid, parts, sizes, constants, threads, keywords, one_device)
 
