@@ -138,5 +138,5 @@ def test_where_it_cannot(monkeypatch):
         precompile([48], target="sm_90")
     monkeypatch.setattr(backend, "_triton", lambda: (False, None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendUnavailable, match="no GPU.*target='sm_90' compiles"):
+    with pytest.raises(BackendUnavailable, match=r"no GPU.*target='sm_90' compiles"):
         precompile([48])
