@@ -47,7 +47,7 @@ def _few(bench):
 
 def test_no_spills_and_wide_loads(bench, committed):
     """A choice of what the table holds, compiled now; the same numbers where Triton is the same."""
-    document, rows = committed
+    _, rows = committed
     cache = {}
     for config in _few(bench):
         counts = bench.count(config, cache)

@@ -233,13 +233,15 @@ def table(document: dict[str, Any]) -> str:
         ):
             if config.target != target:
                 continue
-            t = None if config.kernel in SMALL else tile(config.kernel, config.channels)
+            given = (config.layout == "NCHW", DTYPES[config.dtype].itemsize)
+            t = None if config.kernel in SMALL else tile(config.kernel, config.channels, *given)
             size = "" if t is None else f"{t.pixels} x {t.channels}"
             threads = SMALL_THREADS[config.kernel] if t is None else t.threads
             spilled = f" +{n.spilled}" if n.spilled else ""
             lines.append(
-                f"| {config.kernel} | {config.dtype} | {config.layout} | {config.channels} | {size} | "
-                f"{threads} | {version} | {n.registers}{spilled} | {n.shared} | {n.loads} | {n.stores} | "
+                f"| {config.kernel} | {config.dtype} | {config.layout} | {config.channels} | "
+                f"{size} | {threads} | {version} | "
+                f"{n.registers}{spilled} | {n.shared} | {n.loads} | {n.stores} | "
                 f"{n.barriers} | {n.shuffles} | {n.instructions} |"
             )
     return "\n".join(lines) + "\n"

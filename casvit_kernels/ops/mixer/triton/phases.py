@@ -15,6 +15,7 @@ from ..kernels import Combined, Gated, Mixed, ProjectionGradients
 from ..schema import empty_output, output_memory_format
 from ..weights import MixerWeights
 from .launch import launch
+from .packed import Packed, qkv_of, vectors
 from .plan import maps_of, plan
 
 ALIGNMENT = 16  # bytes; kernels are compiled for tensors that have it, as all allocated here do
@@ -25,46 +26,6 @@ class Projected(NamedTuple):
 
     qkv: Tensor  # (B, 3C, H, W), channels innermost or contiguous as `output_memory_format(x)`
     vectors: Tensor  # see `vectors`
-
-
-class Packed(NamedTuple):
-    """A mixer's weights for inference."""
-
-    qkv_weight: Tensor  # (3C, C), of the dtype computed in
-    qkv_bias: Tensor | None  # (3C,)
-    vectors: Tensor
-    statistics: Tensor  # (2, 2, C) float32, the running ones
-
-
-def pack(w: MixerWeights, dtype: torch.dtype) -> Packed:
-    moments = (w.q.norm_mean, w.q.norm_var, w.k.norm_mean, w.k.norm_var)
-    statistics = torch.stack([t.float() for t in moments if t is not None])
-    weight, bias = _qkv(w, dtype)
-    return Packed(weight, bias, vectors(w), statistics.view(2, 2, -1))
-
-
-def _qkv(w: MixerWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    return w.qkv_weight.flatten(1).to(dtype), None if w.qkv_bias is None else w.qkv_bias.to(dtype)
-
-
-def vectors(w: MixerWeights) -> Tensor:
-    """All weights but those of qkv as one float32 vector, as the kernels read them.
-
-    For q and k: depthwise (C, 9), its bias, BatchNorm's weight and bias, to the spatial gate (C each):
-    13C; for dwc and proj: (C, 9) and bias: 10C each; 46C in all. Then the channel gates' (2, C, C).
-    """
-    c = w.dwc_bias.shape[0]
-    pieces: list[Tensor] = []
-    for gate in (w.q, w.k):
-        pieces += gate.depthwise_weight, gate.depthwise_bias
-        pieces.append(w.dwc_bias.new_ones(c) if gate.norm_weight is None else gate.norm_weight)
-        pieces.append(w.dwc_bias.new_zeros(c) if gate.norm_bias is None else gate.norm_bias)
-        pieces.append(gate.spatial_weight)
-    pieces += w.dwc_weight, w.dwc_bias, w.proj_weight, w.proj_bias
-    pieces += w.q.channel_weight, w.k.channel_weight
-    packed = torch.empty((46 + 2 * c) * c, dtype=torch.float32, device=w.dwc_bias.device)
-    torch.cat([p.reshape(-1) for p in pieces], out=packed)
-    return packed
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -86,11 +47,11 @@ class TritonPhases:
     """`kernels.Phases`; sums are float32 whatever goes in, maps are of the dtype computed in."""
 
     def project(self, x: Tensor, w: MixerWeights, dtype: torch.dtype) -> Projected:
-        return Projected(product(x, *_qkv(w, dtype)), vectors(w))
+        return Projected(product(x, *qkv_of(w, dtype)), vectors(w))
 
     def statistics(self, x: Tensor, qkv: Projected, w: MixerWeights) -> Tensor:
         c = x.shape[1]
-        maps = maps_of(x)
+        maps = maps_of(x, qkv.qkv.dtype)
         p = plan("statistics", maps)
         number = _empty(x, p.grid[0])
         partial = _empty(x, p.grid[0], 2, 2, c)
@@ -120,7 +81,7 @@ class TritonPhases:
         channel: Tensor,
     ) -> Combined:
         b, c, height, width = x.shape
-        p = plan("backward_combine", maps_of(x))
+        p = plan("backward_combine", maps_of(x, qkv.qkv.dtype))
         programs, blocks, _ = p.grid
         if grad.data_ptr() % ALIGNMENT:  # a part of a larger tensor
             grad = grad.clone()
@@ -155,7 +116,7 @@ class TritonPhases:
         shift: Tensor,
     ) -> Gated:
         c = x.shape[1]
-        p = plan("backward_gate", maps_of(x))
+        p = plan("backward_gate", maps_of(x, qkv.qkv.dtype))
         logit = torch.empty_like(spatial, dtype=_small_dtype(qkv.qkv))
         partial = _empty(x, p.grid[0], 2, 2, c)
         launch(p, x, *qkv, statistics, *eps, spatial, pixel, shift, logit, partial)
@@ -182,7 +143,7 @@ class TritonPhases:
         grad_qkv: Tensor,
     ) -> tuple[Tensor, Tensor]:
         c = x.shape[1]
-        p = plan("backward_depthwise", maps_of(x))
+        p = plan("backward_depthwise", maps_of(x, qkv.qkv.dtype))
         weights = _empty(x, p.grid[0], 2, 10 * c)
         given = (*qkv, statistics, *eps, spatial, channel, shift, logit, coefficients, grad_sum)
         launch(p, x, *given, grad_qkv, weights)
@@ -217,7 +178,7 @@ def mix(
     dtype: torch.dtype,
 ) -> Mixed:
     """`Phases.mix`: three launches."""
-    maps = maps_of(x)
+    maps = maps_of(x, qkv.dtype)
     b, c, height, width = maps.shape
     gates = plan("gates", maps)
     spatial = _empty(x, b, 2, height, width)

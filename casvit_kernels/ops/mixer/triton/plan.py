@@ -1,7 +1,4 @@
-"""What a launch needs beside its tensors, worked out once for maps of one shape, layout and device.
-
-The dtype decides none of it; Triton's own cache tells dtypes apart. Imports no triton.
-"""
+"""What a launch needs beside its tensors, worked out once for maps of one kind. Imports no triton."""
 
 from __future__ import annotations
 
@@ -35,6 +32,7 @@ class Maps(NamedTuple):
 
     shape: torch.Size
     pixels_last: bool  # NCHW, else channels_last
+    itemsize: int  # of the dtype computed in; nothing else of it matters here
     device: torch.device
 
 
@@ -51,8 +49,10 @@ class Plan(NamedTuple):
     one_device: bool  # no other device than that of the maps can be current
 
 
-def maps_of(x: Tensor) -> Maps:
-    return Maps(x.shape, output_memory_format(x) is torch.contiguous_format, x.device)
+def maps_of(x: Tensor, dtype: torch.dtype) -> Maps:
+    """dtype: the one computed in."""
+    pixels_last = output_memory_format(x) is torch.contiguous_format
+    return Maps(x.shape, pixels_last, dtype.itemsize, x.device)
 
 
 def warp_size() -> int:
@@ -89,7 +89,7 @@ def plan(name: str, maps: Maps) -> Plan:
         threads, grid = SMALL_THREADS[name], (-(-c // BLOCK_CHANNELS), -(-b // BLOCK_IMAGES), 2)
         sizes = (parts, 1 / (height * width), b)
         return _plan(name, maps, grid, 1, sizes, constants, threads)
-    t = tile(name, c, maps.pixels_last)
+    t = tile(name, c, maps.pixels_last, maps.itemsize)
     together = max(1, min(b, (t.pixels + 1) // (width + 1)))
     # Offsets from the start of a row, and those within a tile of several images, have 32 bits.
     if 3 * c * height * width * together >= 2**31:

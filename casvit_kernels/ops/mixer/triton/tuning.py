@@ -65,15 +65,29 @@ _BY_CHANNELS = {
 }
 
 
-def tile(kernel: str, channels: int, pixels_last: bool = False) -> Tile:
-    """The tile of a kernel for maps of so many channels, NCHW where pixels_last."""
+def tile(kernel: str, channels: int, pixels_last: bool = False, itemsize: int = 2) -> Tile:
+    """The tile of a kernel for maps of so many channels, NCHW where pixels_last, of so many bytes each.
+
+    Its pixels and channels are the same for all layouts and dtypes: cuts and buffers depend on them.
+    """
     if kernel in _BY_CHANNELS:
-        return _BY_CHANNELS[kernel]
+        found = _BY_CHANNELS[kernel]
+        if kernel == "combine" and pixels_last:
+            # Single pixels of 16 bits cannot be copied ahead; with three rows Triton 3.6 spills.
+            found = found._replace(stages=1 if itemsize == 2 else 2)
+        return found
     padded = max(16, 1 << (channels - 1).bit_length())
     pixels = min(32, max(8, 4096 // padded))
-    threads = min(256 if kernel == "backward_gate" else 512, pixels * padded // 8)
+    # 512 threads have 128 registers each: in NCHW too few for Triton 3.6.
+    most = 256 if kernel == "backward_gate" or pixels_last else 512
+    threads = min(most, pixels * padded // 8)
+    largest = pixels * padded == 4096
     # Each row under way needs registers too; the largest tiles and the backward have few left.
-    stages = 3 if kernel == "gates" and threads < 512 else 1 if pixels_last else 2
+    stages = 1 if pixels_last else 2
+    if kernel == "gates" and threads < 512 and not largest:
+        stages = 3
+    if kernel == "backward_gate" and (padded == 256 or (padded == 512 and itemsize == 4)):
+        stages = 1
     return Tile(pixels, padded, threads, stages)
 
 
