@@ -105,8 +105,9 @@ def test_inference():
             """
 import json
 import torch
-from casvit_kernels import FusedCATM, use_backend
+from casvit_kernels import FusedCATM, catm, use_backend
 from casvit_kernels.backends import Problem, select
+from casvit_kernels.module import mixer_weights
 from casvit_kernels.ops.mixer.triton import launch, packed, phases
 
 calls = []
@@ -140,6 +141,11 @@ with torch.no_grad():
 run()
 document["changed"] = "vectors" in calls
 document["error after a change"] = error()
+calls.clear()
+with torch.no_grad():  # what a captured graph has, too, where nothing is kept
+    out = catm(x, mixer_weights(mixer), backend="triton")
+document["calls without packed weights"] = list(calls)
+document["error without packed weights"] = float((out - run()).abs().max())
 with torch.autocast("cpu", torch.bfloat16):
     document["autocast"] = str(run().dtype)
     run()
@@ -158,6 +164,7 @@ print(json.dumps(document))
     assert found["automatic"] == "cpu"  # interpreted, it must be asked for
     four = ["product", "gates", "channel_gates", "combine"]
     assert found["calls"] == found["kept under autocast"] == four
+    assert found["calls without packed weights"] == ["vectors", *four]
     assert found["changed"]
     assert found["autocast"] == "torch.bfloat16"
     assert max(found[k] for k in found if "error" in k) < 1e-3
@@ -474,7 +481,8 @@ def test_a_call_is_planned_once():
     plan.plan.cache_clear()
     found = [plan.plan("combine", maps) for maps in kinds]
     assert plan.plan.cache_info().misses == len(kinds)
-    again = plan.maps_of(torch.ones(2, 6, 8, 8, memory_format=torch.channels_last), torch.float32)
+    again = torch.ones(2, 6, 8, 8).contiguous(memory_format=torch.channels_last)
+    again = plan.maps_of(again, torch.float32)
     assert plan.plan("combine", again) is found[0]
     assert plan.plan.cache_info().maxsize == plan.MOST
     assert not [
