@@ -22,10 +22,10 @@ from casvit_kernels.backends import Problem, get, triton
 from casvit_kernels.module import mixer_weights
 from casvit_kernels.ops.mixer.autograd import mix_training
 from casvit_kernels.ops.mixer.schema import Settings
-from casvit_kernels.ops.mixer.triton import plan, tuning
+from casvit_kernels.ops.mixer.triton import tuning
 
 triton_itself = pytest.importorskip("triton")
-from casvit_kernels.ops.mixer.triton import launch  # noqa: E402
+from casvit_kernels.ops.mixer.triton import launch, plan  # noqa: E402
 
 backends_module = sys.modules["casvit_kernels.backends.registry"]
 HERE = Path(__file__).parent
@@ -304,7 +304,7 @@ def test_rows_and_images_of_a_program_only_change_rounding():
 import json
 import torch
 from casvit_kernels import FusedCATM
-from casvit_kernels.ops.mixer.triton import plan, tuning
+from casvit_kernels.ops.mixer.triton import tuning
 
 mixer = FusedCATM(3, True, backend="triton").train()
 x = torch.randn(4, 3, 5, 6)

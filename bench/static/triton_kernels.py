@@ -63,18 +63,33 @@ class Counts(NamedTuple):
 
 
 def source_hash() -> str:
-    """Of all that decides what is compiled: the kernels' sources, constants and options."""
+    """Of all that decides what is compiled: the kernels' sources, tiles and options."""
+    from casvit_kernels.ops.mixer.triton import plan, tuning
+
     folder = ROOT / "casvit_kernels" / "ops" / "mixer" / "triton"
     digest = hashlib.sha256()
     for name in SOURCES:
         digest.update((folder / f"{name}.py").read_bytes())
-    for c in CHANNELS:
-        for layout in LAYOUTS:
-            for it in launches(c, layout, torch.float32).values():
-                digest.update(
-                    repr((it.name, it.constants, it.options(32), it.options(64))).encode()
-                )
+    for version in VERSIONS:
+        for config in configs():
+            if config.kernel in SMALL:
+                threads = tuning.SMALL_THREADS[config.kernel]
+                blocks = (tuning.BLOCK_IMAGES, tuning.BLOCK_CHANNELS, tuning.BLOCK_TERMS)
+                made: Any = (*blocks, tuning.BLOCK)
+            else:
+                made = _tile(version, config)
+                threads = made.threads
+            options = [plan.options(config.kernel, threads, warp) for warp in (32, 64)]
+            digest.update(repr((config, made, options)).encode())
     return digest.hexdigest()
+
+
+def _tile(version: str, config: Config) -> Any:
+    from casvit_kernels.ops.mixer.triton.tuning import tile
+
+    major, minor = map(int, version.split(".")[:2])
+    given = (config.layout == "NCHW", DTYPES[config.dtype].itemsize, (major, minor))
+    return tile(config.kernel, config.channels, *given)
 
 
 def configs() -> Iterator[Config]:
@@ -198,12 +213,15 @@ pixel is a multiple of 8 bytes alone. `combine` on gfx942 loads 8: with two wave
 weight gradients for each channel of a thread, so a thread has one or two channels, and loads as much.
 In NCHW nothing is known of the alignment of a row when the kernel is compiled (7 x 7 images have odd
 rows), so a thread loads single pixels; the threads of a warp load neighbours. Wider loads there are of
-vectors. fp16 differs from bf16 in conversions alone."""
+vectors. fp16 differs from bf16 in conversions alone.
+
+Triton 3.6 takes more registers, and has tiles with fewer rows under way where it would spill with those of
+3.9. What still spills there, 8 to 36 bytes, would need tiles of fewer pixels, which 3.9 does not."""
 
 
 def table(document: dict[str, Any]) -> str:
     """docs/triton_kernels.md."""
-    from casvit_kernels.ops.mixer.triton.tuning import SMALL_THREADS, tile
+    from casvit_kernels.ops.mixer.triton.tuning import SMALL_THREADS
 
     lines = [
         "# Triton kernels, as compiled",
@@ -233,8 +251,7 @@ def table(document: dict[str, Any]) -> str:
         ):
             if config.target != target:
                 continue
-            given = (config.layout == "NCHW", DTYPES[config.dtype].itemsize)
-            t = None if config.kernel in SMALL else tile(config.kernel, config.channels, *given)
+            t = None if config.kernel in SMALL else _tile(version, config)
             size = "" if t is None else f"{t.pixels} x {t.channels}"
             threads = SMALL_THREADS[config.kernel] if t is None else t.threads
             spilled = f" +{n.spilled}" if n.spilled else ""

@@ -36,7 +36,7 @@ def vectors(w: MixerWeights, *more: Tensor) -> Tensor:
 
     For q and k: depthwise (C, 9), its bias, BatchNorm's weight and bias, to the spatial gate (C each):
     13C; for dwc and proj: (C, 9) and bias: 10C each; 46C in all. Then the channel gates' (2, C, C).
-    more: what shall follow; it begins at a multiple of 16 bytes.
+    more: (C,) each, what shall follow; it begins at a multiple of 16 bytes.
     """
     c = w.dwc_bias.shape[0]
     pieces: list[Tensor] = []
@@ -47,9 +47,7 @@ def vectors(w: MixerWeights, *more: Tensor) -> Tensor:
         pieces.append(gate.spatial_weight)
     pieces += w.dwc_weight, w.dwc_bias, w.proj_weight, w.proj_bias
     pieces += w.q.channel_weight, w.k.channel_weight, *more
-    flat = [p.reshape(-1) for p in pieces]
-    packed = torch.empty(
-        sum(p.numel() for p in flat), dtype=torch.float32, device=w.dwc_bias.device
-    )
-    torch.cat(flat, out=packed)
+    size = (46 + 2 * c + len(more)) * c
+    packed = torch.empty(size, dtype=torch.float32, device=w.dwc_bias.device)
+    torch.cat([p.reshape(-1) for p in pieces], out=packed)
     return packed

@@ -1,4 +1,4 @@
-"""What a launch needs beside its tensors, worked out once for maps of one kind. Imports no triton."""
+"""What a launch needs beside its tensors, worked out once for maps of one kind."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from ..schema import output_memory_format
@@ -25,6 +26,7 @@ from .tuning import (
 SAME_WARPS = ("combine", "backward_gate")
 # Plans kept: those of eight kernels, for four stages at some thirty sizes and batches.
 MOST = 1024
+_MAJOR, _MINOR = map(int, triton.__version__.split(".")[:2])
 
 
 class Maps(NamedTuple):
@@ -89,7 +91,7 @@ def plan(name: str, maps: Maps) -> Plan:
         threads, grid = SMALL_THREADS[name], (-(-c // BLOCK_CHANNELS), -(-b // BLOCK_IMAGES), 2)
         sizes = (parts, 1 / (height * width), b)
         return _plan(name, maps, grid, 1, sizes, constants, threads)
-    t = tile(name, c, maps.pixels_last, maps.itemsize)
+    t = tile(name, c, maps.pixels_last, maps.itemsize, (_MAJOR, _MINOR))
     together = max(1, min(b, (t.pixels + 1) // (width + 1)))
     # Offsets from the start of a row, and those within a tile of several images, have 32 bits.
     if 3 * c * height * width * together >= 2**31:

@@ -57,7 +57,7 @@ def precompile(
 
     Args:
         channels: of the mixers, each at least 1; of a fused model
-            ``{m.dim for m in model.modules() if isinstance(m, FusedCATM)}``.
+            ``{m.qkv.in_channels for m in model.modules() if isinstance(m, FusedCATM)}``.
         dtypes: that mixers compute in, so autocast's where it is on: float32, bfloat16, float16.
         memory_formats: of their inputs: ``torch.channels_last``, ``torch.contiguous_format`` (NCHW).
         training: also the kernels of batch statistics and of the backward.

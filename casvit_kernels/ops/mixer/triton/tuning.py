@@ -15,6 +15,7 @@ SMALLEST_BAND = 8  # rows; a band reads up to four rows more than it owns
 MULTIPROCESSORS = 132  # where there is no GPU to ask: those of an H100
 MOST_REPEATS = 8
 SMALL_PART = 40  # one of so many parts
+NEWEST = (3, 9)  # of the versions of Triton that tiles were chosen with
 
 
 class Tile(NamedTuple):
@@ -65,28 +66,35 @@ _BY_CHANNELS = {
 }
 
 
-def tile(kernel: str, channels: int, pixels_last: bool = False, itemsize: int = 2) -> Tile:
+def tile(
+    kernel: str,
+    channels: int,
+    pixels_last: bool = False,
+    itemsize: int = 2,
+    triton: tuple[int, int] = NEWEST,
+) -> Tile:
     """The tile of a kernel for maps of so many channels, NCHW where pixels_last, of so many bytes each.
 
-    Its pixels and channels are the same for all layouts and dtypes: cuts and buffers depend on them.
+    Its pixels and channels depend on the first two alone: cuts and buffers depend on them. triton: its
+    version.
     """
+    # Triton 3.6 takes more registers: where it would spill, fewer rows are under way.
+    old = triton < (3, 7)
     if kernel in _BY_CHANNELS:
         found = _BY_CHANNELS[kernel]
-        if kernel == "combine" and pixels_last:
-            # Single pixels of 16 bits cannot be copied ahead; with three rows Triton 3.6 spills.
-            found = found._replace(stages=1 if itemsize == 2 else 2)
+        if kernel == "combine" and pixels_last and old:
+            return found._replace(stages=1 if itemsize == 2 else 2)
         return found
     padded = max(16, 1 << (channels - 1).bit_length())
     pixels = min(32, max(8, 4096 // padded))
-    # 512 threads have 128 registers each: in NCHW too few for Triton 3.6.
+    # 512 threads have 128 registers each: too few in the backward, and in NCHW for Triton 3.6.
     most = 256 if kernel == "backward_gate" or pixels_last else 512
     threads = min(most, pixels * padded // 8)
-    largest = pixels * padded == 4096
     # Each row under way needs registers too; the largest tiles and the backward have few left.
     stages = 1 if pixels_last else 2
-    if kernel == "gates" and threads < 512 and not largest:
+    if kernel == "gates" and pixels * padded < 4096:
         stages = 3
-    if kernel == "backward_gate" and (padded == 256 or (padded == 512 and itemsize == 4)):
+    if kernel == "backward_gate" and old and (padded == 256 or (padded == 512 and itemsize == 4)):
         stages = 1
     return Tile(pixels, padded, threads, stages)
 
