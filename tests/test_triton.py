@@ -304,7 +304,7 @@ def test_rows_and_images_of_a_program_only_change_rounding():
 import json
 import torch
 from casvit_kernels import FusedCATM
-from casvit_kernels.ops.mixer.triton import tuning
+from casvit_kernels.ops.mixer.triton import plan, tuning
 
 mixer = FusedCATM(3, True, backend="triton").train()
 x = torch.randn(4, 3, 5, 6)

@@ -215,8 +215,8 @@ In NCHW nothing is known of the alignment of a row when the kernel is compiled (
 rows), so a thread loads single pixels; the threads of a warp load neighbours. Wider loads there are of
 vectors. fp16 differs from bf16 in conversions alone.
 
-Triton 3.6 takes more registers, and has tiles with fewer rows under way where it would spill with those of
-3.9. What still spills there, 8 to 36 bytes, would need tiles of fewer pixels, which 3.9 does not."""
+Triton 3.6 takes more registers, and has fewer rows under way where it would spill with as many as 3.9.
+What still spills there, 8 to 36 bytes, would need tiles of fewer pixels, which 3.9 does not."""
 
 
 def table(document: dict[str, Any]) -> str:
