@@ -161,6 +161,7 @@ inline Plan plan(Kernel kernel, const Maps& m, const Device& device) {
             const double blocks =
                 static_cast<double>(c.bands) * c.columns * divide_up(m.images, images) * slices *
                 (kernel == Kernel::kCombine || kernel == Kernel::kBackwardCombine ? 1 : 2);
+            if (blocks <= device.multiprocessors) together = 1;
             const double turns = divide_up(static_cast<int>(blocks < 1e9 ? blocks : 1e9),
                                            device.multiprocessors * together);
             const double cost = turns * together * block_cost(kernel, m, c, rows, halo) /
@@ -216,6 +217,7 @@ inline Plan plan_single_pass(const Maps& m, const Device& device, const SinglePa
           int together = device.shared_per_multiprocessor / static_cast<int>(shared + kReserved);
           together = together < 1 ? 1 : together > 2 ? 2 : together;  // registers
           const double blocks = static_cast<double>(bands) * slices * divide_up(m.images, images);
+          if (blocks <= device.multiprocessors) together = 1;
           const double turns = divide_up(static_cast<int>(blocks < 1e9 ? blocks : 1e9),
                                          device.multiprocessors * together);
           const double cost =
