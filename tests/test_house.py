@@ -12,7 +12,7 @@ LAYERS = (
     ("backends",),
     ("ops",),
     ("module", "functional"),
-    ("models", "surgery", "photographs"),
+    ("models", "surgery", "photographs", "tokens"),
     ("testing", "benchmark"),
     ("export",),
     ("demo",),

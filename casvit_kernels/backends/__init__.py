@@ -11,6 +11,7 @@ from .registry import (
     check_name,
     first_choice,
     get,
+    requested,
     select,
     use_backend,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "check_name",
     "first_choice",
     "get",
+    "requested",
     "select",
     "use_backend",
 ]

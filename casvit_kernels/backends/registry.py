@@ -122,6 +122,17 @@ def select(requested: str | None, problem: Problem) -> Backend:
     raise AssertionError("the reference backend serves every problem")
 
 
+def requested() -> str | None:
+    """The backend that `use_backend` or the environment asks for, None where the choice is automatic.
+
+    Raises:
+        ValueError: the environment variable names no known backend.
+    """
+    name, origin = _asked(None)
+    check_name(name, origin)
+    return name
+
+
 def first_choice(requested: str | None) -> str:
     """The name of the backend that `select` takes if it can serve the problem; unchecked."""
     name, _ = _asked(requested)

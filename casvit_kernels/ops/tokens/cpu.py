@@ -1,0 +1,26 @@
+"""Token clustering by the native library's CPU kernels: csrc/cpu/tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class CpuTokenKernels:
+    name = "cpu"
+
+    def cluster(
+        self,
+        x: Tensor,
+        size: Sequence[int],
+        grid: Sequence[int],
+        iterations: int,
+        window: int,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        out: tuple[Tensor, Tensor] = torch.ops.casvit_kernels.cpu_cluster_tokens(
+            x, size, grid, iterations, window, temperature
+        )
+        return out

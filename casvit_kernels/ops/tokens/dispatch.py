@@ -1,0 +1,46 @@
+"""Which backend serves a call of token clustering."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends import BackendUnavailable, Problem, get, requested, select
+from ..tracing import exporting, formulas_only
+from . import kernels, local, schema
+from .cells import Size
+from .cpu import CpuTokenKernels
+
+kernels.register(CpuTokenKernels())
+
+
+def cluster(
+    x: Tensor, size: Size, grid: Size, iterations: int, window: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Centres and affinities as `local.cluster`, by kernels where there are some.
+
+    Raises:
+        BackendUnavailable: the backend asked for by `use_backend` or the environment cannot serve it.
+    """
+    given = (size, grid, iterations, window, temperature)
+    if exporting() or formulas_only(x, x):
+        return local.cluster(x, *given)
+    name = _choose(x.device.type, x.dtype, x.device.index)
+    return local.cluster(x, *given) if name == "reference" else schema.cluster(x, *given, name)
+
+
+def _choose(device: str, dtype: torch.dtype, index: int | None) -> str:
+    problem = Problem(device, dtype, 0, index)
+    able = (*kernels.known(), "reference")
+    asked = requested()
+    if asked is None:
+        return next(name for name in able if get(name).why_not(problem) is None)
+    if asked not in able:
+        raise BackendUnavailable(
+            f"backend {asked!r} has no kernels for token clustering; those that do: {', '.join(able)}"
+        )
+    return select(asked, problem).name
+
+
+# A compiled function keeps the choice it was compiled with, as of the mixer.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
