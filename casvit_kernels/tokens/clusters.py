@@ -32,6 +32,9 @@ class Clusters:
     grid: Size
     window: int
     temperature: float
+    _affinity: Tensor | None = field(
+        repr=False, default=None
+    )  # (B, N, window**2); None: means of cells
     _version: int | None = field(repr=False, default=None)
 
     def labels(self) -> Tensor:
@@ -48,6 +51,17 @@ class Clusters:
                 some = reference.wide(tokens[:, first : first + step])
                 found.append(reference.distances(some, centres).nan_to_num(torch.inf).argmin(2))
         return torch.cat(found, 1)
+
+    def positions(self) -> Tensor:
+        """``(B, K, 2)``: mean row and column of each centre's tokens, weighted as the centre itself is.
+
+        float32 (float64 for float64), without gradient. On a grid as fine as the map, not iterated,
+        exactly the tokens' own.
+        """
+        with torch.no_grad():
+            return local.positions(
+                reference.wide(self.tokens), self._affinity, self.size, self.grid, self.window
+            )
 
     def checked_tokens(self) -> Tensor:
         """The tokens.
@@ -110,9 +124,10 @@ def cluster_tokens(
             f"class or register tokens, got shape {tuple(x.shape)}"
         )
     size, grid = (size[0], size[1]), (grid[0], grid[1])
-    centres, _ = dispatch.cluster(x, size, grid, iterations, window, temperature)
+    centres, affinity = dispatch.cluster(x, size, grid, iterations, window, temperature)
     version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
-    return Clusters(centres, x, size, grid, window, temperature, version)
+    kept = affinity if iterations else None
+    return Clusters(centres, x, size, grid, window, temperature, kept, version)
 
 
 def reconstruct_tokens(
@@ -160,16 +175,12 @@ def reconstruct_tokens(
         raise ValueError(
             f"y: expected the centres' device, {clusters.centres.device}, got {y.device}"
         )
-    _whole("neighbours", neighbours, 1)
     if temperature is None:
         temperature = clusters.temperature
-    _positive("temperature", temperature)
-    if norm not in ("l2", "sum"):
-        raise ValueError(f"norm: expected 'l2' or 'sum', got {norm!r}")
+    check_reconstruction(neighbours, temperature, norm, window)
     tokens = clusters.checked_tokens()
     if window is None:
         return reference.reconstruct(y, tokens, clusters.centres, neighbours, temperature, norm)
-    _odd("window", window)
     return local.reconstruct(
         y,
         tokens,
@@ -197,6 +208,18 @@ def check(size: Size, grid: Size, iterations: int, window: int, temperature: flo
     _whole("iterations", iterations, 0)
     _odd("window", window)
     _positive("temperature", temperature)
+
+
+def check_reconstruction(
+    neighbours: int, temperature: float, norm: str, window: int | None
+) -> None:
+    """Raises as `reconstruct_tokens` does, for what is known without tokens."""
+    _whole("neighbours", neighbours, 1)
+    _positive("temperature", temperature)
+    if norm not in ("l2", "sum"):
+        raise ValueError(f"norm: expected 'l2' or 'sum', got {norm!r}")
+    if window is not None:
+        _odd("window", window)
 
 
 def _whole(name: str, value: int, least: int) -> None:

@@ -53,6 +53,20 @@ def fold(parts: Tensor, at: Cells) -> Tensor:
     return (parts[:, at.around, opposite] * at.inside[..., None]).sum(2)
 
 
+def positions(x: Tensor, affinity: Tensor | None, size: Size, grid: Size, window: int) -> Tensor:
+    """(B, K, 2) of x (B, N, C): mean row and column, by affinities (B, N, J); None: pooled."""
+    lines = [torch.arange(n, dtype=x.dtype, device=x.device) for n in size]
+    own = torch.stack(torch.meshgrid(*lines, indexing="ij"), 2).reshape(1, -1, 2)
+    first = pooled(own, size, grid).expand(x.shape[0], -1, -1)
+    if affinity is None:
+        return first
+    at = cells(size, grid, window, x.device)
+    weights = affinity[:, at.tokens] * at.filled[..., None]  # (B, K, m, J)
+    total = fold(weights.sum(2)[..., None], at)
+    found = fold(weights.transpose(2, 3) @ own[0][at.tokens], at) / total.where(total > 0, 1)
+    return torch.where(total > 0, found, first)
+
+
 def cluster_backward(grad: Tensor, affinity: Tensor, size: Size, grid: Size, window: int) -> Tensor:
     """The gradient at x, (B, N, C) in float32, of one at the centres, (B, K, C)."""
     at = cells(size, grid, window, grad.device)
