@@ -11,8 +11,7 @@ those of hooks of a user's own. After the last clustered block the map itself is
 Under torch.compile there are no such tensors: the hook after a block rebuilds the map and remembers the
 centres beside it, and the compiler drops every map that nobody reads.
 
-Hooks are objects and hold settings, no modules: they are copied and pickled with the model. What a call
-needs is kept for each thread.
+Hooks are objects: they are copied and pickled with the model. What a call needs is kept for each thread.
 """
 
 from __future__ import annotations
@@ -102,12 +101,14 @@ class Plan:
         norm: str,
         reconstruction_window: int | None,
         relative: bool,
+        checkpointing: tuple[nn.Module, ...],
     ) -> None:
         self.path, self.at, self.until = path, at, until
         self.grid, self.size, self.prefix = grid, size, prefix
         self.iterations, self.window, self.temperature = iterations, window, temperature
         self.neighbours, self.norm = neighbours, norm
         self.reconstruction_window, self.relative = reconstruction_window, relative
+        self.checkpointing = checkpointing  # modules with a switch for it, of timm
         self.call = Call()
         self.handles: list[Any] = []
 
@@ -119,6 +120,11 @@ class Plan:
         if x.dim() != 3:
             raise ValueError(
                 f"{self.where(self.at)}: expected tokens (B, N, C), got shape {tuple(x.shape)}"
+            )
+        if any(getattr(module, "grad_checkpointing", False) for module in self.checkpointing):
+            raise ValueError(
+                f"{self.where(self.at)}: expected gradient checkpointing to be off, it is on: it runs a "
+                "block again without what came before: call set_grad_checkpointing(False)"
             )
         size = self._size(x.shape[1] - self.prefix, x.shape[1])
         with torch.autocast(x.device.type, enabled=False):  # distances are float32
@@ -147,8 +153,8 @@ class Plan:
         if size is not None:
             if size[0] * size[1] != count:
                 raise ValueError(
-                    f"{first}: {source} {size[0]} x {size[1]} = {size[0] * size[1]} tokens, the block was "
-                    f"given {whole} with {self.prefix} class and register tokens among them"
+                    f"{first}: {source} {size[0]} x {size[1]} = {size[0] * size[1]} tokens, the block "
+                    f"was given {whole}, of which {self.prefix} class or register"
                 )
             return size
         if self.call.image is not None:
@@ -159,9 +165,10 @@ class Plan:
                 if size[0] * size[1] == count:
                     return size
         raise ValueError(
-            f"{first}: the map's height and width of {count} tokens are not known: no patch embedding "
+            f"{first}: height and width of the map of {count} tokens are not known: no patch embedding "
             "(nn.Conv2d with stride = kernel size) ran in this call, and no image tells them: give "
-            "expedite size=(H, W), or prefix= where that count is wrong"
+            "expedite size=(H, W), or prefix= where that count is wrong (that the block is run again by "
+            "gradient checkpointing is not served)"
         )
 
     def follow(self, x: Tensor, index: int) -> tuple[Tensor, Clustered]:
@@ -169,17 +176,17 @@ class Plan:
         if torch.compiler.is_compiling():
             if self.call.centres is not None and self.call.centres[0] is x:
                 return self.call.centres[1], self.call.centres[2]
-        elif isinstance(x, Deferred) and x.index == index - 1:
+        elif isinstance(x, Deferred) and x.block == index - 1:
             if written(x):
                 raise RuntimeError(
-                    f"{self.where(index)}: the output of {self.where(index - 1)} was written to in place, "
-                    "which its cluster centres do not follow: clone it first"
+                    f"{self.where(index)}: the output of {self.where(index - 1)} was written to in "
+                    "place, which its cluster centres do not follow: clone it first"
                 )
             return x.tokens, self._clustered(x)
         raise RuntimeError(
-            f"{self.where(index)}: expected the very output of {self.where(index - 1)}, got another tensor: "
-            "between clustered blocks nothing may change it (choose at and until so that nothing does), "
-            "and torch.compile has to take the whole model, with fullgraph=True"
+            f"{self.where(index)}: expected the very output of {self.where(index - 1)}, got another "
+            "tensor: between clustered blocks nothing may change it (choose at and until so), and "
+            "torch.compile has to take the model whole, with fullgraph=True"
         )
 
     def _clustered(self, x: Deferred) -> Clustered:
@@ -200,7 +207,7 @@ class Plan:
             if {count, count + self.prefix} & set(part.shape[part.dim() > 2 :]):
                 raise ValueError(
                     f"{where}: got a tensor {tuple(part.shape)} for the {count} tokens of the full map, "
-                    "which has no meaning for cluster centres: call the model without it, or unexpedite it"
+                    "which says nothing of cluster centres: call the model without it, or unexpedite it"
                 )
         return value
 
@@ -279,13 +286,13 @@ class After:
         count = plan.prefix + plan.grid[0] * plan.grid[1]
         if clustered is None or not isinstance(tokens, Tensor) or tokens.dim() != 3:
             raise TypeError(
-                f"{plan.where(self.index)}: expected the block to return tokens (B, N, C), or a tuple that "
-                f"begins with them, got {type(tokens).__name__}"
+                f"{plan.where(self.index)}: expected the block to return tokens (B, N, C), or a tuple "
+                f"that begins with them, got {type(tokens).__name__}"
             )
         if tokens.shape[1] != count:
             raise ValueError(
-                f"{plan.where(self.index)}: expected the block to return {count} tokens as it was given, "
-                f"got shape {tuple(tokens.shape)}"
+                f"{plan.where(self.index)}: expected the block to return {count} tokens as it was "
+                f"given, got shape {tuple(tokens.shape)}"
             )
         if self.index == plan.until - 1:
             call.centres = None

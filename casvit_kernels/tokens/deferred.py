@@ -43,20 +43,20 @@ class Deferred(Tensor):
 
     tokens: Tensor  # (B, P + K, C), what the block returned
     rebuilding: Rebuilding
-    index: int  # of the block
+    block: int  # its index
     _dense: Tensor | None
     _seen: int  # version counter of it
 
     @staticmethod
-    def __new__(cls, tokens: Tensor, rebuilding: Rebuilding, index: int) -> Deferred:
+    def __new__(cls, tokens: Tensor, rebuilding: Rebuilding, block: int) -> Deferred:
         count = rebuilding.prefix + rebuilding.clusters.tokens.shape[1]
-        self: Deferred = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: Deferred = torch.Tensor._make_wrapper_subclass(
             cls,
             (tokens.shape[0], count, tokens.shape[2]),
             dtype=tokens.dtype,
             device=tokens.device,
         )
-        self.tokens, self.rebuilding, self.index = tokens, rebuilding, index
+        self.tokens, self.rebuilding, self.block = tokens, rebuilding, block
         self._dense, self._seen = None, 0
         return self
 
@@ -75,7 +75,7 @@ class Deferred(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: Sequence[type],
@@ -133,7 +133,7 @@ _KNOWN = frozenset(
         Tensor.shape.__get__,  # type: ignore[attr-defined]
         Tensor.ndim.__get__,  # type: ignore[attr-defined]
         Tensor.dtype.__get__,  # type: ignore[attr-defined]
-        Tensor.device.__get__,  # type: ignore[attr-defined]
+        Tensor.device.__get__,
         Tensor.layout.__get__,  # type: ignore[attr-defined]
         Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
     )

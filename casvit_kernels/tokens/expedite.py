@@ -119,6 +119,7 @@ def expedite(
         norm=norm,
         reconstruction_window=reconstruction_window,
         relative=bool(biased),
+        checkpointing=tuple(m for m in model.modules() if hasattr(m, "grad_checkpointing")),
     )
     handles = plan.handles
     handles.append(model.register_forward_pre_hook(Start(plan), with_kwargs=True))
@@ -184,7 +185,8 @@ def unexpedite(model: nn.Module) -> None:
 def _plans(module: nn.Module, kinds: tuple[type, ...] = HOOKS) -> list[Plan]:
     """Those whose hooks are on the module itself."""
     hooks: list[Any] = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return list({id(hook.plan): hook.plan for hook in hooks if isinstance(hook, kinds)}.values())
+    plans: list[Plan] = [hook.plan for hook in hooks if type(hook) in kinds]
+    return list(dict.fromkeys(plans))
 
 
 def _argument_names(block: nn.Module, where: str) -> tuple[str, ...]:

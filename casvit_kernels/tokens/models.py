@@ -1,4 +1,4 @@
-"""What `expedite` knows of models: their blocks, patch embedding, prefix tokens, and what it cannot serve."""
+"""What `expedite` knows of models: blocks, patch embedding, prefix tokens, and what cannot be served."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def find_blocks(
             return found[0]
         if not found:
             raise ValueError(
-                "blocks: found no nn.Sequential or nn.ModuleList of equal blocks named blocks, layers or "
-                f"layer in {type(model).__name__}: give its dotted name"
+                "blocks: found no nn.Sequential or nn.ModuleList of equal blocks named blocks, layers "
+                f"or layer in {type(model).__name__}: give its dotted name"
             )
         names = ", ".join(repr(path) for path, _ in found)
         raise ValueError(f"blocks: found several lists of blocks, {names}: give the name of one")
@@ -84,7 +84,7 @@ def _containers(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
 
 
 def patch_embedding(model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Conv2d | None:
-    """The convolution that makes tokens of an image: the last one before the blocks, else the first after.
+    """The convolution that makes tokens of an image: the last before the blocks, else the first after.
 
     Its output has the map's height and width, whatever the model's input was.
     """
@@ -138,11 +138,11 @@ def why_not(block: nn.Module) -> str | None:
             continue
         where = f"its {name} has" if name else "it has"
         held: Any = module
-        if _positive(getattr(held, "window_size", None)):
-            return f"{where} windows of fixed size ({held.window_size}), and centres are on another grid"
         for table in ("relative_position_bias_table", "rel_pos_h", "rel_pos_w"):
             if isinstance(getattr(held, table, None), Tensor):
                 return f"{where} relative positions of its own ({table}) of the full grid"
+        if _positive(getattr(held, "window_size", None)):
+            return f"{where} windows of fixed size ({held.window_size}), and centres are on another grid"
         if callable(getattr(held, "get_embed", None)):
             return f"{where} a position table of its own ({type(held).__name__}) of the full grid"
     return None

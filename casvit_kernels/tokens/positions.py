@@ -3,8 +3,8 @@
 Rotary angles are linear in the position, so the mean of the tokens' angles is the angle at the mean
 position. A table has sines and cosines alone: the angle at a fraction between two tokens is that of the
 first plus the fraction of the step to the second, which their sines and cosines give as long as it is
-below pi. It is in every table of the models this serves on maps of more than 4 tokens across, and where
-it is not, the table itself says the same of the position. At a token's own position the table comes back.
+below pi. It is in the models this serves on maps of more than 4 tokens across; where it is not, the
+table cannot tell it from the step below pi. At a token's own position the table comes back.
 """
 
 from __future__ import annotations

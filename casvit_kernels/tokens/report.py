@@ -33,9 +33,9 @@ class Report:
 
         T * (entries of its linear layers' weights) + 2 * T**2 * C
 
-    of which the second is the attention's two products. Clustering has 2 * iterations * N * J * C, with J
-    = window**2; reconstruction N * (K or its window**2) * 2 * C, once, and again for each intermediate
-    output that somebody reads.
+    of which the second is the attention's two products. Clustering has 2 * iterations * N * J * C, with
+    J = window**2; reconstruction N * (K or its window**2) * 2 * C, once, and again for each
+    intermediate output that somebody reads.
 
     Attributes:
         blocks: path of the list of blocks, of ``depth``.
@@ -102,7 +102,8 @@ class Report:
         lines = [
             f"{self.blocks}[{self.at}] to {last} of {self.depth} blocks run on "
             f"{self.grid[0]} x {self.grid[1]} centres; the map is rebuilt after {last}",
-            f"  tokens: {tokens} before, {self.tokens_after} after, {self.prefix} of them class or register",
+            f"  tokens: {tokens} before, {self.tokens_after} after, "
+            f"of which {self.prefix} class or register",
         ]
         before, after = self.macs_before, self.macs_after
         if self.size is None or before is None or after is None:
