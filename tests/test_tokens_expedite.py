@@ -126,6 +126,8 @@ def test_every_output_is_dense_and_unexpedite_leaves_nothing(family):
     )
     found = outputs(model, x)
     assert [t.shape for t in found] == [t.shape for t in plain]
+    if family in HUGGING_FACE:  # what a model's call returns is no deferred map
+        assert all(type(t) is torch.Tensor for t in found)
     assert not torch.equal(found[-1], plain[-1])
     assert all(t.isfinite().all() for t in found)
     assert list(model.state_dict()) == keys
@@ -184,7 +186,6 @@ def test_hidden_states_as_by_hand():
     report = expedite(model, 3, (2, 3))
     assert report.prefix == 5
     found = model(x, output_hidden_states=True).hidden_states
-    assert all(type(t) is torch.Tensor for t in found)  # no deferred map leaves the model
     assert all(torch.equal(a, b) for a, b in zip(found[:4], hidden[:4], strict=True))
     torch.testing.assert_close(found[4], expected, rtol=1e-4, atol=1e-5)
 

@@ -1,12 +1,14 @@
 """Calls of expedited models: compilers, gradients, positions, and what is refused with which words."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from test_tokens_expedite import WHOLE, hugging_face, made, timm_model
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
 
 from casvit_kernels.ops.tokens import reference
 from casvit_kernels.tokens import cluster_tokens, expedite, positions, unexpedite
@@ -133,12 +135,13 @@ def test_gradients(family):
     torch.testing.assert_close((x.grad * step).sum(), slope, rtol=1e-4, atol=1e-8)
 
 
-def test_a_look_without_gradients_costs_nobody_theirs():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_look_without_gradients_costs_nobody_theirs(mode):
     model, x, _ = made("vit")
     expedite(model, 1, (3, 4))
 
     def look(block, arguments, output):
-        with torch.no_grad():
+        with mode():
             output.mean()
         output.square().mean().backward(retain_graph=True)
 
@@ -163,6 +166,48 @@ def test_checkpointing_of_transformers_and_not_of_timm():
     model.set_grad_checkpointing()
     with pytest.raises(ValueError, match=r"blocks\[1\]: expected gradient checkpointing to be off"):
         model(x)
+
+
+@pytest.mark.parametrize(("first", "reentrant"), [(1, False), (1, True), (2, True)])
+def test_checkpointing_of_ones_own_is_refused(first, reentrant):
+    model, x, _ = made("vit")
+    expedite(model, 1, (3, 4))
+
+    def step():
+        y = model._pos_embed(model.patch_embed(x))
+        for index, block in enumerate(model.blocks):
+            y = checkpoint(block, y, use_reentrant=reentrant) if index >= first else block(y)
+        y.square().mean().backward()
+
+    with pytest.raises((ValueError, RuntimeError), match="checkpointing|the very output of"):
+        step()
+
+
+def test_blocks_compiled_apart_are_refused():
+    model, x, _ = made("vit")
+    expedite(model, 1, (3, 4))
+    for block in model.blocks:
+        block.compile(backend="eager")
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r"torch.compile has to take the model whole"),
+    ):
+        model(x)
+
+
+def test_threads_do_not_share_a_call():
+    torch.manual_seed(0)
+    model = timm_model("vit_tiny_patch16_224", dynamic_img_size=True).eval()
+    expedite(model, 1, (2, 2))
+    images = [torch.randn(1, 3, *size) for size in ((32, 128), (128, 32), (64, 64))] * 4
+
+    def run(x):
+        with torch.no_grad():
+            return model(x)
+
+    expected = [run(x) for x in images]
+    with ThreadPoolExecutor(3) as pool:
+        assert all(map(torch.equal, pool.map(run, images), expected))
 
 
 def test_low_precision_and_inference_mode():
@@ -196,12 +241,19 @@ def test_what_changes_between_blocks_is_refused():
             return x
 
     x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        for change, words in ((torch.clone, "another tensor"), (lambda t: t.add_(1), "written to")):
-            model = Between(change)
-            expedite(model, 1, (2, 2))
-            with pytest.raises(RuntimeError, match=rf"blocks\[2\]: .*{words}"):
-                model(x)
+
+    def write(t):
+        with torch.no_grad():
+            t.add_(1)
+        t.sum()
+
+    for change, words in ((torch.clone, "another tensor"), (write, "written to")):
+        model = Between(change)
+        expedite(model, 1, (2, 2))
+        with pytest.raises(RuntimeError, match=rf"blocks\[2\]: .*{words}"):
+            model(x)
+        with torch.no_grad(), pytest.raises(RuntimeError, match=rf"blocks\[2\]: .*{words}"):
+            model(x)
 
 
 def test_masks_of_the_full_map_are_refused():
@@ -215,18 +267,26 @@ def test_blocks_with_windows_are_refused():
     sam = transformers.SamVisionConfig(
         hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=64, window_size=2
     )
-    with pytest.raises(ValueError, match=r"layers\[1\]: it cannot run .*"):
-        expedite(transformers.SamVisionModel(sam), 1, (2, 2))
-    model = timm.create_model(
-        "samvit_base_patch16", pretrained=False, img_size=64, depth=3, window_size=2
+    plain = {"pretrained": False, "img_size": 64, "depth": 3}
+    models = (
+        (transformers.SamVisionModel(sam), "it has windows of fixed size"),
+        (timm.create_model("samvit_base_patch16", **plain), "it has windows of fixed size"),
+        (timm.create_model("vit_relpos_small_patch16_224", **plain), "attn.rel_pos has windows"),
     )
-    before = [len(m._forward_pre_hooks) for m in model.modules()]
-    with pytest.raises(ValueError, match=r"blocks\[1\]: it cannot run on cluster centres"):
-        expedite(model, 1, (2, 2))
-    assert [len(m._forward_pre_hooks) for m in model.modules()] == before
-    other = timm_model("vit_relpos_small_patch16_224", img_size=64)
-    with pytest.raises(ValueError, match=r"its attn.rel_pos has relative positions of its own"):
-        expedite(other, 1, (2, 2))
+    for model, words in models:
+        with pytest.raises(
+            ValueError, match=rf"\[1\]: it cannot run on cluster centres: .*{words}"
+        ):
+            expedite(model, 1, (2, 2))
+        assert not any(m._forward_pre_hooks for m in model.modules())
+    # Global attention with a table of its own: no window, and not served either.
+    whole = transformers.SamVisionModel(sam)
+    for layer in whole.vision_encoder.layers:
+        layer.window_size = 0
+    with pytest.raises(
+        ValueError, match=r"its attn has relative positions of its own \(rel_pos_h\)"
+    ):
+        expedite(whole, 1, (2, 2))
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,12 @@ class After:
         clustered, call.current, call.positions = call.current, None, None
         tokens = output[0] if isinstance(output, (tuple, list)) and output else output
         count = plan.prefix + plan.grid[0] * plan.grid[1]
-        if clustered is None or not isinstance(tokens, Tensor) or tokens.dim() != 3:
+        if clustered is None:
+            raise RuntimeError(
+                f"{plan.where(self.index)}: the hook that clusters did not run, or was compiled apart "
+                "from this one: torch.compile has to take the model whole, with fullgraph=True"
+            )
+        if not isinstance(tokens, Tensor) or tokens.dim() != 3:
             raise TypeError(
                 f"{plan.where(self.index)}: expected the block to return tokens (B, N, C), or a tuple "
                 f"that begins with them, got {type(tokens).__name__}"

@@ -55,6 +55,7 @@ class Deferred(Tensor):
             (tokens.shape[0], count, tokens.shape[2]),
             dtype=tokens.dtype,
             device=tokens.device,
+            requires_grad=tokens.requires_grad,
         )
         self.tokens, self.rebuilding, self.block = tokens, rebuilding, block
         self._dense, self._seen = None, 0
@@ -135,6 +136,7 @@ _KNOWN = frozenset(
         Tensor.dtype.__get__,  # type: ignore[attr-defined]
         Tensor.device.__get__,
         Tensor.layout.__get__,  # type: ignore[attr-defined]
+        Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
         Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
     )
 )
