@@ -113,6 +113,21 @@ def test_the_compiler_drops_maps_that_nobody_reads():
     assert rebuilt == [1]
 
 
+@pytest.mark.long
+def test_compiled_and_exported_like_the_model_itself():
+    torch.manual_seed(0)
+    model = timm_model("vit_tiny_patch16_224", dynamic_img_size=True).eval()
+    expedite(model, 1, (2, 3))
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for size in ((64, 96), (96, 64), (64, 64)):
+            x = torch.randn(2, 3, *size)
+            torch.testing.assert_close(compiled(x), model(x))
+        program = torch.export.export(model, (x,))
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
 @pytest.mark.parametrize("family", ["vit", "dinov3", "beit"])
 def test_gradients(family):
     model, x, _ = made(family)
