@@ -17,7 +17,6 @@ from casvit_kernels.tokens import (
 )
 
 timm = pytest.importorskip("timm")
-transformers = pytest.importorskip("transformers")
 
 WHOLE = {
     "iterations": 0,
@@ -43,6 +42,7 @@ def small(config, **kwargs):
 
 
 def hugging_face(name, kind, **kwargs):
+    transformers = pytest.importorskip("transformers")
     config = small(getattr(transformers, f"{name}Config"), **kwargs)
     return getattr(transformers, f"{name}{kind}")(config)
 

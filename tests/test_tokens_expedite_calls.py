@@ -14,7 +14,6 @@ from casvit_kernels.ops.tokens import reference
 from casvit_kernels.tokens import cluster_tokens, expedite, positions, unexpedite
 
 timm = pytest.importorskip("timm")
-transformers = pytest.importorskip("transformers")
 
 
 def test_positions_are_weighted_as_centres_are():
@@ -279,6 +278,7 @@ def test_masks_of_the_full_map_are_refused():
 
 
 def test_blocks_with_windows_are_refused():
+    transformers = pytest.importorskip("transformers")
     sam = transformers.SamVisionConfig(
         hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=64, window_size=2
     )
