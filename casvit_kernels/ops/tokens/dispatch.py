@@ -10,8 +10,10 @@ from ..tracing import exporting, formulas_only
 from . import kernels, local, schema
 from .cells import Size
 from .cpu import CpuTokenKernels
+from .triton import TritonTokenKernels
 
 kernels.register(CpuTokenKernels())
+kernels.register(TritonTokenKernels())
 
 
 def cluster(
