@@ -9,6 +9,8 @@
 #include "cpu/mixer/combine.h"
 #include "cpu/mixer/gates.h"
 #include "cpu/mixer/statistics.h"
+#include "cpu/tokens/affinities.h"
+#include "cpu/tokens/means.h"
 
 namespace casvit {
 namespace CASVIT_ISA {
@@ -26,7 +28,9 @@ static Kernels vector_kernels(const char* name) {
           backward_gate,
           backward_depthwise,
           channel_gate_backward,
-          QKV_BACKWARD};
+          QKV_BACKWARD,
+          {widen_token, narrow_centre, pool_tokens, equal_affinities, token_affinities,
+           weighted_means}};
 }
 
 }  // namespace CASVIT_ISA
