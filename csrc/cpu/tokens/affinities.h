@@ -7,8 +7,9 @@
 namespace casvit {
 namespace CASVIT_ISA {
 
-// Squared distances of T tokens to M centres one `row` apart, to d[token][d_row]. Differences are
-// squared, so that nothing cancels however large tokens are: an addition beside each FMA.
+// Squared distances of T tokens to M centres one `row` apart, to d[token][d_row]; 2 x 5 fit the
+// registers. Differences are squared, so that nothing cancels however large tokens are: an addition
+// beside each FMA.
 template <int T, int M>
 CASVIT_INLINE void squared_distances(const float* const* tokens, const float* centres, int64_t row,
                                      float* d, int64_t d_row) {
@@ -19,18 +20,18 @@ CASVIT_INLINE void squared_distances(const float* const* tokens, const float* ce
   for (int64_t begin = 0; begin < row; begin += CHAIN) {
     const int64_t end = begin + CHAIN < row ? begin + CHAIN : row;
     Vec acc[T][M];
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int i = 0; i < T; ++i)
 #pragma GCC unroll 5
       for (int j = 0; j < M; ++j) acc[i][j] = zero();
     for (int64_t c = begin; c < end; c += VL) {
       Vec token[T];
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (int i = 0; i < T; ++i) token[i] = in_register(load(tokens[i] + c));
 #pragma GCC unroll 5
       for (int j = 0; j < M; ++j) {
         const Vec centre = in_register(load(centres + j * row + c));
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int i = 0; i < T; ++i) {
           const Vec difference = sub(token[i], centre);
           acc[i][j] = fma(difference, difference, acc[i][j]);
@@ -90,7 +91,6 @@ CASVIT_INLINE void softmax_of_distances(float* d, int64_t count, float temperatu
 // Of the tokens of cells [begin, end) of one row of cells.
 static void token_affinities(const TokenMap& m, const TokenArrays& a, float temperature,
                              int64_t cell_row, int64_t begin, int64_t end, float* temp) {
-  constexpr int T = VL == 16 ? 4 : 2;  // tokens at a time; with 5 centres they fit the registers
   const Span y = m.tokens_of(0, cell_row), rows = m.around(0, cell_row);
   const int64_t d_row = affinity_row(m), first = m.tokens_of(1, begin).begin;
   // Row by row of the windows: cells side by side share most of its centres.
@@ -101,19 +101,14 @@ static void token_affinities(const TokenMap& m, const TokenArrays& a, float temp
       float* d =
           temp + y.size() * (x.begin - first) * d_row + (centre_row - rows.begin) * columns.size();
       const int64_t count = y.size() * x.size();
-      for (int64_t i = 0; i < count;) {
-        const float* tokens[T];
-        const int64_t left = count - i;
-        const int n = left >= T ? T : left >= 2 ? 2 : 1;
-        for (int j = 0; j < n; ++j)
-          tokens[j] =
-              a.tokens +
-              ((y.begin + (i + j) / x.size()) * m.size[1] + x.begin + (i + j) % x.size()) * m.row;
+      const auto token = [&](int64_t i) {
+        return a.tokens + ((y.begin + i / x.size()) * m.size[1] + x.begin + i % x.size()) * m.row;
+      };
+      for (int64_t i = 0; i < count; i += 2) {
+        const float* const tokens[2] = {token(i), token(i + 1 < count ? i + 1 : i)};
         float* to = d + i * d_row;
-        if (n == T) squared_distances<T>(tokens, centres, m.row, columns.size(), to, d_row);
-        else if (n == 2) squared_distances<2>(tokens, centres, m.row, columns.size(), to, d_row);
+        if (i + 1 < count) squared_distances<2>(tokens, centres, m.row, columns.size(), to, d_row);
         else squared_distances<1>(tokens, centres, m.row, columns.size(), to, d_row);
-        i += n;
       }
     }
   for (int64_t cell = begin; cell < end; ++cell) {
