@@ -1,8 +1,9 @@
-// The operator of token clustering on CPU tensors; its schema is in
+// The operators of token clustering and reconstruction on CPU tensors; their schemas are in
 // casvit_kernels/ops/tokens/schema.py. No arithmetic here.
 #include "bindings/tensors.h"
 #include "cpu/dispatch.h"
 #include "cpu/tokens/cluster.h"
+#include "cpu/tokens/reconstruct.h"
 
 namespace {
 
@@ -22,7 +23,7 @@ std::tuple<Tensor, Tensor> cluster_tokens(const Tensor& x, IntHeaderOnlyArrayRef
                     grid[i]);
   STD_TORCH_CHECK(x.size(1) == size[0] * size[1], "x: expected ", size[0] * size[1],
                   " tokens in dimension 1, got ", x.size(1));
-  STD_TORCH_CHECK(iterations >= 0, "iterations: expected at least 0, got ", iterations);
+  STD_TORCH_CHECK(iterations > 0, "iterations: expected at least 1, got ", iterations);
   STD_TORCH_CHECK(window > 0 && window % 2 == 1, "window: expected an odd number, got ", window);
   const int64_t B = x.size(0), C = x.size(2);
   const casvit::TokenMap map{C, 0, {size[0], size[1]}, {grid[0], grid[1]}, window / 2};
@@ -41,8 +42,36 @@ std::tuple<Tensor, Tensor> cluster_tokens(const Tensor& x, IntHeaderOnlyArrayRef
   return {centres, affinity};
 }
 
+Tensor reconstruct_tokens(const Tensor& y, const Tensor& distances, int64_t neighbours,
+                          double temperature, bool l2) {
+  STD_TORCH_CHECK(y.is_cpu() && distances.is_cpu(), "y, distances: expected CPU tensors");
+  STD_TORCH_CHECK(y.dim() == 3, "y: expected 3 dimensions (B, K, C), got ", y.dim());
+  STD_TORCH_CHECK(distances.dim() == 3, "distances: expected 3 dimensions (B, N, K), got ",
+                  distances.dim());
+  STD_TORCH_CHECK(distances.scalar_type() == ScalarType::Float,
+                  "distances: expected float32, got scalar type ",
+                  static_cast<int>(distances.scalar_type()));
+  STD_TORCH_CHECK(distances.size(0) == y.size(0) && distances.size(2) == y.size(1),
+                  "distances: expected those of ", y.size(0), " images to ", y.size(1),
+                  " centres, got ", distances.size(0), " and ", distances.size(2));
+  STD_TORCH_CHECK(neighbours > 0, "neighbours: expected at least 1, got ", neighbours);
+  const int64_t B = y.size(0), K = y.size(1), C = y.size(2), N = distances.size(1);
+  const casvit::Reconstruction r{
+      K, C, dtype_of(y, "y"), neighbours, static_cast<float>(temperature), l2};
+  const int64_t shape[] = {B, N, C};
+  Tensor out = torch::stable::empty({shape, 3}, y.scalar_type());
+  if (out.numel() == 0) return out;
+  STD_TORCH_CHECK(K > 0, "y: expected centres, got none");
+  const Tensor centres = torch::stable::contiguous(y), rows = torch::stable::contiguous(distances);
+  casvit::reconstruct_tokens(casvit::active_kernels(), r, centres.const_data_ptr(),
+                             static_cast<const float*>(rows.const_data_ptr()), B, N,
+                             out.mutable_data_ptr(), thread_pool());
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(casvit_kernels, CPU, m) {
   m.impl("cpu_cluster_tokens", TORCH_BOX(&cluster_tokens));
+  m.impl("cpu_reconstruct_tokens", TORCH_BOX(&reconstruct_tokens));
 }

@@ -5,7 +5,6 @@
 //                          --channel_gate--> gates g --combine--> out
 #pragma once
 
-#include "cpu/layout.h"
 #include "cpu/tokens/layout.h"
 
 namespace casvit {
@@ -102,19 +101,21 @@ struct QkvBackwardKernels {
                  int64_t end, int64_t row_begin, int64_t row_end, float* to, void* temp);
 };
 
-// Token clustering, on rows of cells: see tokens/layout.h.
+// Token clustering, on rows of cells, and reconstruction: see tokens/layout.h.
 struct TokenKernels {
   // One token to a row of floats, one centre back.
   void (*widen)(const void* from, DType, int64_t channels, int64_t row, float* to);
   void (*narrow)(const float* from, DType, int64_t channels, void* to);
   void (*pool)(const TokenMap&, const TokenArrays&, int64_t cell_row);
-  void (*equal)(const TokenMap&, const TokenArrays&, int64_t cell_row);
   // Of the tokens of cells [begin, end) of the row.
   void (*affinities)(const TokenMap&, const TokenArrays&, float temperature, int64_t cell_row,
                      int64_t begin, int64_t end, float* temp);
   // Floats [begin, end) of the row's centres, multiples of 16.
   void (*means)(const TokenMap&, const TokenArrays&, int64_t cell_row, int64_t begin, int64_t end,
                 void* temp);
+  // Tokens [begin, end) of one image. y: [cells][channels]; distances: squared, [tokens][cells].
+  void (*reconstruct)(const Reconstruction&, const void* y, const float* distances, int64_t begin,
+                      int64_t end, void* out, void* temp);
 };
 
 struct Kernels {

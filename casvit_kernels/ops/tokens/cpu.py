@@ -1,4 +1,4 @@
-"""Token clustering by the native library's CPU kernels: csrc/cpu/tokens."""
+"""Token clustering and reconstruction by the native library's CPU kernels: csrc/cpu/tokens."""
 
 from __future__ import annotations
 
@@ -22,5 +22,13 @@ class CpuTokenKernels:
     ) -> tuple[Tensor, Tensor]:
         out: tuple[Tensor, Tensor] = torch.ops.casvit_kernels.cpu_cluster_tokens(
             x, size, grid, iterations, window, temperature
+        )
+        return out
+
+    def reconstruct(
+        self, y: Tensor, distances: Tensor, neighbours: int, temperature: float, norm: str
+    ) -> Tensor:
+        out: Tensor = torch.ops.casvit_kernels.cpu_reconstruct_tokens(
+            y, distances, neighbours, temperature, norm == "l2"
         )
         return out

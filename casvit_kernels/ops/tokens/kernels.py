@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
+
+
+Reconstruct = Callable[[Tensor, Tensor, int, float, str], Tensor]
 
 
 class TokenKernels(Protocol):
@@ -23,7 +26,14 @@ class TokenKernels(Protocol):
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
         """As `local.cluster`: x (B, N, C) of any strides; centres (B, K, C) of its dtype, contiguous;
+        iterations at least 1;
         affinities (B, N, window**2) of float32 (of float64 for float64), 0 outside of the grid."""
+        ...
+
+    @property
+    def reconstruct(self) -> Reconstruct | None:
+        """As `reference.combine`: y (B, K, C) of any strides, distances (B, N, K) of float32,
+        neighbours, temperature, norm; out (B, N, C) of the dtype of y. None: by the formulas."""
         ...
 
 

@@ -11,6 +11,7 @@
 #include "cpu/mixer/statistics.h"
 #include "cpu/tokens/affinities.h"
 #include "cpu/tokens/means.h"
+#include "cpu/tokens/nearest.h"
 
 namespace casvit {
 namespace CASVIT_ISA {
@@ -29,8 +30,8 @@ static Kernels vector_kernels(const char* name) {
           backward_depthwise,
           channel_gate_backward,
           QKV_BACKWARD,
-          {widen_token, narrow_centre, pool_tokens, equal_affinities, token_affinities,
-           weighted_means}};
+          {widen_token, narrow_centre, pool_tokens, token_affinities,
+           weighted_means, reconstruct_tokens}};
 }
 
 }  // namespace CASVIT_ISA

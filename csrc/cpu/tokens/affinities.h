@@ -64,8 +64,9 @@ CASVIT_INLINE void squared_distances(const float* const* tokens, const float* ce
   }
 }
 
-// d: `count` squared distances, in place to their softmax; up to whole vectors may be overwritten.
-CASVIT_INLINE void softmax_of_distances(float* d, int64_t count, float temperature) {
+// d: `count` squared distances, in place to exp(-temperature (d - the smallest)), and zeros up to a
+// whole vector. Returns their sum; NaN where one is.
+CASVIT_INLINE float weights_of_distances(float* d, int64_t count, float temperature) {
   const int64_t padded = (count + VL - 1) / VL * VL;
   for (int64_t i = count; i < padded; ++i) d[i] = __builtin_inff();
   Vec least = load(d);
@@ -84,8 +85,13 @@ CASVIT_INLINE void softmax_of_distances(float* d, int64_t count, float temperatu
   store(lanes, sums);
   float sum = 0.0f;
   for (int i = 0; i < VL; ++i) sum += lanes[i];
-  const Vec total = splat(sum);
-  for (int64_t i = 0; i < padded; i += VL) store(d + i, div(load(d + i), total));
+  return sum;
+}
+
+// The same to their softmax.
+CASVIT_INLINE void softmax_of_distances(float* d, int64_t count, float temperature) {
+  const Vec total = splat(weights_of_distances(d, count, temperature));
+  for (int64_t i = 0; i < count; i += VL) store(d + i, div(load(d + i), total));
 }
 
 // Of the tokens of cells [begin, end) of one row of cells.

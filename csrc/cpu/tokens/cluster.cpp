@@ -52,9 +52,6 @@ struct Group {
   void pool_centres() const {
     each_row(1, [&](const TokenArrays& a, int64_t row, int64_t, int64_t) { k.pool(m, a, row); });
   }
-  void equal() const {
-    each_row(1, [&](const TokenArrays& a, int64_t row, int64_t, int64_t) { k.equal(m, a, row); });
-  }
   void iterate(float temperature) const {
     each_row(m.grid[1], [&](const TokenArrays& a, int64_t row, int64_t part, int64_t parts) {
       float* temp = static_cast<float*>(temp_buffer.get(affinity_temp_bytes(m)));
@@ -102,7 +99,6 @@ void cluster_tokens(const Kernels& kernels, TokenMap m, const TokenBatch& x, int
                       affinity + first * m.tokens() * m.slots()};
     group.load(x, first);
     group.pool_centres();
-    if (iterations == 0) group.equal();
     for (int64_t i = 0; i < iterations; ++i) group.iterate(temperature);
     group.store(x.dtype,
                 static_cast<char*>(centres) + first * m.cells() * m.channels * bytes_of(x.dtype));

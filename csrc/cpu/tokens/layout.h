@@ -1,8 +1,8 @@
-// Token clustering: which tokens belong to which cell, and how rows of tokens and centres lie in
-// scratch memory. As casvit_kernels/ops/tokens/cells.py.
+// Token clustering and reconstruction: which tokens belong to which cell, and how rows of tokens
+// and centres lie in scratch memory. As casvit_kernels/ops/tokens/cells.py.
 #pragma once
 
-#include <cstdint>
+#include "cpu/layout.h"
 
 namespace casvit {
 
@@ -86,6 +86,22 @@ inline int64_t means_temp_bytes(const TokenMap& m) {
   const int64_t tokens = m.most_tokens(0, m.window()) * m.most_tokens(1, m.window() + 1);
   return pairs * (static_cast<int64_t>(sizeof(WeightedTokens)) +
                   tokens * static_cast<int64_t>(sizeof(WeightedToken)));
+}
+
+// How tokens are rebuilt from refined centres.
+struct Reconstruction {
+  int64_t cells, channels;
+  DType dtype;  // of the refined centres and of the result
+  int64_t neighbours;
+  float temperature;
+  bool l2;  // weights are divided by their L2 norm, else by their sum
+};
+struct WeightedCentre {
+  int64_t index;
+  float weight;
+};
+inline int64_t reconstruction_temp_bytes(const Reconstruction& r) {
+  return (r.cells + 15) / 16 * 16 * (4 + static_cast<int64_t>(sizeof(WeightedCentre)));
 }
 
 }  // namespace casvit

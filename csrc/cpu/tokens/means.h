@@ -60,22 +60,6 @@ static void pool_tokens(const TokenMap& m, const TokenArrays& a, int64_t cell_ro
   }
 }
 
-// Without iterations every centre of a window counts as much.
-static void equal_affinities(const TokenMap& m, const TokenArrays& a, int64_t cell_row) {
-  const Span y = m.tokens_of(0, cell_row), rows = m.around(0, cell_row);
-  for (int64_t cell = 0; cell < m.grid[1]; ++cell) {
-    const Span x = m.tokens_of(1, cell), columns = m.around(1, cell);
-    for (int64_t at_y = y.begin; at_y < y.end; ++at_y)
-      for (int64_t at_x = x.begin; at_x < x.end; ++at_x) {
-        float* to = a.affinity + (at_y * m.size[1] + at_x) * m.slots();
-        std::memset(to, 0, static_cast<size_t>(m.slots()) * 4);
-        for (int64_t r = rows.begin; r < rows.end; ++r)
-          for (int64_t k = columns.begin; k < columns.end; ++k)
-            to[(r - cell_row + m.reach) * m.window() + k - cell + m.reach] = 1.0f;
-      }
-  }
-}
-
 // Lists the tokens of centres `cell` and, where there is one, cell + 1, from `to` on, by weights
 // that add up to 1. Returns the list's end.
 static WeightedToken* weigh_tokens(const TokenMap& m, const TokenArrays& a, int64_t cell_row,

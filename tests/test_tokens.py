@@ -1,0 +1,599 @@
+"""Token clustering and reconstruction, held to the published formulas in float64 written here again."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import require_native
+from published_tokens import published_cluster, published_reconstruct
+
+from casvit_kernels import BackendUnavailable, use_backend
+from casvit_kernels.testing import poisoned
+from casvit_kernels.tokens import (
+    Clusters,
+    TokenClustering,
+    TokenReconstruction,
+    cluster_tokens,
+    reconstruct_tokens,
+)
+
+ROADS = ["cpu", "reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=ROADS)
+def road(request):
+    """The native kernels, and the formulas that serve every other device."""
+    if request.param == "cpu":
+        require_native()
+    with use_backend(request.param):
+        yield request.param
+
+
+def tokens(size, channels, batch=2, dtype=torch.float32, scale=1.0):
+    """A map that varies slowly, with noise: neighbours are alike, as in a ViT."""
+    coarse = torch.randn(batch, channels, 3, 3)
+    smooth = torch.nn.functional.interpolate(coarse, size, mode="bilinear", align_corners=False)
+    noise = 0.3 * torch.randn(batch, channels, *size)
+    return (scale * (smooth + noise)).flatten(2).transpose(1, 2).contiguous().to(dtype)
+
+
+def assert_as_exact(got, own, truth, dtype):
+    """At most twice what the published formulas lose themselves in float32, beside the last rounding."""
+    scale = truth.abs().max().item()
+    # float32 of the formulas may be right by luck: a few roundings are always allowed.
+    lost = max((own.double() - truth).abs().max().item(), 4 * torch.finfo(torch.float32).eps * scale)
+    rounding = 0.5 * torch.finfo(dtype).eps * scale if dtype != torch.float32 else 0.0
+    error = (got.double() - truth).abs().max().item()
+    assert error <= 2 * lost + rounding, f"error {error:.3g}, the formulas' own {lost:.3g}"
+
+
+def check_cluster(x, size, grid, **settings):
+    found = cluster_tokens(x, size, grid, **settings).centres
+    truth, _ = published_cluster(x.double(), size, grid, **settings)
+    own, _ = published_cluster(x.float(), size, grid, **settings)
+    assert found.dtype == x.dtype
+    assert found.shape == (x.shape[0], grid[0] * grid[1], x.shape[2])
+    assert found.is_contiguous()
+    if x.shape[0]:
+        assert_as_exact(found, own, truth, x.dtype)
+
+
+CASES = {
+    "published": ((10, 10), (7, 7), {}),
+    "odd": ((7, 11), (3, 4), {}),
+    "window 1": ((9, 8), (4, 5), {"window": 1}),
+    "window 3": ((9, 8), (4, 5), {"window": 3}),
+    "window 7": ((16, 12), (8, 9), {"window": 7}),
+    "window over the grid": ((6, 5), (3, 2), {"window": 9}),
+    "no iteration": ((7, 11), (3, 4), {"iterations": 0}),
+    "one iteration": ((7, 11), (3, 4), {"iterations": 1}),
+    "as many": ((5, 6), (5, 6), {}),
+    "one": ((7, 9), (1, 1), {}),
+    "a line": ((1, 40), (1, 7), {"temperature": 0.5}),
+    "a column": ((40, 1), (13, 1), {"temperature": 0.1}),
+    "one token": ((1, 1), (1, 1), {}),
+    "hundreds of tokens in a cell": ((40, 30), (2, 2), {}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda name: name.replace(" ", "_"))
+def test_centres_are_those_of_the_published_formulas(case, dtype, road):
+    size, grid, settings = CASES[case]
+    check_cluster(tokens(size, 45, dtype=dtype), size, grid, **settings)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 16, 17, 130, 256, 1024])
+def test_any_number_of_channels(channels, road):
+    check_cluster(tokens((9, 8), channels), (9, 8), (4, 5), temperature=0.02)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_any_batch(batch, road):
+    x = tokens((7, 6), 20, batch)
+    check_cluster(x, (7, 6), (4, 3))
+    clusters = cluster_tokens(x, (7, 6), (4, 3))
+    assert clusters.labels().shape == (batch, 42)
+    assert reconstruct_tokens(torch.randn(batch, 12, 8), clusters).shape == (batch, 42, 8)
+
+
+def strided(x, how):
+    if how == "map":  # (B, C, H, W) seen as tokens: channels are not innermost
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if how == "behind a class token":
+        return torch.cat((torch.randn_like(x[:, :1]), x), 1)[:, 1:]
+    if how == "every second channel":
+        return torch.stack((x, torch.randn_like(x)), 3)[..., 0]
+    return x[:1].expand(3, -1, -1)  # one image for all
+
+
+@pytest.mark.parametrize("how", ["map", "behind a class token", "every second channel", "expanded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_strides(how, dtype, road):
+    x = strided(tokens((7, 6), 21, dtype=dtype), how)
+    assert how == "behind a class token" or not x.is_contiguous()
+    with poisoned():
+        found = cluster_tokens(x, (7, 6), (4, 3))
+        expected = cluster_tokens(x.contiguous(), (7, 6), (4, 3))
+        assert torch.equal(found.centres, expected.centres)
+        y = strided(torch.randn(x.shape[0], 12, 9, dtype=dtype), "map")
+        assert torch.equal(
+            reconstruct_tokens(y, found), reconstruct_tokens(y.contiguous(), expected)
+        )
+
+
+def bits_alone_and_together(call):
+    """Whether each image's result has the same bits alone and beside others."""
+    together = call(slice(None))
+    return all(torch.equal(call(slice(i, i + 1))[0], together[i]) for i in range(len(together)))
+
+
+@pytest.mark.parametrize("size, grid", [((12, 10), (7, 6)), ((30, 20), (3, 2))])
+def test_batch_mates_change_no_bit(size, grid, road):
+    x = tokens(size, 67, 5)
+    x[1] *= 1000
+    x[3] = torch.nan
+    assert bits_alone_and_together(
+        lambda which: cluster_tokens(x[which], size, grid).centres.nan_to_num(-1e30)
+    )
+    y = torch.randn(5, grid[0] * grid[1], 30)
+
+    def rebuilt(which):
+        return reconstruct_tokens(y[which], cluster_tokens(x[which], size, grid)).nan_to_num(-1e30)
+
+    if road == "cpu":  # of the formulas PyTorch's own GEMM may choose by the batch
+        assert bits_alone_and_together(rebuilt)
+
+
+def test_threads_change_no_bit(require_native):
+    size, grid = (20, 17), (9, 8)
+    x, y = tokens(size, 200), torch.randn(2, 72, 50)
+    found = []
+    with use_backend("cpu"):
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            for images in (x, x[:1]):
+                clusters = cluster_tokens(images, size, grid)
+                found.append((clusters.centres[0], threads))
+            d = torch.cdist(x[0], found[0][0])[None] ** 2
+            op = torch.ops.casvit_kernels.cpu_reconstruct_tokens
+            found.append((op(y[:1], d, 5, 0.02, True), threads))
+    for kind in (0, 1, 2):
+        first = found[kind][0]
+        assert all(torch.equal(f, first) for f, _ in found[kind::3])
+
+
+# Reconstruction
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("norm", ["l2", "sum"])
+@pytest.mark.parametrize("neighbours", [1, 4, 20, 1000])
+def test_reconstruction_is_that_of_the_published_formulas(neighbours, norm, dtype, road):
+    if dtype == torch.float64 and road == "cpu":
+        pytest.skip("float64 is not the kernels'")
+    size, grid = (9, 10), (5, 6)
+    x = tokens(size, 33)
+    clusters = cluster_tokens(x, size, grid)
+    y = torch.randn(2, 30, 27).to(dtype)
+    found = reconstruct_tokens(y, clusters, neighbours=neighbours, temperature=0.1, norm=norm)
+    given = (neighbours, 0.1, norm)
+    truth = published_reconstruct(y.double(), x.double(), clusters.centres.double(), *given)
+    own = published_reconstruct(y.float(), x, clusters.centres, *given)
+    assert found.dtype == dtype
+    assert_as_exact(found, own, truth, dtype if dtype != torch.float64 else torch.float32)
+
+
+def test_a_window_over_the_grid_rebuilds_as_all_centres(road):
+    size, grid = (9, 10), (5, 6)
+    clusters = cluster_tokens(tokens(size, 33), size, grid)
+    y = torch.randn(2, 30, 27)
+    for norm in ("l2", "sum"):
+        everywhere = reconstruct_tokens(y, clusters, norm=norm)
+        torch.testing.assert_close(reconstruct_tokens(y, clusters, norm=norm, window=11), everywhere)
+
+
+def test_a_window_leaves_out_the_centres_beyond(road):
+    size = grid = (1, 9)
+    clusters = cluster_tokens(torch.zeros(1, 9, 4), size, grid)
+    y = torch.eye(9)[None]
+    found = reconstruct_tokens(y, clusters, norm="sum", window=3)[0]
+    expected = torch.tensor([[abs(i - j) <= 1 for j in range(9)] for i in range(9)]).float()
+    torch.testing.assert_close(found, expected / expected.sum(1, keepdim=True))
+
+
+def test_norm_sum_keeps_a_constant_map_and_l2_enlarges_it(road):
+    clusters = cluster_tokens(tokens((9, 10), 16, scale=0.1), (9, 10), (5, 6))
+    y = torch.full((2, 30, 3), 2.0)
+    torch.testing.assert_close(
+        reconstruct_tokens(y, clusters, norm="sum"), torch.full((2, 90, 3), 2.0)
+    )
+    assert (reconstruct_tokens(y, clusters, norm="l2") > 2.5).all()
+
+
+def test_equally_near_centres_all_count(road):
+    """Four centres at one distance, and three neighbours: the published comparison keeps all four."""
+    x = torch.zeros(1, 4, 2)
+    around = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])[None]
+    clusters = Clusters(around, x, (2, 2), (2, 2), 5, 0.5)
+    found = reconstruct_tokens(torch.eye(4)[None], clusters, neighbours=3, norm="sum")
+    torch.testing.assert_close(found, torch.full((1, 4, 4), 0.25))
+
+
+def test_labels_are_the_nearest_of_all_centres(road):
+    size, grid = (12, 11), (4, 3)
+    x = tokens(size, 8)
+    clusters = cluster_tokens(x, size, grid)
+    labels = clusters.labels()
+    assert labels.dtype == torch.int64
+    expected = torch.cdist(x.double(), clusters.centres.double()).argmin(2)
+    assert torch.equal(labels, expected)
+
+
+def test_labels_of_many_centres_are_whole_numbers():
+    """Not of the tokens' dtype: bfloat16 counts to 256."""
+    x = torch.randn(1, 400, 16, dtype=torch.bfloat16)
+    clusters = cluster_tokens(x, (20, 20), (20, 20), iterations=0)
+    assert torch.equal(clusters.labels(), torch.arange(400)[None])
+
+
+# Gradients
+
+
+def gradients(call, x):
+    x = x.detach().requires_grad_()
+    out = call(x)
+    generator = torch.Generator().manual_seed(1)
+    out.backward(torch.randn(out.shape, generator=generator).to(out.dtype))
+    return x.grad
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_centres(dtype, iterations, road):
+    """Those of the formulas with the last affinities as constants."""
+    size, grid = (9, 8), (4, 5)
+    x = tokens(size, 19, dtype=dtype)
+    found = gradients(lambda x: cluster_tokens(x, size, grid, iterations=iterations).centres, x)
+    truth, own = (
+        gradients(
+            lambda x: published_cluster(x, size, grid, iterations=iterations, detached=True)[0],
+            x.to(kind),
+        )
+        for kind in (torch.float64, torch.float32)
+    )
+    assert found.dtype == dtype
+    if dtype == torch.bfloat16:  # the gradient at the centres is rounded too
+        torch.testing.assert_close(found.double(), truth, rtol=0.02, atol=0.02)
+    else:
+        assert_as_exact(found, own, truth, dtype)
+
+
+def test_gradcheck_of_both_in_float64():
+    size, grid = (5, 6), (3, 4)
+    x = tokens(size, 3).double().requires_grad_()
+    # Affinities count as constants: numerically only without any iteration.
+    assert torch.autograd.gradcheck(
+        lambda x: cluster_tokens(x, size, grid, iterations=0).centres, x
+    )
+    clusters = cluster_tokens(x.detach(), size, grid)
+    y = torch.randn(2, 12, 3, dtype=torch.float64, requires_grad=True)
+    for window in (None, 3):
+        assert torch.autograd.gradcheck(
+            lambda y, window=window: reconstruct_tokens(y, clusters, neighbours=4, window=window), y
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [None, 3])
+def test_gradients_of_reconstruction(window, dtype, road):
+    """The map is linear in y: its gradient is the transpose, entry by entry."""
+    size, grid = (7, 6), (4, 3)
+    clusters = cluster_tokens(tokens(size, 19), size, grid)
+    call = functools.partial(reconstruct_tokens, clusters=clusters, neighbours=5, window=window)
+    matrix = call(torch.eye(12).expand(2, -1, -1))  # (B, N, K)
+    found = gradients(call, torch.randn(2, 12, 8).to(dtype))
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(2, 42, 8, generator=generator).to(dtype)
+    expected = (matrix.double().transpose(1, 2) @ grad.double()).to(dtype)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected)
+
+
+# Hard cases
+
+
+def test_huge_tokens_that_differ_little(road):
+    """Around 1e4: |x|^2 - 2 x c + |c|^2 would lose all that the affinities depend on."""
+    x = tokens((9, 8), 32) + 1e4
+    check_cluster(x, (9, 8), (4, 5))
+
+
+def test_huge_tokens_that_differ_much(road):
+    check_cluster(tokens((9, 8), 32, scale=1e4), (9, 8), (4, 5))
+
+
+def test_equal_tokens_stay_equal(road):
+    x = torch.randn(1, 1, 24).expand(2, 72, 24)
+    clusters = cluster_tokens(x, (9, 8), (4, 5))
+    torch.testing.assert_close(clusters.centres, x[:, :20], rtol=3e-7, atol=0)
+    y = torch.randn(2, 1, 6).expand(2, 20, 6)
+    torch.testing.assert_close(
+        reconstruct_tokens(y, clusters, norm="sum"), y[:, :1].expand(2, 72, 6)
+    )
+
+
+def test_weights_that_would_all_underflow(road):
+    """Published: exp(-temperature d) of every centre is 0 in float32, and so is the rebuilt token."""
+    size = grid = (3, 4)
+    x = tokens(size, 64, scale=200.0)
+    clusters = cluster_tokens(x, size, grid, iterations=0)
+    moved = x + 40  # further than 1e5 from its own centre, by the square
+    far = Clusters(clusters.centres, moved, size, grid, 5, 0.02)
+    assert (torch.exp(-0.02 * torch.cdist(moved, clusters.centres) ** 2) == 0).all()
+    y = torch.randn(2, 12, 5)
+    nearest = torch.cdist(moved.double(), clusters.centres.double()).argmin(2)
+    expected = y.gather(1, nearest[..., None].expand(-1, -1, 5))
+    torch.testing.assert_close(reconstruct_tokens(y, far), expected)
+    torch.testing.assert_close(reconstruct_tokens(y, far, window=9), expected)
+
+
+def test_a_centre_without_affinity_stays(road):
+    """The middle centre is the mean of two far tokens, each of which has a centre of its own near it."""
+    far = 1e3
+    x = torch.tensor([0.0, 0.0, far, -far, 0.0, 0.0])[None, :, None] + torch.tensor(
+        [[[5.0]], [[5.0]]]
+    )
+    x = torch.cat((x, torch.tensor([far, far, 0, 0, -far, -far])[None, :, None].expand(2, -1, -1)), 2)
+    found = cluster_tokens(x, (1, 6), (1, 3), window=3, temperature=1.0).centres
+    assert found.isfinite().all()
+    truth, _ = published_cluster(x.double(), (1, 6), (1, 3), window=3, temperature=1.0)
+    torch.testing.assert_close(found.double(), truth)
+
+
+def test_nan_stays_in_its_windows(road):
+    size, grid, window = (24, 24), (12, 12), 3
+    x = tokens(size, 16)
+    x[0, 5 * 24 + 5, 3] = torch.nan  # of cell (2, 2)
+    centres = cluster_tokens(x, size, grid, window=window).centres
+    other = cluster_tokens(x[1:], size, grid, window=window).centres
+    assert torch.equal(centres[1:], other)
+    wrong = centres[0].isnan().any(1).view(grid)
+    assert wrong[2, 2]
+    assert wrong.sum() == 1
+    # Beyond two windows of cells nothing is held up: other centres moved from the average.
+    first = cluster_tokens(x, size, grid, window=window, iterations=0).centres
+    stayed = (centres[0] == first[0]).all(1).view(grid)
+    assert stayed[:5, :5].sum() == 24  # all but the one that is NaN
+    assert not stayed[5:].any()
+    assert not stayed[:, 5:].any()
+    rebuilt = reconstruct_tokens(
+        torch.randn(2, 144, 4), cluster_tokens(x, size, grid, window=window), window=window
+    )
+    lost = rebuilt[0].isnan().any(1).view(size)
+    assert lost[5, 5]
+    assert not lost[8:].any()
+    assert not lost[:, 8:].any()
+    labels = cluster_tokens(x, size, grid, window=window).labels()
+    assert labels[0].unique().numel() > 50  # the others have theirs
+    assert labels[0, 5 * 24 + 5] == 0
+
+
+def test_tokens_written_to_are_noticed(road):
+    x = tokens((7, 6), 8)
+    clusters = cluster_tokens(x, (7, 6), (4, 3))
+    y = torch.randn(2, 12, 5)
+    reconstruct_tokens(y, clusters)
+    x += 1
+    for call in (lambda: reconstruct_tokens(y, clusters), clusters.labels):
+        with pytest.raises(RuntimeError, match="written to in place"):
+            call()
+
+
+def test_in_inference_mode(road):
+    with torch.inference_mode():
+        x = tokens((7, 6), 8)
+        clusters = cluster_tokens(x, (7, 6), (4, 3))
+        assert reconstruct_tokens(torch.randn(2, 12, 5), clusters).shape == (2, 42, 5)
+
+
+def test_autocast_changes_no_bit(road):
+    """Distances in bfloat16 would choose other neighbours."""
+    x, y = tokens((9, 8), 40), torch.randn(2, 20, 9)
+
+    def both():
+        clusters = cluster_tokens(x, (9, 8), (4, 5))
+        rebuilt = [reconstruct_tokens(y, clusters, window=window) for window in (None, 3)]
+        return [clusters.centres, clusters.labels(), *rebuilt]
+
+    expected = both()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(f, e) for f, e in zip(both(), expected, strict=True))
+
+
+def test_modules_are_the_functions(road):
+    x, y = tokens((7, 6), 8), torch.randn(2, 12, 5)
+    clustering = TokenClustering((4, 3), iterations=2, window=3, temperature=0.1)
+    clusters = clustering(x, (7, 6))
+    expected = cluster_tokens(x, (7, 6), (4, 3), iterations=2, window=3, temperature=0.1)
+    assert torch.equal(clusters.centres, expected.centres)
+    reconstruction = TokenReconstruction(neighbours=3, temperature=0.2, norm="sum", window=3)
+    assert torch.equal(
+        reconstruction(y, clusters),
+        reconstruct_tokens(y, clusters, neighbours=3, temperature=0.2, norm="sum", window=3),
+    )
+    assert "grid=(4, 3)" in repr(clustering)
+    assert "norm='sum'" in repr(reconstruction)
+
+
+# Bad input
+
+X = torch.zeros(1, 6, 4)
+GOOD = {"x": X, "size": (2, 3), "grid": (1, 2)}
+BAD_CLUSTERING = [
+    ({"x": X.int()}, TypeError, "x: expected float32, bfloat16, float16 or float64, got torch.int32"),
+    ({"x": [1.0]}, TypeError, "x: expected a torch.Tensor, got list"),
+    ({"x": X[0]}, ValueError, "x: expected 3 dimensions (B, N, C), got shape (6, 4)"),
+    ({"x": torch.zeros(1, 7, 4)}, ValueError, "x: expected 2 x 3 = 6 tokens in dimension 1, without"),
+    ({"grid": (3, 2)}, ValueError, "grid: expected at most the map's 2 x 3, got 3 x 2"),
+    ({"grid": (0, 2)}, ValueError, "grid: expected at least 1, got 0"),
+    ({"grid": (1, 2, 3)}, TypeError, "grid: expected a pair of whole numbers, got (1, 2, 3)"),
+    ({"grid": 2}, TypeError, "grid: expected a pair of whole numbers, got 2"),
+    ({"size": (2.0, 3)}, TypeError, "size: expected a whole number, got 2.0"),
+    ({"window": 4}, ValueError, "window: expected an odd number of cells across, got 4"),
+    ({"window": -1}, ValueError, "window: expected at least 1, got -1"),
+    ({"iterations": -1}, ValueError, "iterations: expected at least 0, got -1"),
+    ({"iterations": True}, TypeError, "iterations: expected a whole number, got True"),
+    ({"temperature": 0}, ValueError, "temperature: expected a finite number above 0, got 0"),
+    ({"temperature": float("nan")}, ValueError, "temperature: expected a finite number above 0"),
+    ({"temperature": "warm"}, TypeError, "temperature: expected a number, got 'warm'"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "kind", "message"), BAD_CLUSTERING, ids=lambda v: str(v)[:20])
+def test_bad_input_of_clustering(wrong, kind, message):
+    given = {**GOOD, **wrong}
+    with pytest.raises(kind, match=re.escape(message)):
+        cluster_tokens(given.pop("x"), given.pop("size"), given.pop("grid"), **given)
+
+
+BAD_RECONSTRUCTION = [
+    ({"y": torch.zeros(1, 2, 4).int()}, TypeError, "y: expected a floating torch.Tensor, got"),
+    ({"y": None}, TypeError, "y: expected a floating torch.Tensor, got NoneType"),
+    ({"y": torch.zeros(1, 3, 4)}, ValueError, "y: expected shape (1, 2, C), as the centres, got"),
+    ({"y": torch.zeros(2, 2, 4)}, ValueError, "y: expected shape (1, 2, C), as the centres, got"),
+    ({"y": torch.zeros(1, 2, 4, device="meta")}, ValueError, "y: expected the centres' device, cpu"),
+    ({"clusters": X}, TypeError, "clusters: expected Clusters, got Tensor"),
+    ({"neighbours": 0}, ValueError, "neighbours: expected at least 1, got 0"),
+    ({"neighbours": 1.5}, TypeError, "neighbours: expected a whole number, got 1.5"),
+    ({"temperature": -1.0}, ValueError, "temperature: expected a finite number above 0, got -1.0"),
+    ({"norm": "l1"}, ValueError, "norm: expected 'l2' or 'sum', got 'l1'"),
+    ({"window": 2}, ValueError, "window: expected an odd number of cells across, got 2"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "kind", "message"), BAD_RECONSTRUCTION, ids=lambda v: str(v)[:20])
+def test_bad_input_of_reconstruction(wrong, kind, message):
+    given = {"y": torch.zeros(1, 2, 4), "clusters": cluster_tokens(**GOOD), **wrong}
+    with pytest.raises(kind, match=re.escape(message)):
+        reconstruct_tokens(given.pop("y"), given.pop("clusters"), **given)
+
+
+# Backends and PyTorch's machinery
+
+
+def test_a_backend_that_cannot_serve_is_refused():
+    x = tokens((7, 6), 8)
+    clusters = cluster_tokens(x, (7, 6), (4, 3))
+    with use_backend("cuda"):
+        for call in (
+            lambda: cluster_tokens(x, (7, 6), (4, 3)),
+            lambda: reconstruct_tokens(torch.randn(2, 12, 5), clusters),
+        ):
+            with pytest.raises(BackendUnavailable, match=r"'cuda' has no kernels.*cpu"):
+                call()
+
+
+def test_float64_is_not_the_kernels(require_native):
+    x = tokens((7, 6), 8).double()
+    with use_backend("cpu"), pytest.raises(BackendUnavailable, match="not torch.float64"):
+        cluster_tokens(x, (7, 6), (4, 3))
+    check_cluster(x, (7, 6), (4, 3))  # the automatic choice moves on
+
+
+def test_the_kernels_are_the_choice_on_the_cpu(require_native, monkeypatch):
+    from casvit_kernels.ops.tokens import local, reference
+
+    def no(*_):
+        raise AssertionError("the formulas were called")
+
+    monkeypatch.setattr(local, "cluster", no)
+    monkeypatch.setattr(reference, "reconstruct", no)
+    clusters = cluster_tokens(tokens((7, 6), 8), (7, 6), (4, 3))
+    reconstruct_tokens(torch.randn(2, 12, 5), clusters)
+
+
+def test_opcheck(require_native):
+    x = strided(tokens((7, 6), 9), "map").requires_grad_()
+    ops = torch.ops.casvit_kernels
+    torch.library.opcheck(ops.cluster_tokens, (x, [7, 6], [4, 3], 2, 3, 0.02, "cpu"))
+    torch.library.opcheck(
+        ops.cluster_tokens, (x.detach().bfloat16(), [7, 6], [4, 3], 2, 3, 0.02, "cpu")
+    )
+    y, d = torch.randn(2, 12, 5, requires_grad=True), torch.rand(2, 42, 12)
+    torch.library.opcheck(ops.reconstruct_tokens, (y, d, 4, 0.02, "l2", "cpu"))
+
+
+def test_the_operator_checks_what_it_is_given(require_native):
+    op = torch.ops.casvit_kernels.cpu_cluster_tokens
+    x = torch.zeros(1, 6, 4)
+    for given, message in (
+        ((x.double(), [2, 3], [1, 2], 1, 3, 0.02), "x: expected float32, bfloat16 or float16"),
+        ((x, [2, 4], [1, 2], 1, 3, 0.02), "x: expected 8 tokens"),
+        ((x, [2, 3], [3, 2], 1, 3, 0.02), "grid: expected 1 to 2, got 3"),
+        ((x, [2, 3], [1, 2], 0, 3, 0.02), "iterations: expected at least 1"),
+        ((x, [2, 3], [1, 2], 1, 2, 0.02), "window: expected an odd number, got 2"),
+    ):
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            op(*given)
+    op = torch.ops.casvit_kernels.cpu_reconstruct_tokens
+    with pytest.raises(RuntimeError, match="distances: expected those of 1 images to 6 centres"):
+        op(x, torch.zeros(1, 9, 5), 2, 0.02, True)
+
+
+def test_compiled_whole(road):
+    torch._dynamo.reset()
+    size, grid = (7, 6), (4, 3)
+
+    def both(x, y):
+        clusters = cluster_tokens(x, size, grid)
+        rebuilt = reconstruct_tokens(y, clusters, neighbours=4)
+        return clusters.centres, clusters.labels(), rebuilt + rebuilt.mean()
+
+    x, y = tokens(size, 8).requires_grad_(), torch.randn(2, 12, 5, requires_grad=True)
+    compiled = torch.compile(both, fullgraph=True)
+    found, expected = compiled(x, y), both(x, y)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+    grads = [torch.autograd.grad(out[0].sum() + out[2].sum(), (x, y)) for out in (found, expected)]
+    for f, e in zip(*grads, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+def test_exported_without_operators_of_ours(require_native):
+    class Net(torch.nn.Module):
+        def forward(self, x, y):
+            clusters = cluster_tokens(x, (7, 6), (4, 3))
+            return clusters.centres, reconstruct_tokens(y, clusters, neighbours=4)
+
+    x, y = tokens((7, 6), 8), torch.randn(2, 12, 5)
+    program = torch.export.export(Net(), (x, y))
+    assert "casvit_kernels" not in str(program.graph)
+    for f, e in zip(program.module()(x, y), Net()(x, y), strict=True):
+        torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
+def test_every_instruction_set(name, require_native):
+    from casvit_kernels.backends.cpu import active_instruction_set, instruction_sets
+
+    reason = instruction_sets().get(name, "not on this machine")
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    if active_instruction_set() == name:
+        pytest.skip(f"{name} is the one that the other tests use")
+    which = "published_formulas or strides or channels or huge or nan or underflow or threads"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", __file__]
+        + ["-k", f"({which}) and not reference"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CASVIT_KERNELS_CPU_ISA": name, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
