@@ -26,9 +26,7 @@ def in_window(size, grid, window):
     return near.view(size[0] * size[1], -1)
 
 
-def published_cluster(
-    x, size, grid, *, iterations=5, window=5, temperature=0.02, detached=False
-):
+def published_cluster(x, size, grid, *, iterations=5, window=5, temperature=0.02, detached=False):
     """Centres (B, K, C) and the last affinities (B, N, K); `detached`: constants for the gradient."""
     near = in_window(size, grid, window)
     maps = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *size)
@@ -49,7 +47,7 @@ def published_reconstruct(y, x, centres, neighbours, temperature, norm):
     """(B, N, C) of refined centres y; x and centres are those of the clustering."""
     d = squared_distances(x, centres)
     weights = torch.exp(-temperature * (d - d.amin(2, keepdim=True)))
-    least = weights.sort(2, descending=True).values[:, :, : neighbours][..., -1:]
+    least = weights.sort(2, descending=True).values[:, :, :neighbours][..., -1:]
     weights = weights * (weights >= least)
     p = 2 if norm == "l2" else 1
     return F.normalize(weights, p=p, dim=2) @ y

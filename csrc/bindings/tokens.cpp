@@ -42,30 +42,49 @@ std::tuple<Tensor, Tensor> cluster_tokens(const Tensor& x, IntHeaderOnlyArrayRef
   return {centres, affinity};
 }
 
-Tensor reconstruct_tokens(const Tensor& y, const Tensor& distances, int64_t neighbours,
-                          double temperature, bool l2) {
-  STD_TORCH_CHECK(y.is_cpu() && distances.is_cpu(), "y, distances: expected CPU tensors");
-  STD_TORCH_CHECK(y.dim() == 3, "y: expected 3 dimensions (B, K, C), got ", y.dim());
+void check_distances(const Tensor& distances, int64_t neighbours) {
+  STD_TORCH_CHECK(distances.is_cpu(), "distances: expected a CPU tensor");
   STD_TORCH_CHECK(distances.dim() == 3, "distances: expected 3 dimensions (B, N, K), got ",
                   distances.dim());
   STD_TORCH_CHECK(distances.scalar_type() == ScalarType::Float,
                   "distances: expected float32, got scalar type ",
                   static_cast<int>(distances.scalar_type()));
+  STD_TORCH_CHECK(distances.size(2) > 0, "distances: expected those to some centres, got none");
+  STD_TORCH_CHECK(neighbours > 0, "neighbours: expected at least 1, got ", neighbours);
+}
+
+Tensor reconstruct_tokens(const Tensor& y, const Tensor& distances, int64_t neighbours,
+                          double temperature, bool l2) {
+  STD_TORCH_CHECK(y.is_cpu(), "y: expected a CPU tensor");
+  STD_TORCH_CHECK(y.dim() == 3, "y: expected 3 dimensions (B, K, C), got ", y.dim());
+  check_distances(distances, neighbours);
   STD_TORCH_CHECK(distances.size(0) == y.size(0) && distances.size(2) == y.size(1),
                   "distances: expected those of ", y.size(0), " images to ", y.size(1),
                   " centres, got ", distances.size(0), " and ", distances.size(2));
-  STD_TORCH_CHECK(neighbours > 0, "neighbours: expected at least 1, got ", neighbours);
   const int64_t B = y.size(0), K = y.size(1), C = y.size(2), N = distances.size(1);
   const casvit::Reconstruction r{
       K, C, dtype_of(y, "y"), neighbours, static_cast<float>(temperature), l2};
   const int64_t shape[] = {B, N, C};
   Tensor out = torch::stable::empty({shape, 3}, y.scalar_type());
   if (out.numel() == 0) return out;
-  STD_TORCH_CHECK(K > 0, "y: expected centres, got none");
   const Tensor centres = torch::stable::contiguous(y), rows = torch::stable::contiguous(distances);
   casvit::reconstruct_tokens(casvit::active_kernels(), r, centres.const_data_ptr(),
                              static_cast<const float*>(rows.const_data_ptr()), B, N,
                              out.mutable_data_ptr(), thread_pool());
+  return out;
+}
+
+Tensor token_weights(const Tensor& distances, int64_t neighbours, double temperature, bool l2) {
+  check_distances(distances, neighbours);
+  const casvit::Reconstruction r{
+      distances.size(2), 0, casvit::DType::F32, neighbours, static_cast<float>(temperature), l2};
+  Tensor out = torch::stable::empty(distances.sizes(), ScalarType::Float);
+  if (out.numel() == 0) return out;
+  const Tensor rows = torch::stable::contiguous(distances);
+  casvit::token_weights(casvit::active_kernels(), r,
+                        static_cast<const float*>(rows.const_data_ptr()), distances.size(0),
+                        distances.size(1), static_cast<float*>(out.mutable_data_ptr()),
+                        thread_pool());
   return out;
 }
 
@@ -74,4 +93,5 @@ Tensor reconstruct_tokens(const Tensor& y, const Tensor& distances, int64_t neig
 STABLE_TORCH_LIBRARY_IMPL(casvit_kernels, CPU, m) {
   m.impl("cpu_cluster_tokens", TORCH_BOX(&cluster_tokens));
   m.impl("cpu_reconstruct_tokens", TORCH_BOX(&reconstruct_tokens));
+  m.impl("cpu_token_weights", TORCH_BOX(&token_weights));
 }

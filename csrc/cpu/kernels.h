@@ -116,6 +116,9 @@ struct TokenKernels {
   // Tokens [begin, end) of one image. y: [cells][channels]; distances: squared, [tokens][cells].
   void (*reconstruct)(const Reconstruction&, const void* y, const float* distances, int64_t begin,
                       int64_t end, void* out, void* temp);
+  // The weights alone, [tokens][cells].
+  void (*weights)(const Reconstruction&, const float* distances, int64_t begin, int64_t end,
+                  float* out, void* temp);
 };
 
 struct Kernels {

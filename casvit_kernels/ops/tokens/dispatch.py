@@ -44,7 +44,7 @@ def reconstruct(
         return reference.reconstruct(y, x, centres, *given)
     dtype = x.dtype if x.dtype == torch.float64 else y.dtype
     name = _choose(y.device.type, dtype, y.device.index)
-    if name == "reference" or kernels.get(name).reconstruct is None:
+    if name == "reference" or kernels.get(name).reconstruction is None:
         return reference.reconstruct(y, x, centres, *given)
     with torch.no_grad():
         d = reference.distances(reference.wide(x), reference.wide(centres))

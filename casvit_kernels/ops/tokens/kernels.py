@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 
-Reconstruct = Callable[[Tensor, Tensor, int, float, str], Tensor]
+class ReconstructionKernels(Protocol):
+    """Reconstruction from squared distances (B, N, K) of float32, without gradients."""
+
+    def reconstruct(
+        self, y: Tensor, distances: Tensor, neighbours: int, temperature: float, norm: str
+    ) -> Tensor:
+        """As `reference.combine`: y (B, K, C) of any strides; (B, N, C) of its dtype."""
+        ...
+
+    def weights(self, distances: Tensor, neighbours: int, temperature: float, norm: str) -> Tensor:
+        """As `reference.weights`, of the same bits that `reconstruct` multiplies y by."""
+        ...
 
 
 class TokenKernels(Protocol):
     """One backend's clustering and reconstruction, without gradients."""
 
     name: str  # the backend's
+    reconstruction: ReconstructionKernels | None  # None: by the formulas
 
     def cluster(
         self,
@@ -28,12 +40,6 @@ class TokenKernels(Protocol):
         """As `local.cluster`: x (B, N, C) of any strides; centres (B, K, C) of its dtype, contiguous;
         iterations at least 1;
         affinities (B, N, window**2) of float32 (of float64 for float64), 0 outside of the grid."""
-        ...
-
-    @property
-    def reconstruct(self) -> Reconstruct | None:
-        """As `reference.combine`: y (B, K, C) of any strides, distances (B, N, K) of float32,
-        neighbours, temperature, norm; out (B, N, C) of the dtype of y. None: by the formulas."""
         ...
 
 

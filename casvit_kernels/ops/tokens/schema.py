@@ -30,6 +30,14 @@ library.define(
     "cpu_reconstruct_tokens(Tensor y, Tensor distances, int neighbours, float temperature, bool l2)"
     " -> Tensor"
 )
+# What reconstruction multiplies y by, (B, N, K): its gradient needs the very same choice of centres.
+library.define(
+    "token_weights(Tensor distances, int neighbours, float temperature, str norm, str backend)"
+    " -> Tensor"
+)
+library.define(
+    "cpu_token_weights(Tensor distances, int neighbours, float temperature, bool l2) -> Tensor"
+)
 native.load()
 
 
@@ -107,9 +115,25 @@ def _run_reconstruct(
 ) -> Tensor:
     from .kernels import get
 
-    kernel = get(backend).reconstruct
-    assert kernel is not None, "dispatch asks"
-    return kernel(y, distances, neighbours, temperature, norm)
+    kernels = get(backend).reconstruction
+    assert kernels is not None, "dispatch asks"
+    return kernels.reconstruct(y, distances, neighbours, temperature, norm)
+
+
+def _run_weights(
+    distances: Tensor, neighbours: int, temperature: float, norm: str, backend: str
+) -> Tensor:
+    from .kernels import get
+
+    kernels = get(backend).reconstruction
+    assert kernels is not None, "dispatch asks"
+    return kernels.weights(distances, neighbours, temperature, norm)
+
+
+def _fake_weights(
+    distances: Tensor, neighbours: int, temperature: float, norm: str, backend: str
+) -> Tensor:
+    return distances.new_empty(distances.shape)
 
 
 def _fake_reconstruct(
@@ -119,14 +143,14 @@ def _fake_reconstruct(
 
 
 def _keep_reconstruct(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, distances, *ctx.given, _ = inputs
+    y, distances, *ctx.given = inputs
     ctx.save_for_backward(distances)
     ctx.dtype = y.dtype
 
 
 def _backward_reconstruct(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     with reference.full_precision(grad.device.type):
-        weights = reference.weights(*ctx.saved_tensors, *ctx.given)
+        weights = torch.ops.casvit_kernels.token_weights(*ctx.saved_tensors, *ctx.given)
         at_y = weights.transpose(1, 2) @ reference.wide(grad)
     return at_y.to(ctx.dtype), None, None, None, None, None
 
@@ -144,3 +168,5 @@ torch.library.register_autograd(
     setup_context=_keep_reconstruct,
     lib=library,
 )
+library.impl("token_weights", _run_weights, "CompositeExplicitAutograd")
+torch.library.register_fake("casvit_kernels::token_weights", _fake_weights, lib=library)

@@ -30,8 +30,8 @@ static Kernels vector_kernels(const char* name) {
           backward_depthwise,
           channel_gate_backward,
           QKV_BACKWARD,
-          {widen_token, narrow_centre, pool_tokens, token_affinities,
-           weighted_means, reconstruct_tokens}};
+          {widen_token, narrow_centre, pool_tokens, token_affinities, weighted_means,
+           reconstruct_tokens, token_weights}};
 }
 
 }  // namespace CASVIT_ISA

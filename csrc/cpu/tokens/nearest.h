@@ -107,5 +107,19 @@ static void reconstruct_tokens(const Reconstruction& r, const void* y, const flo
   }
 }
 
+// Their weights for all centres, [tokens][cells], as `reconstruct_tokens` takes them.
+static void token_weights(const Reconstruction& r, const float* distances, int64_t begin,
+                          int64_t end, float* out, void* temp) {
+  float* weights = static_cast<float*>(temp);
+  WeightedCentre* found = reinterpret_cast<WeightedCentre*>(weights + (r.cells + 15) / 16 * 16);
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t count = nearest_centres(r, distances + t * r.cells, weights, found);
+    float* to = out + t * r.cells;
+    const float others = count == 0 ? __builtin_nanf("") : 0.0f;
+    for (int64_t k = 0; k < r.cells; ++k) to[k] = others;
+    for (int64_t i = 0; i < count; ++i) to[found[i].index] = found[i].weight;
+  }
+}
+
 }  // namespace CASVIT_ISA
 }  // namespace casvit

@@ -11,5 +11,8 @@ namespace casvit {
 void reconstruct_tokens(const Kernels&, const Reconstruction& r, const void* y,
                         const float* distances, int64_t images, int64_t tokens, void* out,
                         const ThreadPool&);
+// The weights that it takes, [images][tokens][cells].
+void token_weights(const Kernels&, const Reconstruction& r, const float* distances, int64_t images,
+                   int64_t tokens, float* out, const ThreadPool&);
 
 }  // namespace casvit
