@@ -106,11 +106,10 @@ struct TokenKernels {
   // One token to a row of floats, one centre back.
   void (*widen)(const void* from, DType, int64_t channels, int64_t row, float* to);
   void (*narrow)(const float* from, DType, int64_t channels, void* to);
-  void (*pool)(const TokenMap&, const TokenArrays&, int64_t cell_row);
-  // Of the tokens of cells [begin, end) of the row.
+  // Of cells [begin, end) of one row; from an even one on.
+  void (*pool)(const TokenMap&, const TokenArrays&, int64_t cell_row, int64_t begin, int64_t end);
   void (*affinities)(const TokenMap&, const TokenArrays&, float temperature, int64_t cell_row,
                      int64_t begin, int64_t end, float* temp);
-  // Floats [begin, end) of the row's centres, multiples of 16.
   void (*means)(const TokenMap&, const TokenArrays&, int64_t cell_row, int64_t begin, int64_t end,
                 void* temp);
   // Tokens [begin, end) of one image. y: [cells][channels]; distances: squared, [tokens][cells].

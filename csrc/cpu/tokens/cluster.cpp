@@ -7,6 +7,7 @@ namespace {
 
 thread_local Buffer rows_buffer, temp_buffer;
 constexpr int64_t KEEP_BYTES = int64_t{256} << 20;
+constexpr int64_t L2_BYTES = int64_t{512} << 10;  // that a thread counts on
 
 int64_t bytes_of(DType dtype) { return dtype == DType::F32 ? 4 : 2; }
 
@@ -25,16 +26,18 @@ struct Group {
     return {tokens + image * m.tokens() * m.row, centres + image * m.cells() * m.row,
             affinity + image * m.tokens() * m.slots()};
   }
-  // f(arrays, row of cells, part): rows are cut into at most `most` parts where threads outnumber
-  // them.
+  // f(arrays, row of cells, begin, end) for columns of about `width` cells, from an even one on;
+  // fewer where threads outnumber the rows. Down the rows of one column, then the next.
   template <class F>
-  void each_row(int64_t most, const F& f) const {
-    const int64_t rows = images * m.grid[0];
+  void each_row(int64_t width, const F& f) const {
+    const int64_t rows = images * m.grid[0], pairs = divide_up(m.grid[1], 2);
     const int64_t wanted = pool.threads == 1 ? 1 : divide_up(4 * pool.threads, rows);
-    const int64_t parts = wanted < most ? wanted : most;
+    const int64_t least = divide_up(m.grid[1], width);
+    const int64_t most = least < wanted ? wanted : least, parts = most < pairs ? most : pairs;
     parallel_for(pool, rows * parts, [&](int64_t i) {
-      const int64_t row = i / parts, part = i % parts;
-      f(of(row / m.grid[0]), row % m.grid[0], part, parts);
+      const int64_t row = i % m.grid[0], part = i / m.grid[0] % parts;
+      const int64_t begin = part * pairs / parts * 2, end = (part + 1) * pairs / parts * 2;
+      f(of(i / (m.grid[0] * parts)), row, begin, end < m.grid[1] ? end : m.grid[1]);
     });
   }
   void load(const TokenBatch& x, int64_t first) const {
@@ -50,26 +53,33 @@ struct Group {
     });
   }
   void pool_centres() const {
-    each_row(1, [&](const TokenArrays& a, int64_t row, int64_t, int64_t) { k.pool(m, a, row); });
+    each_row(m.grid[1], [&](const TokenArrays& a, int64_t row, int64_t begin, int64_t end) {
+      k.pool(m, a, row, begin, end);
+    });
   }
   void iterate(float temperature) const {
-    each_row(m.grid[1], [&](const TokenArrays& a, int64_t row, int64_t part, int64_t parts) {
-      float* temp = static_cast<float*>(temp_buffer.get(affinity_temp_bytes(m)));
-      k.affinities(m, a, temperature, row, part * m.grid[1] / parts, (part + 1) * m.grid[1] / parts,
-                   temp);
-    });
-    const int64_t blocks = m.row / 16;
-    each_row(divide_up(blocks, 4),
-             [&](const TokenArrays& a, int64_t row, int64_t part, int64_t parts) {
-               k.means(m, a, row, part * blocks / parts * 16, (part + 1) * blocks / parts * 16,
-                       temp_buffer.get(means_temp_bytes(m)));
+    each_row(columns_in_cache(m.window()),
+             [&](const TokenArrays& a, int64_t row, int64_t begin, int64_t end) {
+               k.affinities(m, a, temperature, row, begin, end,
+                            static_cast<float*>(temp_buffer.get(affinity_temp_bytes(m))));
              });
+    each_row(columns_in_cache(divide_up(m.window() * m.tokens(), m.cells())),
+             [&](const TokenArrays& a, int64_t row, int64_t begin, int64_t end) {
+               k.means(m, a, row, begin, end, temp_buffer.get(means_temp_bytes(m)));
+             });
+  }
+  // Cells across, of which `rows` rows of centres (or of tokens) and the windows beside them stay
+  // in the L2 cache from one row of cells to the next: else each row is read again for each of its
+  // window, and time would grow faster than the map.
+  int64_t columns_in_cache(int64_t rows) const {
+    const int64_t columns = L2_BYTES / (rows * m.row * 4) - 2 * m.reach;
+    return columns > 8 ? columns : 8;
   }
   void store(DType dtype, char* to) const {
     const int64_t bytes = m.channels * bytes_of(dtype);
-    each_row(1, [&](const TokenArrays& a, int64_t row, int64_t, int64_t) {
+    each_row(m.grid[1], [&](const TokenArrays& a, int64_t row, int64_t begin, int64_t end) {
       const int64_t image = (a.centres - centres) / (m.cells() * m.row);
-      for (int64_t cell = row * m.grid[1]; cell < (row + 1) * m.grid[1]; ++cell)
+      for (int64_t cell = row * m.grid[1] + begin; cell < row * m.grid[1] + end; ++cell)
         k.narrow(a.centres + cell * m.row, dtype, m.channels,
                  to + (image * m.cells() + cell) * bytes);
     });

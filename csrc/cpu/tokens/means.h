@@ -40,10 +40,11 @@ static void narrow_centre(const float* from, DType dtype, int64_t channels, void
   }
 }
 
-// One row of first centres.
-static void pool_tokens(const TokenMap& m, const TokenArrays& a, int64_t cell_row) {
+// First centres: cells [begin, end) of one row.
+static void pool_tokens(const TokenMap& m, const TokenArrays& a, int64_t cell_row, int64_t begin,
+                        int64_t end) {
   const Span y = m.pooled(0, cell_row);
-  for (int64_t cell = 0; cell < m.grid[1]; ++cell) {
+  for (int64_t cell = begin; cell < end; ++cell) {
     const Span x = m.pooled(1, cell);
     const Vec count = splat(static_cast<float>(y.size() * x.size()));
     float* to = a.centres + (cell_row * m.grid[1] + cell) * m.row;
@@ -144,19 +145,20 @@ CASVIT_INLINE void weighted_mean(const WeightedTokens& w, int64_t c, float* firs
         store(to[i] + c + v * VL, add(load(totals + (i * V + v) * VL), sums[i][v]));
 }
 
-// Channels [begin, end), whole vectors, of one row of centres. A centre that no token has any
+// New centres: cells [begin, end) of one row, from an even one on. One that no token has any
 // affinity to stays where it is.
 static void weighted_means(const TokenMap& m, const TokenArrays& a, int64_t cell_row, int64_t begin,
                            int64_t end, void* temp) {
   constexpr int V = VL == 16 ? 8 : 4;
-  const int64_t pairs = (m.grid[1] + 1) / 2;
+  const int64_t pairs = (end - begin + 1) / 2;
   WeightedTokens* lists = static_cast<WeightedTokens*>(temp);
   WeightedToken* to = reinterpret_cast<WeightedToken*>(lists + pairs);
-  for (int64_t p = 0; p < pairs; ++p) to = weigh_tokens(m, a, cell_row, 2 * p, to, lists + p);
-  float* centres = a.centres + cell_row * m.grid[1] * m.row;
+  for (int64_t p = 0; p < pairs; ++p)
+    to = weigh_tokens(m, a, cell_row, begin + 2 * p, to, lists + p);
+  float* centres = a.centres + (cell_row * m.grid[1] + begin) * m.row;
   // A few channels of all tokens at a time: pairs side by side share most of their tokens.
-  for (int64_t c = begin; c < end;) {
-    const int64_t vectors = (end - c) / VL;
+  for (int64_t c = 0; c < m.row;) {
+    const int64_t vectors = (m.row - c) / VL;
     for (int64_t p = 0; p < pairs; ++p) {
       float* first = centres + 2 * p * m.row;
       if (vectors >= V) weighted_mean<V>(lists[p], c, first, first + m.row);
