@@ -27,7 +27,11 @@ CASVIT_INLINE void squared_distances(const float* const* tokens, const float* ce
     for (int64_t c = begin; c < end; c += VL) {
       Vec token[T];
 #pragma GCC unroll 2
-      for (int i = 0; i < T; ++i) token[i] = in_register(load(tokens[i] + c));
+      for (int i = 0; i < T; ++i) {
+        token[i] = in_register(load(tokens[i] + c));
+        // Those of the next cell: a map of 64 x 64 tokens comes from beyond the L2 cache.
+        __builtin_prefetch(tokens[i] + c + T * row, 0, 2);
+      }
 #pragma GCC unroll 5
       for (int j = 0; j < M; ++j) {
         const Vec centre = in_register(load(centres + j * row + c));

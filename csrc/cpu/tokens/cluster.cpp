@@ -7,7 +7,6 @@ namespace {
 
 thread_local Buffer rows_buffer, temp_buffer;
 constexpr int64_t KEEP_BYTES = int64_t{256} << 20;
-constexpr int64_t L2_BYTES = int64_t{512} << 10;  // that a thread counts on
 
 int64_t bytes_of(DType dtype) { return dtype == DType::F32 ? 4 : 2; }
 
@@ -26,18 +25,17 @@ struct Group {
     return {tokens + image * m.tokens() * m.row, centres + image * m.cells() * m.row,
             affinity + image * m.tokens() * m.slots()};
   }
-  // f(arrays, row of cells, begin, end) for columns of about `width` cells, from an even one on;
-  // fewer where threads outnumber the rows. Down the rows of one column, then the next.
+  // f(arrays, row of cells, begin, end), from an even cell on: whole rows, or parts of them where
+  // threads outnumber the rows.
   template <class F>
-  void each_row(int64_t width, const F& f) const {
+  void each_row(const F& f) const {
     const int64_t rows = images * m.grid[0], pairs = divide_up(m.grid[1], 2);
     const int64_t wanted = pool.threads == 1 ? 1 : divide_up(4 * pool.threads, rows);
-    const int64_t least = divide_up(m.grid[1], width);
-    const int64_t most = least < wanted ? wanted : least, parts = most < pairs ? most : pairs;
+    const int64_t parts = wanted < pairs ? wanted : pairs;
     parallel_for(pool, rows * parts, [&](int64_t i) {
-      const int64_t row = i % m.grid[0], part = i / m.grid[0] % parts;
+      const int64_t row = i / parts, part = i % parts;
       const int64_t begin = part * pairs / parts * 2, end = (part + 1) * pairs / parts * 2;
-      f(of(i / (m.grid[0] * parts)), row, begin, end < m.grid[1] ? end : m.grid[1]);
+      f(of(row / m.grid[0]), row % m.grid[0], begin, end < m.grid[1] ? end : m.grid[1]);
     });
   }
   void load(const TokenBatch& x, int64_t first) const {
@@ -53,31 +51,22 @@ struct Group {
     });
   }
   void pool_centres() const {
-    each_row(m.grid[1], [&](const TokenArrays& a, int64_t row, int64_t begin, int64_t end) {
+    each_row([&](const TokenArrays& a, int64_t row, int64_t begin, int64_t end) {
       k.pool(m, a, row, begin, end);
     });
   }
   void iterate(float temperature) const {
-    each_row(columns_in_cache(m.window()),
-             [&](const TokenArrays& a, int64_t row, int64_t begin, int64_t end) {
-               k.affinities(m, a, temperature, row, begin, end,
-                            static_cast<float*>(temp_buffer.get(affinity_temp_bytes(m))));
-             });
-    each_row(columns_in_cache(divide_up(m.window() * m.tokens(), m.cells())),
-             [&](const TokenArrays& a, int64_t row, int64_t begin, int64_t end) {
-               k.means(m, a, row, begin, end, temp_buffer.get(means_temp_bytes(m)));
-             });
-  }
-  // Cells across, of which `rows` rows of centres (or of tokens) and the windows beside them stay
-  // in the L2 cache from one row of cells to the next: else each row is read again for each of its
-  // window, and time would grow faster than the map.
-  int64_t columns_in_cache(int64_t rows) const {
-    const int64_t columns = L2_BYTES / (rows * m.row * 4) - 2 * m.reach;
-    return columns > 8 ? columns : 8;
+    each_row([&](const TokenArrays& a, int64_t row, int64_t begin, int64_t end) {
+      k.affinities(m, a, temperature, row, begin, end,
+                   static_cast<float*>(temp_buffer.get(affinity_temp_bytes(m))));
+    });
+    each_row([&](const TokenArrays& a, int64_t row, int64_t begin, int64_t end) {
+      k.means(m, a, row, begin, end, temp_buffer.get(means_temp_bytes(m)));
+    });
   }
   void store(DType dtype, char* to) const {
     const int64_t bytes = m.channels * bytes_of(dtype);
-    each_row(m.grid[1], [&](const TokenArrays& a, int64_t row, int64_t begin, int64_t end) {
+    each_row([&](const TokenArrays& a, int64_t row, int64_t begin, int64_t end) {
       const int64_t image = (a.centres - centres) / (m.cells() * m.row);
       for (int64_t cell = row * m.grid[1] + begin; cell < row * m.grid[1] + end; ++cell)
         k.narrow(a.centres + cell * m.row, dtype, m.channels,

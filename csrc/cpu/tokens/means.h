@@ -156,11 +156,19 @@ static void weighted_means(const TokenMap& m, const TokenArrays& a, int64_t cell
   for (int64_t p = 0; p < pairs; ++p)
     to = weigh_tokens(m, a, cell_row, begin + 2 * p, to, lists + p);
   float* centres = a.centres + (cell_row * m.grid[1] + begin) * m.row;
+  const Span below =
+      cell_row + m.reach + 1 < m.grid[0] ? m.tokens_of(0, cell_row + m.reach + 1) : Span{0, 0};
   // A few channels of all tokens at a time: pairs side by side share most of their tokens.
   for (int64_t c = 0; c < m.row;) {
     const int64_t vectors = (m.row - c) / VL;
     for (int64_t p = 0; p < pairs; ++p) {
       float* first = centres + 2 * p * m.row;
+      // The tokens that come into the window with the next row of cells.
+      const int64_t cell = begin + 2 * p, last = cell + 1 < end ? cell + 1 : cell;
+      for (int64_t y = below.begin; y < below.end; ++y)
+        for (int64_t x = m.tokens_of(1, cell).begin; x < m.tokens_of(1, last).end; ++x)
+          for (int64_t i = 0; i < V * VL && c + i < m.row; i += 16)
+            __builtin_prefetch(a.tokens + (y * m.size[1] + x) * m.row + c + i, 0, 2);
       if (vectors >= V) weighted_mean<V>(lists[p], c, first, first + m.row);
       else if (vectors >= 2) weighted_mean<2>(lists[p], c, first, first + m.row);
       else weighted_mean<1>(lists[p], c, first, first + m.row);
