@@ -4,6 +4,8 @@ Independent of the package, so that it can be its judge, and in the dtype that i
 distances are sums of squared differences, a window is a mask. Three differences from the published code:
 the smallest distance is subtracted before exp, which changes nothing after normalisation but keeps
 weights from all being 0; a centre that no token has any affinity to stays; home cells by whole numbers.
+
+And what the tests of token clustering share: maps of tokens, and the judge.
 """
 
 import torch
@@ -51,3 +53,33 @@ def published_reconstruct(y, x, centres, neighbours, temperature, norm):
     weights = weights * (weights >= least)
     p = 2 if norm == "l2" else 1
     return F.normalize(weights, p=p, dim=2) @ y
+
+
+def tokens(size, channels, batch=2, dtype=torch.float32, scale=1.0):
+    """A map that varies slowly, with noise: neighbours are alike, as in a ViT."""
+    coarse = torch.randn(batch, channels, 3, 3)
+    smooth = torch.nn.functional.interpolate(coarse, size, mode="bilinear", align_corners=False)
+    noise = 0.3 * torch.randn(batch, channels, *size)
+    return (scale * (smooth + noise)).flatten(2).transpose(1, 2).contiguous().to(dtype)
+
+
+def strided(x, how):
+    if how == "map":  # (B, C, H, W) seen as tokens: channels are not innermost
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if how == "behind a class token":
+        return torch.cat((torch.randn_like(x[:, :1]), x), 1)[:, 1:]
+    if how == "every second channel":
+        return torch.stack((x, torch.randn_like(x)), 3)[..., 0]
+    return x[:1].expand(3, -1, -1)  # one image for all
+
+
+def assert_as_exact(got, own, truth, dtype):
+    """At most twice what the published formulas lose themselves in float32, beside the last rounding."""
+    scale = truth.abs().max().item()
+    # float32 of the formulas may be right by luck: a few roundings are always allowed.
+    lost = max(
+        (own.double() - truth).abs().max().item(), 4 * torch.finfo(torch.float32).eps * scale
+    )
+    rounding = 0.5 * torch.finfo(dtype).eps * scale if dtype != torch.float32 else 0.0
+    error = (got.double() - truth).abs().max().item()
+    assert error <= 2 * lost + rounding, f"error {error:.3g}, the formulas' own {lost:.3g}"

@@ -1,55 +1,28 @@
 """Token clustering and reconstruction, held to the published formulas in float64 written here again."""
 
 import functools
-import re
 
 import pytest
 import torch
 from conftest import require_native
-from published_tokens import published_cluster, published_reconstruct
+from published_tokens import (
+    assert_as_exact,
+    published_cluster,
+    published_reconstruct,
+    strided,
+    tokens,
+)
 
-from casvit_kernels import BackendUnavailable, use_backend
+from casvit_kernels import use_backend
 from casvit_kernels.backends import native
 from casvit_kernels.testing import poisoned
 from casvit_kernels.tokens import (
     Clusters,
-    TokenClustering,
-    TokenReconstruction,
     cluster_tokens,
     reconstruct_tokens,
 )
 
-ROADS = ["cpu", "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=ROADS)
-def road(request):
-    """The native kernels, and the formulas that serve every other device."""
-    if request.param == "cpu":
-        require_native()
-    with use_backend(request.param):
-        yield request.param
-
-
-def tokens(size, channels, batch=2, dtype=torch.float32, scale=1.0):
-    """A map that varies slowly, with noise: neighbours are alike, as in a ViT."""
-    coarse = torch.randn(batch, channels, 3, 3)
-    smooth = torch.nn.functional.interpolate(coarse, size, mode="bilinear", align_corners=False)
-    noise = 0.3 * torch.randn(batch, channels, *size)
-    return (scale * (smooth + noise)).flatten(2).transpose(1, 2).contiguous().to(dtype)
-
-
-def assert_as_exact(got, own, truth, dtype):
-    """At most twice what the published formulas lose themselves in float32, beside the last rounding."""
-    scale = truth.abs().max().item()
-    # float32 of the formulas may be right by luck: a few roundings are always allowed.
-    lost = max(
-        (own.double() - truth).abs().max().item(), 4 * torch.finfo(torch.float32).eps * scale
-    )
-    rounding = 0.5 * torch.finfo(dtype).eps * scale if dtype != torch.float32 else 0.0
-    error = (got.double() - truth).abs().max().item()
-    assert error <= 2 * lost + rounding, f"error {error:.3g}, the formulas' own {lost:.3g}"
 
 
 def check_cluster(x, size, grid, **settings):
@@ -100,16 +73,6 @@ def test_any_batch(batch, road):
     clusters = cluster_tokens(x, (7, 6), (4, 3))
     assert clusters.labels().shape == (batch, 42)
     assert reconstruct_tokens(torch.randn(batch, 12, 8), clusters).shape == (batch, 42, 8)
-
-
-def strided(x, how):
-    if how == "map":  # (B, C, H, W) seen as tokens: channels are not innermost
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if how == "behind a class token":
-        return torch.cat((torch.randn_like(x[:, :1]), x), 1)[:, 1:]
-    if how == "every second channel":
-        return torch.stack((x, torch.randn_like(x)), 3)[..., 0]
-    return x[:1].expand(3, -1, -1)  # one image for all
 
 
 @pytest.mark.parametrize("how", ["map", "behind a class token", "every second channel", "expanded"])
@@ -405,184 +368,6 @@ def test_autocast_changes_no_bit(road):
     expected = both()
     with torch.autocast("cpu", torch.bfloat16):
         assert all(torch.equal(f, e) for f, e in zip(both(), expected, strict=True))
-
-
-def test_modules_are_the_functions(road):
-    x, y = tokens((7, 6), 8), torch.randn(2, 12, 5)
-    clustering = TokenClustering((4, 3), iterations=2, window=3, temperature=0.1)
-    clusters = clustering(x, (7, 6))
-    expected = cluster_tokens(x, (7, 6), (4, 3), iterations=2, window=3, temperature=0.1)
-    assert torch.equal(clusters.centres, expected.centres)
-    reconstruction = TokenReconstruction(neighbours=3, temperature=0.2, norm="sum", window=3)
-    assert torch.equal(
-        reconstruction(y, clusters),
-        reconstruct_tokens(y, clusters, neighbours=3, temperature=0.2, norm="sum", window=3),
-    )
-    assert "grid=(4, 3)" in repr(clustering)
-    assert "norm='sum'" in repr(reconstruction)
-
-
-# Bad input
-
-X = torch.zeros(1, 6, 4)
-GOOD = {"x": X, "size": (2, 3), "grid": (1, 2)}
-BAD_CLUSTERING = [
-    (
-        {"x": X.int()},
-        TypeError,
-        "x: expected float32, bfloat16, float16 or float64, got torch.int32",
-    ),
-    ({"x": [1.0]}, TypeError, "x: expected a torch.Tensor, got list"),
-    ({"x": X[0]}, ValueError, "x: expected 3 dimensions (B, N, C), got shape (6, 4)"),
-    (
-        {"x": torch.zeros(1, 7, 4)},
-        ValueError,
-        "x: expected 2 x 3 = 6 tokens in dimension 1, without",
-    ),
-    ({"grid": (3, 2)}, ValueError, "grid: expected at most the map's 2 x 3, got 3 x 2"),
-    ({"grid": (0, 2)}, ValueError, "grid: expected at least 1, got 0"),
-    ({"grid": (1, 2, 3)}, TypeError, "grid: expected a pair of whole numbers, got (1, 2, 3)"),
-    ({"grid": 2}, TypeError, "grid: expected a pair of whole numbers, got 2"),
-    ({"size": (2.0, 3)}, TypeError, "size: expected a whole number, got 2.0"),
-    ({"window": 4}, ValueError, "window: expected an odd number of cells across, got 4"),
-    ({"window": -1}, ValueError, "window: expected at least 1, got -1"),
-    ({"iterations": -1}, ValueError, "iterations: expected at least 0, got -1"),
-    ({"iterations": True}, TypeError, "iterations: expected a whole number, got True"),
-    ({"temperature": 0}, ValueError, "temperature: expected a finite number above 0, got 0"),
-    ({"temperature": float("nan")}, ValueError, "temperature: expected a finite number above 0"),
-    ({"temperature": "warm"}, TypeError, "temperature: expected a number, got 'warm'"),
-]
-
-
-@pytest.mark.parametrize(("wrong", "kind", "message"), BAD_CLUSTERING, ids=lambda v: str(v)[:20])
-def test_bad_input_of_clustering(wrong, kind, message):
-    given = {**GOOD, **wrong}
-    with pytest.raises(kind, match=re.escape(message)):
-        cluster_tokens(given.pop("x"), given.pop("size"), given.pop("grid"), **given)
-
-
-BAD_RECONSTRUCTION = [
-    ({"y": torch.zeros(1, 2, 4).int()}, TypeError, "y: expected a floating torch.Tensor, got"),
-    ({"y": None}, TypeError, "y: expected a floating torch.Tensor, got NoneType"),
-    ({"y": torch.zeros(1, 3, 4)}, ValueError, "y: expected shape (1, 2, C), as the centres, got"),
-    ({"y": torch.zeros(2, 2, 4)}, ValueError, "y: expected shape (1, 2, C), as the centres, got"),
-    (
-        {"y": torch.zeros(1, 2, 4, device="meta")},
-        ValueError,
-        "y: expected the centres' device, cpu",
-    ),
-    ({"clusters": X}, TypeError, "clusters: expected Clusters, got Tensor"),
-    ({"neighbours": 0}, ValueError, "neighbours: expected at least 1, got 0"),
-    ({"neighbours": 1.5}, TypeError, "neighbours: expected a whole number, got 1.5"),
-    ({"temperature": -1.0}, ValueError, "temperature: expected a finite number above 0, got -1.0"),
-    ({"norm": "l1"}, ValueError, "norm: expected 'l2' or 'sum', got 'l1'"),
-    ({"window": 2}, ValueError, "window: expected an odd number of cells across, got 2"),
-]
-
-
-@pytest.mark.parametrize(
-    ("wrong", "kind", "message"), BAD_RECONSTRUCTION, ids=lambda v: str(v)[:20]
-)
-def test_bad_input_of_reconstruction(wrong, kind, message):
-    given = {"y": torch.zeros(1, 2, 4), "clusters": cluster_tokens(**GOOD), **wrong}
-    with pytest.raises(kind, match=re.escape(message)):
-        reconstruct_tokens(given.pop("y"), given.pop("clusters"), **given)
-
-
-# Backends and PyTorch's machinery
-
-
-def test_a_backend_that_cannot_serve_is_refused():
-    x = tokens((7, 6), 8)
-    clusters = cluster_tokens(x, (7, 6), (4, 3))
-    with use_backend("cuda"):
-        for call in (
-            lambda: cluster_tokens(x, (7, 6), (4, 3)),
-            lambda: reconstruct_tokens(torch.randn(2, 12, 5), clusters),
-        ):
-            with pytest.raises(BackendUnavailable, match=r"'cuda' has no kernels.*cpu"):
-                call()
-
-
-def test_float64_is_not_the_kernels(require_native):
-    x = tokens((7, 6), 8).double()
-    with use_backend("cpu"), pytest.raises(BackendUnavailable, match=r"not torch\.float64"):
-        cluster_tokens(x, (7, 6), (4, 3))
-    check_cluster(x, (7, 6), (4, 3))  # the automatic choice moves on
-
-
-def test_the_kernels_are_the_choice_on_the_cpu(require_native, monkeypatch):
-    from casvit_kernels.ops.tokens import local, reference
-
-    def no(*_):
-        raise AssertionError("the formulas were called")
-
-    monkeypatch.setattr(local, "cluster", no)
-    monkeypatch.setattr(reference, "reconstruct", no)
-    clusters = cluster_tokens(tokens((7, 6), 8), (7, 6), (4, 3))
-    reconstruct_tokens(torch.randn(2, 12, 5), clusters)
-
-
-def test_opcheck(require_native):
-    x = strided(tokens((7, 6), 9), "map").requires_grad_()
-    ops = torch.ops.casvit_kernels
-    torch.library.opcheck(ops.cluster_tokens, (x, [7, 6], [4, 3], 2, 3, 0.02, "cpu"))
-    torch.library.opcheck(
-        ops.cluster_tokens, (x.detach().bfloat16(), [7, 6], [4, 3], 2, 3, 0.02, "cpu")
-    )
-    y, d = torch.randn(2, 12, 5, requires_grad=True), torch.rand(2, 42, 12)
-    torch.library.opcheck(ops.reconstruct_tokens, (y, d, 4, 0.02, "l2", "cpu"))
-    torch.library.opcheck(ops.token_weights, (d, 4, 0.02, "l2", "cpu"))
-
-
-def test_the_operator_checks_what_it_is_given(require_native):
-    op = torch.ops.casvit_kernels.cpu_cluster_tokens
-    x = torch.zeros(1, 6, 4)
-    for given, message in (
-        ((x.double(), [2, 3], [1, 2], 1, 3, 0.02), "x: expected float32, bfloat16 or float16"),
-        ((x, [2, 4], [1, 2], 1, 3, 0.02), "x: expected 8 tokens"),
-        ((x, [2, 3], [3, 2], 1, 3, 0.02), "grid: expected 1 to 2, got 3"),
-        ((x, [2, 3], [1, 2], 0, 3, 0.02), "iterations: expected at least 1"),
-        ((x, [2, 3], [1, 2], 1, 2, 0.02), "window: expected an odd number, got 2"),
-    ):
-        with pytest.raises(RuntimeError, match=re.escape(message)):
-            op(*given)
-    op = torch.ops.casvit_kernels.cpu_reconstruct_tokens
-    with pytest.raises(RuntimeError, match="distances: expected those of 1 images to 6 centres"):
-        op(x, torch.zeros(1, 9, 5), 2, 0.02, True)
-
-
-def both(x, y):
-    clusters = cluster_tokens(x, (7, 6), (4, 3))
-    return clusters.centres, reconstruct_tokens(y, clusters, neighbours=4), clusters.labels()
-
-
-@pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)]
-)
-def test_compiled_whole(compiler, road):
-    torch._dynamo.reset()
-    # Tokens that differ so much that no two weights are within rounding of each other.
-    x = tokens((7, 6), 8, scale=4.0).requires_grad_()
-    y = torch.randn(2, 12, 5, requires_grad=True)
-    found, expected = torch.compile(both, fullgraph=True, backend=compiler)(x, y), both(x, y)
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e)
-    grads = [torch.autograd.grad(a.sum() + (b * b).sum(), (x, y)) for a, b, _ in (found, expected)]
-    for f, e in zip(*grads, strict=True):
-        torch.testing.assert_close(f, e)
-
-
-def test_exported_without_operators_of_ours(require_native):
-    class Net(torch.nn.Module):
-        def forward(self, x, y):
-            return both(x, y)
-
-    x, y = tokens((7, 6), 8, scale=4.0), torch.randn(2, 12, 5)
-    program = torch.export.export(Net(), (x, y))
-    assert "casvit_kernels" not in str(program.graph)
-    for f, e in zip(program.module()(x, y), both(x, y), strict=True):
-        torch.testing.assert_close(f, e)
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
