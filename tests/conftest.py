@@ -41,6 +41,14 @@ def _require_native():
     require_native()
 
 
+@pytest.fixture(params=["cpu", "reference"])
+def road(request):
+    """Of token clustering: the native kernels, and the formulas that serve every other device."""
+    require_backend(request.param)
+    with casvit_kernels.use_backend(request.param):
+        yield request.param
+
+
 def pytest_terminal_summary(terminalreporter):
     """Under the failures: how to run each of them alone."""
     failed = [r.nodeid for kind in ("failed", "error") for r in terminalreporter.getreports(kind)]

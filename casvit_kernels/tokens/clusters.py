@@ -46,7 +46,7 @@ class Clusters:
         tokens, centres = self.checked_tokens(), reference.wide(self.centres)
         found = []
         step = max(1, _LABELLED // max(1, centres.shape[0] * centres.shape[1]))
-        with torch.no_grad():
+        with torch.no_grad(), reference.full_precision(tokens.device.type):
             for first in range(0, tokens.shape[1], step):
                 some = reference.wide(tokens[:, first : first + step])
                 found.append(reference.distances(some, centres).nan_to_num(torch.inf).argmin(2))
@@ -95,7 +95,8 @@ def cluster_tokens(
     Args:
         x: ``(B, N, C)``, N = H W tokens, rows first, without class or register tokens; float32,
             bfloat16, float16 or float64; any strides. Distances and sums are float32 (float64 of
-            float64). A token that is NaN makes those centres NaN whose windows reach it.
+            float64). A token that is NaN makes the first centres NaN that it is averaged into.
+            Centres at most 2 (window // 2) cells away from one of those stay at their average.
         size: ``(H, W)`` of the map. grid: ``(h, w)``, at most that.
         iterations: of the centres, at least 0.
         window: cells across, odd; cells outside of the grid do not count.
@@ -124,7 +125,8 @@ def cluster_tokens(
             f"class or register tokens, got shape {tuple(x.shape)}"
         )
     size, grid = (size[0], size[1]), (grid[0], grid[1])
-    centres, affinity = dispatch.cluster(x, size, grid, iterations, window, temperature)
+    with reference.full_precision(x.device.type):
+        centres, affinity = dispatch.cluster(x, size, grid, iterations, window, temperature)
     version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
     kept = affinity if iterations else None
     return Clusters(centres, x, size, grid, window, temperature, kept, version)
@@ -153,7 +155,8 @@ def reconstruct_tokens(
             they add up to more than 1 and a map that is constant comes back larger. ``"sum"``: their
             sum, which keeps it as it is.
         window: centres within so many cells across, odd, around a token's own; None: all, as
-            published. N window**2 instead of N K distances, nearly the same result.
+            published, so that one that is NaN makes all tokens NaN. N window**2 instead of N K
+            distances, nearly the same result.
 
     Returns:
         ``(B, N, C')`` of the dtype of ``y``; differentiable with respect to ``y``, weights count as
@@ -179,19 +182,13 @@ def reconstruct_tokens(
         temperature = clusters.temperature
     check_reconstruction(neighbours, temperature, norm, window)
     tokens = clusters.checked_tokens()
-    if window is None:
-        return reference.reconstruct(y, tokens, clusters.centres, neighbours, temperature, norm)
-    return local.reconstruct(
-        y,
-        tokens,
-        clusters.centres,
-        clusters.size,
-        clusters.grid,
-        window,
-        neighbours,
-        temperature,
-        norm,
-    )
+    given = (neighbours, temperature, norm)
+    with reference.full_precision(y.device.type):
+        if window is None:
+            return dispatch.reconstruct(y, tokens, clusters.centres, *given)
+        return local.reconstruct(
+            y, tokens, clusters.centres, clusters.size, clusters.grid, window, *given
+        )
 
 
 def check(size: Size, grid: Size, iterations: int, window: int, temperature: float) -> None:

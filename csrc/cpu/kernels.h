@@ -5,7 +5,7 @@
 //                          --channel_gate--> gates g --combine--> out
 #pragma once
 
-#include "cpu/layout.h"
+#include "cpu/tokens/layout.h"
 
 namespace casvit {
 
@@ -101,6 +101,25 @@ struct QkvBackwardKernels {
                  int64_t end, int64_t row_begin, int64_t row_end, float* to, void* temp);
 };
 
+// Token clustering, on rows of cells, and reconstruction: see tokens/layout.h.
+struct TokenKernels {
+  // One token to a row of floats, one centre back.
+  void (*widen)(const void* from, DType, int64_t channels, int64_t row, float* to);
+  void (*narrow)(const float* from, DType, int64_t channels, void* to);
+  // Of cells [begin, end) of one row; from an even one on.
+  void (*pool)(const TokenMap&, const TokenArrays&, int64_t cell_row, int64_t begin, int64_t end);
+  void (*affinities)(const TokenMap&, const TokenArrays&, float temperature, int64_t cell_row,
+                     int64_t begin, int64_t end, float* temp);
+  void (*means)(const TokenMap&, const TokenArrays&, int64_t cell_row, int64_t begin, int64_t end,
+                void* temp);
+  // Tokens [begin, end) of one image. y: [cells][channels]; distances: squared, [tokens][cells].
+  void (*reconstruct)(const Reconstruction&, const void* y, const float* distances, int64_t begin,
+                      int64_t end, void* out, void* temp);
+  // The weights alone, [tokens][cells].
+  void (*weights)(const Reconstruction&, const float* distances, int64_t begin, int64_t end,
+                  float* out, void* temp);
+};
+
 struct Kernels {
   const char* name;
   int64_t lanes;
@@ -143,6 +162,7 @@ struct Kernels {
                                 float* shift, float* to);
 
   QkvBackwardKernels qkv_backward;
+  TokenKernels tokens;
 };
 
 const Kernels& portable_kernels();

@@ -1,4 +1,4 @@
-"""Which backend serves a call of token clustering."""
+"""Which backend serves a call of token clustering or reconstruction."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...backends import BackendUnavailable, Problem, get, requested, select
 from ..tracing import exporting, formulas_only
-from . import kernels, local, schema
+from . import kernels, local, reference, schema
 from .cells import Size
 from .cpu import CpuTokenKernels
 from .triton import TritonTokenKernels
@@ -28,7 +28,29 @@ def cluster(
     if exporting() or formulas_only(x, x):
         return local.cluster(x, *given)
     name = _choose(x.device.type, x.dtype, x.device.index)
-    return local.cluster(x, *given) if name == "reference" else schema.cluster(x, *given, name)
+    if name == "reference" or iterations == 0:  # a pooling, which PyTorch has
+        return local.cluster(x, *given)
+    return schema.cluster(x, *given, name)
+
+
+def reconstruct(
+    y: Tensor, x: Tensor, centres: Tensor, neighbours: int, temperature: float, norm: str
+) -> Tensor:
+    """As `reference.reconstruct`: the distances by the library's GEMM, the rest by kernels.
+
+    Raises:
+        BackendUnavailable: as `cluster`.
+    """
+    given = (neighbours, temperature, norm)
+    if exporting() or formulas_only(y, x):
+        return reference.reconstruct(y, x, centres, *given)
+    dtype = x.dtype if x.dtype == torch.float64 else y.dtype
+    name = _choose(y.device.type, dtype, y.device.index)
+    if name == "reference" or kernels.get(name).reconstruction is None:
+        return reference.reconstruct(y, x, centres, *given)
+    with torch.no_grad():
+        d = reference.distances(reference.wide(x), reference.wide(centres))
+    return schema.reconstruct(y, d, *given, name)
 
 
 def _choose(device: str, dtype: torch.dtype, index: int | None) -> str:

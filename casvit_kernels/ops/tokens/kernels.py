@@ -8,10 +8,25 @@ from typing import Protocol
 from torch import Tensor
 
 
+class ReconstructionKernels(Protocol):
+    """Reconstruction from squared distances (B, N, K) of float32, without gradients."""
+
+    def reconstruct(
+        self, y: Tensor, distances: Tensor, neighbours: int, temperature: float, norm: str
+    ) -> Tensor:
+        """As `reference.combine`: y (B, K, C) of any strides; (B, N, C) of its dtype."""
+        ...
+
+    def weights(self, distances: Tensor, neighbours: int, temperature: float, norm: str) -> Tensor:
+        """As `reference.weights`, of the same bits that `reconstruct` multiplies y by."""
+        ...
+
+
 class TokenKernels(Protocol):
     """One backend's clustering and reconstruction, without gradients."""
 
     name: str  # the backend's
+    reconstruction: ReconstructionKernels | None  # None: by the formulas
 
     def cluster(
         self,
@@ -23,6 +38,7 @@ class TokenKernels(Protocol):
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
         """As `local.cluster`: x (B, N, C) of any strides; centres (B, K, C) of its dtype, contiguous;
+        iterations at least 1;
         affinities (B, N, window**2) of float32 (of float64 for float64), 0 outside of the grid."""
         ...
 

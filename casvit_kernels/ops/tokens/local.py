@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .cells import Cells, Size, cells
-from .reference import pooled, wide
+from .reference import pooled, product, wide
 
 
 def cluster(
@@ -23,7 +23,8 @@ def cluster(
     """
     at = cells(size, grid, window, x.device)
     centres = pooled(x, size, grid)
-    own = wide(x)[:, at.tokens]  # (B, K, m, C)
+    # (B, K, m, C); where there is no token, not another one's: 0 times NaN is NaN.
+    own = wide(x)[:, at.tokens].masked_fill(~at.filled[..., None], 0)
     weights = at.inside[:, None].expand(-1, own.shape[2], -1).to(own.dtype)
     weights = (weights * at.filled[..., None]).expand(x.shape[0], -1, -1, -1)
     for _ in range(iterations):
@@ -43,14 +44,14 @@ def affinities(own: Tensor, centres: Tensor, at: Cells, temperature: float) -> T
     dot = (own - home) @ around.transpose(2, 3)
     logits = temperature * (2 * dot - around.square().sum(3)[:, :, None])
     logits = logits.masked_fill(~at.inside[:, None], float("-inf"))
-    return logits.softmax(3) * at.filled[..., None]
+    return logits.softmax(3).where(at.filled[..., None] & at.inside[:, None], 0)
 
 
 def fold(parts: Tensor, at: Cells) -> Tensor:
     """(B, K, C): for each cell the sum of what those around it have for it in (B, K, J, C)."""
     # What the cell at place j of the window has for this one is at the opposite place of its own.
     opposite = torch.arange(at.around.shape[1] - 1, -1, -1, device=parts.device)
-    return (parts[:, at.around, opposite] * at.inside[..., None]).sum(2)
+    return parts[:, at.around, opposite].where(at.inside[..., None], 0).sum(2)
 
 
 def positions(x: Tensor, affinity: Tensor | None, size: Size, grid: Size, window: int) -> Tensor:
@@ -70,7 +71,7 @@ def positions(x: Tensor, affinity: Tensor | None, size: Size, grid: Size, window
 def cluster_backward(grad: Tensor, affinity: Tensor, size: Size, grid: Size, window: int) -> Tensor:
     """The gradient at x, (B, N, C) in float32, of one at the centres, (B, K, C)."""
     at = cells(size, grid, window, grad.device)
-    weights = affinity[:, at.tokens] * at.filled[..., None]  # (B, K, m, J)
+    weights = affinity[:, at.tokens].where(at.filled[..., None], 0)  # (B, K, m, J)
     total = fold(weights.sum(2)[..., None], at)
     each = wide(grad) / total.where(total > 0, float("inf"))
     return (weights @ each[:, at.around]).flatten(1, 2)[:, at.slot]
@@ -100,5 +101,5 @@ def reconstruct(
         weights = weights / (
             weights.norm(dim=3, keepdim=True) if norm == "l2" else weights.sum(3, True)
         )
-    out = weights @ wide(y)[:, at.around]
+    out = product(weights, wide(y)[:, at.around])
     return out.flatten(1, 2)[:, at.slot].to(y.dtype)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .cells import Size, cells
+
+
+def full_precision(device: str) -> AbstractContextManager[object]:
+    """Within the context autocast leaves products as they are: distances and sums are float32."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def wide(x: Tensor) -> Tensor:
@@ -22,8 +31,9 @@ def pooled(x: Tensor, size: Size, grid: Size) -> Tensor:
 
 def distances(x: Tensor, centres: Tensor) -> Tensor:
     """Squared L2 distances, (B, N, K), of (B, N, C) and (B, K, C); not below 0."""
-    # Around the mean: far from 0 the three terms would cancel.
-    mean = centres.mean(1, keepdim=True)
+    # Around the mean: far from 0 the three terms would cancel. Of those that are not NaN, so that
+    # one that is has no distance, and the others do.
+    mean = centres.nanmean(1, keepdim=True)
     x, centres = x - mean, centres - mean
     squares = x.square().sum(2, keepdim=True) + centres.square().sum(2)[:, None]
     return torch.baddbmm(squares, x, centres.transpose(1, 2), alpha=-2).clamp(min=0)
@@ -49,17 +59,32 @@ def cluster(
     return centres.to(x.dtype), affinity
 
 
+def weights(d: Tensor, neighbours: int, temperature: float, norm: str) -> Tensor:
+    """(B, N, K), what each centre counts for a token, of squared distances."""
+    # The smallest distance first: no weight of its own underflows, and the norm takes it out.
+    found = torch.exp(-temperature * (d - d.amin(2, keepdim=True)))
+    least = found.topk(min(neighbours, found.shape[2]), 2).values[..., -1:]
+    found = found.where(found >= least, 0)
+    return found / (found.norm(dim=2, keepdim=True) if norm == "l2" else found.sum(2, True))
+
+
+def combine(y: Tensor, d: Tensor, neighbours: int, temperature: float, norm: str) -> Tensor:
+    """(B, N, C) of refined centres y (B, K, C), by tokens' squared distances to those before."""
+    with torch.no_grad():
+        found = weights(d, neighbours, temperature, norm)
+    return product(found, wide(y)).to(y.dtype)
+
+
+def product(weights: Tensor, values: Tensor) -> Tensor:
+    """In the wider dtype of the two."""
+    dtype = torch.promote_types(weights.dtype, values.dtype)
+    return weights.to(dtype) @ values.to(dtype)
+
+
 def reconstruct(
     y: Tensor, x: Tensor, centres: Tensor, neighbours: int, temperature: float, norm: str
 ) -> Tensor:
     """(B, N, C) of refined centres y (B, K, C); x and centres are those before the refinement."""
     with torch.no_grad():
         d = distances(wide(x), wide(centres))
-        # The smallest distance first: no weight of its own underflows, and the norm takes it out.
-        weights = torch.exp(-temperature * (d - d.amin(2, keepdim=True)))
-        least = weights.topk(min(neighbours, weights.shape[2]), 2).values[..., -1:]
-        weights = weights.where(weights >= least, 0)
-        weights = weights / (
-            weights.norm(dim=2, keepdim=True) if norm == "l2" else weights.sum(2, True)
-        )
-    return (weights @ wide(y)).to(y.dtype)
+    return combine(y, d, neighbours, temperature, norm)

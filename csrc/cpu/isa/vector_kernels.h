@@ -9,6 +9,9 @@
 #include "cpu/mixer/combine.h"
 #include "cpu/mixer/gates.h"
 #include "cpu/mixer/statistics.h"
+#include "cpu/tokens/affinities.h"
+#include "cpu/tokens/means.h"
+#include "cpu/tokens/nearest.h"
 
 namespace casvit {
 namespace CASVIT_ISA {
@@ -26,7 +29,9 @@ static Kernels vector_kernels(const char* name) {
           backward_gate,
           backward_depthwise,
           channel_gate_backward,
-          QKV_BACKWARD};
+          QKV_BACKWARD,
+          {widen_token, narrow_centre, pool_tokens, token_affinities, weighted_means,
+           reconstruct_tokens, token_weights}};
 }
 
 }  // namespace CASVIT_ISA
