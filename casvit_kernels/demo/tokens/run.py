@@ -72,8 +72,11 @@ class TokensDemo:
 
     def _expedite(self) -> Report:
         options, name = self.options, self.options.model
+        # Where there is a convolutional stem it has blocks of its own beside timm's model.blocks.
+        usual = getattr(self.model, "blocks", None)
+        listed = isinstance(usual, (nn.Sequential, nn.ModuleList))
         try:
-            path, blocks = find_blocks(self.model, None)
+            path, blocks = find_blocks(self.model, "blocks" if listed else None)
         except ValueError as error:
             raise ValueError(f"--model: expedite does not serve {name}: {error}") from None
         size = usual_size(self.model)
