@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,19 +32,26 @@ _SHIPPED = (
 
 class Photographs(NamedTuple):
     names: tuple[str, ...]
-    pixels: Tensor  # (N, 224, 224, 3), uint8
+    pixels: Tensor  # (N, S, S, 3), uint8
     found: int  # how many there were; more than N when a directory holds more than `MOST`
 
-    def batch(self, size: int | None = None) -> Tensor:
-        """``(size, 3, 224, 224)`` float32, normalised; photographs repeat where there are fewer."""
+    def batch(
+        self,
+        size: int | None = None,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
+    ) -> Tensor:
+        """``(size, 3, S, S)`` float32, normalised; photographs repeat where there are fewer."""
         chosen = torch.arange(len(self.names) if size is None else size) % len(self.names)
         x = self.pixels[chosen].permute(0, 3, 1, 2).float() / 255
-        mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-        return ((x - mean) / std).contiguous()
+        shift, scale = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
+        return ((x - shift) / scale).contiguous()
 
 
-def load(folder: Path | None, argument: str = "--images") -> Photographs:
+def load(folder: Path | None, argument: str = "--images", side: int = SIZE) -> Photographs:
     """All images of `folder` (sorted by name, the first `MOST`), or those that ship with packages.
+
+    Each is scaled to `side` pixels on its short side, and the middle cut out.
 
     Raises:
         ValueError: `folder` is no directory, holds no image, or an image cannot be read; the message
@@ -52,7 +60,7 @@ def load(folder: Path | None, argument: str = "--images") -> Photographs:
     """
     paths = _shipped(argument) if folder is None else _images_of(folder, argument)
     chosen = paths[:MOST]
-    pixels = torch.stack([_read(path, argument) for path in chosen])
+    pixels = torch.stack([_read(path, argument, side) for path in chosen])
     return Photographs(tuple(path.stem for path in chosen), pixels, len(paths))
 
 
@@ -80,8 +88,8 @@ def _images_of(folder: Path, argument: str) -> list[Path]:
     return paths
 
 
-def _read(path: Path, argument: str) -> Tensor:
-    """``(224, 224, 3)`` uint8: the short side scaled to the size, the middle cut out."""
+def _read(path: Path, argument: str, side: int) -> Tensor:
+    """``(side, side, 3)`` uint8: the short side scaled to the size, the middle cut out."""
     image, ops = need("PIL.Image"), need("PIL.ImageOps")
     try:
         with image.open(path) as opened:
@@ -89,5 +97,5 @@ def _read(path: Path, argument: str) -> Tensor:
     # Pillow's decoders raise far more than OSError on a damaged file.
     except Exception as error:
         raise ValueError(f"{argument}: expected a readable image, got {path} ({error})") from None
-    fitted = ops.fit(upright, (SIZE, SIZE), image.Resampling.BICUBIC)
-    return torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3)
+    fitted = ops.fit(upright, (side, side), image.Resampling.BICUBIC)
+    return torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(side, side, 3)

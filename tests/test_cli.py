@@ -17,7 +17,7 @@ from casvit_kernels.backends import cuda
 from casvit_kernels.models import rcvit_xs
 from casvit_kernels.ops.mixer.dispatch import ReferenceKernels
 
-VERBS = ("demo", "info", "parity", "bench", "export", "plan")
+VERBS = ("demo", "tokens", "info", "parity", "bench", "export", "plan")
 
 
 def run(*argv):
@@ -103,7 +103,7 @@ def test_backend_that_cannot_run_says_why():
     assert reason in refused("parity", "--backend", "cuda")
 
 
-@pytest.mark.parametrize("verb", ["demo", "bench", "parity"])
+@pytest.mark.parametrize("verb", ["demo", "tokens", "bench", "parity"])
 def test_environment_variable_with_impossible_backend(verb, monkeypatch):
     monkeypatch.setenv("CASVIT_KERNELS_BACKEND", "cuda")
     assert "CASVIT_KERNELS_BACKEND='cuda'" in refused(verb)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 from torch import Tensor
 
-from . import phrases, plots
+from . import page, phrases, plots
 from .gates import StageGates
 from .results import Results
 from .speed import Latency, Speed, is_fused
@@ -28,15 +25,10 @@ def render(results: Results, pixels: Tensor, gates: Sequence[StageGates]) -> str
         pixels: the photographs ``(N, 224, 224, 3)``, uint8.
         gates: the maps of each stage's last mixer over these photographs.
     """
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    # A "<" could end the script element; "\u003c" is the same JSON.
-    data = json.dumps(results.as_json()).replace("<", "\\u003c")
-    return environment.from_string(_resource("report.html.j2")).render(
+    return page.fill(
+        "report.html.j2",
+        results.as_json(),
         title=f"{results.model.name}: fused against PyTorch",
-        style=Markup(_resource("report.css")),
-        data=Markup(data),
         results=results,
         phrases=phrases,
         is_fused=is_fused,
@@ -45,10 +37,6 @@ def render(results: Results, pixels: Tensor, gates: Sequence[StageGates]) -> str
         training=results.training and _training(results.training),
         gates=_gates(results, pixels[:SHOWN], gates),
     )
-
-
-def _resource(name: str) -> str:
-    return resources.files(__package__ or "").joinpath(name).read_text(encoding="utf-8")
 
 
 def _parity(results: Results) -> dict[str, Any]:
