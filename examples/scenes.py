@@ -85,7 +85,7 @@ class Scenes:
 
 @lru_cache(maxsize=2)
 def handwritten(part: str) -> tuple[Tensor, Tensor]:
-    """The digits of a part: ``(count, 10, 10)`` in [0, 1], with a border, and ``(count,)`` from 0 to 9."""
+    """A part's digits: ``(count, 10, 10)`` in [0, 1], with a border, and ``(count,)`` from 0 to 9."""
     digits = need("sklearn.datasets").load_digits()
     split: Any = need("sklearn.model_selection").train_test_split
     chosen = split(

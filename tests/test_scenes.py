@@ -1,4 +1,4 @@
-"""The scenes of digits: the same for everyone, labelled where the ink is, test digits never trained on."""
+"""The scenes of digits: the same for everyone, labels where the ink is, test digits never trained on."""
 
 import sys
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_every_class_occurs_and_labels_lie_on_ink():
 
 
 def test_labels_name_the_digit_that_was_drawn():
-    """One digit over the whole scene: its pixels, scaled down again, are those of a digit so labelled."""
+    """One digit over a whole scene: scaled down again its pixels are those of a digit so labelled."""
     images, names = scenes.handwritten("test")
     for index in range(10):
         _, labels = scenes.Scenes("test", (80, 80), digits=(1, 1), scale=(80, 80)).scene(index)
