@@ -1,0 +1,205 @@
+"""mIoU of a plain ViT whose last blocks see fewer tokens, without fine-tuning, and its speed.
+
+    python bench/accuracy/tokens.py            mIoU; trains three small models first
+    python bench/accuracy/tokens.py --speed    speed alone, into the same file
+
+Into bench/results/token_clustering.json; then python bench/report. Models and scenes are those of
+examples/token_clustering.py. The temperature is chosen on training scenes: distances grow with a
+model's width, and the published one is for features of 1024 numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "bench" / "accuracy"), str(ROOT / "examples"), str(ROOT)]
+
+import token_rivals as rivals  # noqa: E402
+from scenes import Scenes  # noqa: E402
+from segmentation_vit import IoU, Recipe, SegmentationViT, trained  # noqa: E402
+
+from casvit_kernels import _files, benchmark  # noqa: E402
+from casvit_kernels.backends import requested  # noqa: E402
+from casvit_kernels.tokens import cluster_tokens, reconstruct_tokens  # noqa: E402
+
+RESULTS = ROOT / "bench" / "results" / "token_clustering.json"
+SEEDS = (0, 1, 2)
+SCENES, SCENES_TUNED, BATCH = 96, 32, 8
+BLOCKS = (2, 4, 6)  # of 10: before them tokens are dense
+GRIDS = ((14, 14), (17, 17), (20, 20), (24, 24))  # of 28 x 28: 0.25, 0.37, 0.51, 0.73
+PUBLISHED = 4, (20, 20)  # 40 % of the blocks, half of the tokens
+TEMPERATURES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+FULL, TOME = "full", "ToMe"
+
+
+def clustering(temperature: float, iterations: int = 5, **settings: Any) -> rivals.Method:
+    """The library's functions as a method."""
+
+    def method(
+        x: Tensor, size: rivals.Size, grid: rivals.Size
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        found = cluster_tokens(x, size, grid, iterations=iterations, temperature=temperature)
+        return found.centres, partial(reconstruct_tokens, clusters=found, **settings)
+
+    return method
+
+
+def methods(temperature: float) -> dict[str, rivals.Method]:
+    return {
+        "clustering, as published": clustering(temperature),
+        "clustering, sum": clustering(temperature, norm="sum"),
+        "clustering, sum, window 5": clustering(temperature, norm="sum", window=5),
+        "average pooling, nearest": rivals.pooling("nearest"),
+        "average pooling, bilinear": rivals.pooling("bilinear"),
+        "strided, nearest": rivals.striding,
+    }
+
+
+class Evaluated:
+    """A model on scenes: what it makes of them before each block is computed once."""
+
+    def __init__(self, model: SegmentationViT, scenes: Scenes, count: int) -> None:
+        self.model, self.parts = model, []
+        for first in range(0, count, BATCH):
+            images, labels = scenes.batch(first, BATCH)
+            x, self.size = model.embed(images)
+            before = {0: x}
+            for number, block in enumerate(model.blocks, 1):
+                x = block(x)
+                if number in (*BLOCKS, len(model.blocks)):
+                    before[number] = x
+            self.parts.append((before, labels))
+
+    def miou(self, rest: Callable[[Tensor], Tensor], at: int) -> float:
+        """In percent, of `rest` in place of the blocks from `at` on."""
+        iou = IoU()
+        for before, labels in self.parts:
+            out = self.model.scores(rest(before[at]), self.size, tuple(labels.shape[1:]))
+            iou.add(out, labels)
+        return round(100 * iou.mean(), 3)
+
+    def reduced(self, name: str, method: rivals.Method | None, at: int, grid: rivals.Size) -> float:
+        return self.miou(rest(self.model, method, at, self.size, grid), at)
+
+
+def rest(
+    model: SegmentationViT,
+    method: rivals.Method | None,
+    at: int,
+    size: rivals.Size,
+    grid: rivals.Size,
+) -> Callable[[Tensor], Tensor]:
+    """The blocks from `at` on with fewer tokens; dense again. Without a method: ToMe."""
+
+    def run(x: Tensor) -> Tensor:
+        if method is None:
+            return rivals.tome(model.blocks[at:], x, grid[0] * grid[1])
+        y, rebuild = method(x, size, grid)
+        for block in model.blocks[at:]:
+            y = block(y)
+        return rebuild(y)
+
+    return run
+
+
+def chosen_temperature(on: Evaluated) -> tuple[float, dict[str, float]]:
+    """The best of `TEMPERATURES` for the published method at the published ratio, and all of them."""
+    at, grid = PUBLISHED
+    found = {
+        str(t): on.miou(rest(on.model, clustering(t), at, on.size, grid), at) for t in TEMPERATURES
+    }
+    return float(max(found, key=lambda t: found[t])), found
+
+
+@torch.inference_mode()
+def accuracy(folder: Path) -> dict[str, Any]:
+    """Every method on every grid after every block; a list of mIoUs has one for each seed."""
+    rows: dict[tuple[str, int, rivals.Size], list[float]] = {}
+    full, tuned = [], []
+    for seed in SEEDS:
+        with torch.inference_mode(False):
+            model = trained(Recipe(seed=seed), folder, print)
+        temperature, found = chosen_temperature(
+            Evaluated(model, Scenes("train", seed=1000 + seed), SCENES_TUNED)
+        )
+        tuned.append({"temperature": temperature, "miou": found})
+        on = Evaluated(model, Scenes("test", seed=seed), SCENES)
+        full.append(on.miou(lambda x: x, len(model.blocks)))
+        print(f"seed {seed}: full {full[-1]}, temperature {temperature}", flush=True)
+        for at in BLOCKS:
+            for grid in GRIDS:
+                for name, method in {**methods(temperature), TOME: None}.items():
+                    score = on.miou(rest(model, method, at, on.size, grid), at)
+                    rows.setdefault((name, at, grid), []).append(score)
+                    print(f"  {at} {grid} {name}: {score}", flush=True)
+    return {
+        "environment": benchmark.environment(),
+        "recipe": asdict(Recipe()),
+        "seeds": list(SEEDS),
+        "scenes": SCENES,
+        "size": list(on.size),
+        "full": full,
+        "tuned": tuned,
+        "rows": [
+            {"method": name, "at": at, "grid": list(grid), "miou": scores}
+            for (name, at, grid), scores in rows.items()
+        ],
+    }
+
+
+def speed(found: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`found` with how many times as fast as the full model each row is, medians in turn."""
+    model = trained(Recipe(seed=found["seeds"][0]), folder, print)
+    known = methods(found["tuned"][0]["temperature"])
+    images, _ = Scenes("test").batch(0, 1)
+    pixels = (images.shape[2], images.shape[3])
+
+    def call(name: str, at: int, grid: rivals.Size) -> Tensor:
+        x, size = model.embed(images)
+        for block in model.blocks[:at]:
+            x = block(x)
+        return model.scores(rest(model, known.get(name), at, size, grid)(x), size, pixels)
+
+    for at in BLOCKS:
+        rows = [row for row in found["rows"] if row["at"] == at]
+        calls = {
+            str(i): partial(call, r["method"], at, tuple(r["grid"])) for i, r in enumerate(rows)
+        }
+        timings = benchmark.interleave({FULL: partial(model, images), **calls})
+        for i, row in enumerate(rows):
+            row["speed"] = round(timings[FULL].median / timings[str(i)].median, 3)
+            row["median_s"] = round(timings[str(i)].median, 6)
+    return {
+        **found,
+        "speed_environment": benchmark.environment(),
+        "speed_backend": requested() or "automatic",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--speed", action="store_true", help="time what the file has; no mIoU")
+    parser.add_argument("--models", type=Path, default=ROOT / "build" / "token_clustering")
+    options = parser.parse_args()
+    if options.speed:
+        found = speed(json.loads(RESULTS.read_text(encoding="utf-8")), options.models)
+    else:
+        found = accuracy(options.models)
+    _files.write_text(RESULTS, json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
