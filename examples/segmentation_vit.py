@@ -1,14 +1,13 @@
 """A small plain ViT for semantic segmentation, trained on `scenes` in minutes on one core.
 
 Like Segmenter with a linear head: patches, pre-norm blocks, a norm, class scores for each token,
-bilinear upsampling. No class token; positions are sines, so that one set of weights serves every size.
+bilinear upsampling. No class token; rotary positions, so that one set of weights serves every size.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,13 +26,14 @@ PATCH = 4  # pixels across for each token
 class Recipe:
     """Everything that a trained model depends on; phases of small scenes, then whole ones."""
 
-    width: int = 96
+    width: int = 64
     depth: int = 10
-    heads: int = 3
-    sizes: tuple[int, ...] = (40, 64, 112)
-    steps: tuple[int, ...] = (700, 200, 100)
-    batches: tuple[int, ...] = (16, 8, 4)
-    rate: float = 1.5e-3
+    heads: int = 2
+    sizes: tuple[int, ...] = (40, 112)
+    steps: tuple[int, ...] = (450, 70)
+    batches: tuple[int, ...] = (16, 4)
+    rate: float = 2e-3  # AdamW's, of vectors, stem and head
+    matrix_rate: float = 0.02  # Muon's, of the blocks' matrices
     seed: int = 0
 
 
@@ -47,22 +47,38 @@ class Block(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def attend(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, x: Tensor, places: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What attention adds to tokens (B, N, C), and the keys' mean over heads, (B, N, C / heads).
 
-        bias: added to the scores of each key, broadcast to (B, heads, N, N).
+        places: y and x of the tokens, (B or 1, N, 2). bias: added to the scores of each key, broadcast
+        to (B, heads, N, N).
         """
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        angles = _angles(places, q.shape[3])
+        out = F.scaled_dot_product_attention(_rotated(q, angles), _rotated(k, angles), v, bias)
         return self.proj(out.transpose(1, 2).flatten(2)), k.mean(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attend(x)[0]
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        x = x + self.attend(x, places)[0]
         return x + self.mlp(self.norm2(x))
 
 
+def _angles(places: Tensor, width: int) -> Tensor:
+    """(B or 1, 1, N, width / 2): rotary positions, half of them of y, half of x."""
+    rates = 0.8 * 30.0 ** -(torch.arange(width // 4) / (width // 4))
+    return (places[..., None] * rates).flatten(2)[:, None]
+
+
+def _rotated(x: Tensor, angles: Tensor) -> Tensor:
+    a, b = x.chunk(2, 3)
+    sin, cos = angles.sin(), angles.cos()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], 3)
+
+
 class SegmentationViT(nn.Module):
-    """``(B, 1, H, W)`` to class scores ``(B, 11, H, W)``; H and W multiples of the patch."""
+    """``(B, 1, H, W)`` to class scores ``(B, 11, H, W)``; H and W multiples of `PATCH`."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -76,67 +92,63 @@ class SegmentationViT(nn.Module):
         self.blocks = nn.ModuleList(Block(recipe.width, recipe.heads) for _ in range(recipe.depth))
         self.norm = nn.LayerNorm(recipe.width)
         self.head = nn.Linear(recipe.width, CLASSES)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.04)
-                nn.init.zeros_(module.bias)
 
-    def embed(
-        self, images: Tensor, first: tuple[int, int] = (0, 0)
-    ) -> tuple[Tensor, tuple[int, int]]:
-        """Tokens (B, N, C) with positions, of which the first is `first`, and the map's (H, W)."""
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Tokens (B, N, C), their places (1, N, 2) and the map's (H, W)."""
         maps = self.stem(images - 0.4)
         size = (maps.shape[2], maps.shape[3])
-        return maps.flatten(2).transpose(1, 2) + positions(size, maps.shape[1], first), size
+        lines = [torch.arange(n, dtype=maps.dtype) for n in size]
+        places = torch.stack(torch.meshgrid(*lines, indexing="ij"), 2).flatten(0, 1)[None]
+        return maps.flatten(2).transpose(1, 2), places, size
 
     def scores(self, x: Tensor, size: tuple[int, int], pixels: tuple[int, int]) -> Tensor:
         maps = self.head(self.norm(x)).transpose(1, 2).unflatten(2, size)
         return F.interpolate(maps, pixels, mode="bilinear", align_corners=False)
 
-    def forward(self, images: Tensor, first: tuple[int, int] = (0, 0)) -> Tensor:
-        x, size = self.embed(images, first)
+    def forward(self, images: Tensor) -> Tensor:
+        x, places, size = self.embed(images)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, places)
         return self.scores(x, size, (images.shape[2], images.shape[3]))
-
-
-def positions(size: tuple[int, int], width: int, first: tuple[int, int]) -> Tensor:
-    """Sines and cosines of y and of x, (H W, width); width a multiple of 4."""
-    rates = torch.exp(torch.arange(width // 4) * (-math.log(100.0) / (width // 4)))
-    y, x = (torch.arange(at, at + n)[:, None] * rates for n, at in zip(size, first, strict=True))
-    y, x = y[:, None].expand(-1, size[1], -1), x[None].expand(size[0], -1, -1)
-    return 0.5 * torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], 2).flatten(0, 1)
 
 
 def train(recipe: Recipe, told: Callable[[str], object] = lambda _: None) -> SegmentationViT:
     """The trained model in eval mode; the same for the same recipe, torch and thread count."""
     torch.manual_seed(recipe.seed)
     model = SegmentationViT(recipe)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), recipe.rate, betas=(0.9, 0.98), weight_decay=0.05
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.rate, total_steps=sum(recipe.steps), pct_start=0.1
-    )
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    total = sum(recipe.steps)
+    optimizers = [
+        torch.optim.Muon(matrices, recipe.matrix_rate, weight_decay=0.01),
+        torch.optim.AdamW(others, recipe.rate, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / 30, 1 - s / total))
+        for o in optimizers
+    ]
     index = step = 0
     for size, steps, batch in zip(recipe.sizes, recipe.steps, recipe.batches, strict=True):
-        most = max(1, round(5 * (size / 112) ** 2))
-        scenes = Scenes("train", (size, size), recipe.seed, (1, most), (28, min(64, size)))
+        scenes = scenes_of("train", size, recipe.seed)
         for _ in range(steps):
             x, labels = scenes.batch(index, batch)
             index, step = index + batch, step + 1
-            # A small scene lies anywhere in a whole one.
-            spare = (recipe.sizes[-1] - size) // PATCH
-            first = tuple(torch.randint(spare + 1, (2,)).tolist())
-            loss = F.cross_entropy(model(x, first), labels)
-            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), labels)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
             if step % 50 == 0:
-                told(f"step {step} of {sum(recipe.steps)}: loss {loss.item():.3f}")
+                told(f"step {step} of {total}: loss {loss.item():.3f}")
     return model.eval()
+
+
+def scenes_of(part: str, size: int = 112, seed: int = 0) -> Scenes:
+    """The scenes that the model is made for: digits of 28 to 40 pixels, up to eight on 112 x 112."""
+    most = max(1, round(8 * (size / 112) ** 2))
+    return Scenes(part, (size, size), seed, (1, most), (28, 40))
 
 
 def trained(

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from scenes import Scenes
-from segmentation_vit import IoU, Recipe, SegmentationViT, trained
+from segmentation_vit import IoU, Recipe, SegmentationViT, scenes_of, trained
 from torch import Tensor
 
 from casvit_kernels.tokens import TokenClustering, TokenReconstruction
@@ -34,26 +34,35 @@ def clustered(
     """Class scores with the blocks from `at` on computed on a grid of cluster centres."""
     cluster = TokenClustering(grid, temperature=temperature)
     reconstruct = TokenReconstruction(norm="sum", window=5)
-    x, size = model.embed(images)
+    x, places, size = model.embed(images)
     for block in model.blocks[:at]:
-        x = block(x)
+        x = block(x, places)
     clusters = cluster(x, size)
-    y = clusters.centres
-    for block in model.blocks[at:]:
-        y = block(y)
+    y = rest(model, at, clusters.centres, averaged(places, size, grid))
     return model.scores(reconstruct(y, clusters), size, (images.shape[2], images.shape[3]))
 
 
 def pooled(model: SegmentationViT, images: Tensor, at: int, grid: Size) -> Tensor:
     """As `clustered`, with averages of cells and bilinear upsampling."""
-    x, size = model.embed(images)
+    x, places, size = model.embed(images)
     for block in model.blocks[:at]:
-        x = block(x)
-    y = F.adaptive_avg_pool2d(x.transpose(1, 2).unflatten(2, size), grid).flatten(2).transpose(1, 2)
-    for block in model.blocks[at:]:
-        y = block(y)
+        x = block(x, places)
+    y = rest(model, at, averaged(x, size, grid), averaged(places, size, grid))
     maps = F.interpolate(y.transpose(1, 2).unflatten(2, grid), size, mode="bilinear")
     return model.scores(maps.flatten(2).transpose(1, 2), size, (images.shape[2], images.shape[3]))
+
+
+def rest(model: SegmentationViT, at: int, y: Tensor, places: Tensor) -> Tensor:
+    """The blocks from `at` on, of tokens at these places."""
+    for block in model.blocks[at:]:
+        y = block(y, places)
+    return y
+
+
+def averaged(x: Tensor, size: Size, grid: Size) -> Tensor:
+    """Means of the grid's cells; of places: where a centre is."""
+    maps = x.transpose(1, 2).unflatten(2, size)
+    return F.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
 
 
 @torch.inference_mode()
@@ -75,14 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=TEMPERATURE)
     parser.add_argument("--scenes", type=int, default=64, help="test scenes (64)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=3, default=Recipe.steps, help="of training")
+    parser.add_argument("--steps", type=int, nargs=2, default=Recipe.steps, help="of training")
     parser.add_argument("--models", type=Path, default=Path("build/token_clustering"))
     options = parser.parse_args(argv)
     if not 0 <= options.at <= Recipe.depth:
         parser.error(f"--at: expected 0 to {Recipe.depth}, got {options.at}")
     recipe = Recipe(seed=options.seed, steps=tuple(options.steps))
     model = trained(recipe, options.models, print)
-    at, grid, test = options.at, tuple(options.grid), Scenes("test", seed=options.seed)
+    at, grid, test = options.at, tuple(options.grid), scenes_of("test", seed=options.seed)
     print(f"full      {miou(model, test, options.scenes):6.2f} % mIoU of {options.scenes} scenes")
     for name, answer in (
         ("clustered", lambda x: clustered(model, x, at, grid, options.temperature)),

@@ -24,7 +24,7 @@ spec = importlib.util.spec_from_file_location(
 rivals = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(rivals)
 
-TINY = segmentation_vit.Recipe(width=24, depth=3, steps=(1, 1, 1), batches=(1, 1, 1))
+TINY = segmentation_vit.Recipe(width=32, depth=3, steps=(1, 1), batches=(1, 1))
 
 
 @pytest.fixture
@@ -33,20 +33,21 @@ def model():
     return segmentation_vit.SegmentationViT(TINY).eval()
 
 
-def through(model, x):
+def through(model, x, places):
     for block in model.blocks:
-        x = block(x)
+        x = block(x, places)
     return x
 
 
 @torch.inference_mode()
 def test_tome_of_nothing_or_of_equal_tokens_is_the_model(model):
-    x = torch.randn(2, 64, 24)
-    assert torch.equal(rivals.tome(model.blocks, x, 64), through(model, x))
+    x, places = torch.randn(2, 64, 32), 10 * torch.rand(1, 64, 2)
+    assert torch.equal(rivals.tome(model.blocks, x, places, 64), through(model, x, places))
     # Twins merge, and attention counts them by their size.
-    x[:, 1::2] = x[:, ::2]
-    torch.testing.assert_close(rivals.tome(model.blocks, x, 32), through(model, x))
-    assert rivals.tome(model.blocks, x, 10).shape == x.shape
+    x[:, 1::2], places[:, 1::2] = x[:, ::2], places[:, ::2]
+    merged = rivals.tome(model.blocks, x, places, 32)
+    torch.testing.assert_close(merged, through(model, x, places))
+    assert rivals.tome(model.blocks, x, places, 10).shape == x.shape
 
 
 def test_merging_keeps_the_weighted_sum_and_says_where_tokens_went():
@@ -103,7 +104,7 @@ def test_as_many_clusters_as_tokens_change_nothing(model):
 
 
 def test_the_example_prints_three_figures(tmp_path, capsys):
-    arguments = ["--steps", "1", "1", "1", "--scenes", "1", "--models", str(tmp_path)]
+    arguments = ["--steps", "1", "1", "--scenes", "1", "--models", str(tmp_path)]
     assert example.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["full", "clustered", "pooled"]

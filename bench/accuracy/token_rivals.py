@@ -28,6 +28,11 @@ def tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
+def averaged(x: Tensor, size: Size, grid: Size) -> Tensor:
+    """(B, N, C) of a map as (B, K, C): means of the grid's cells."""
+    return tokens(F.adaptive_avg_pool2d(maps(x, size), grid))
+
+
 def upsampled(y: Tensor, grid: Size, size: Size, mode: str) -> Tensor:
     """(B, K, C) of a grid as (B, N, C) of a larger one."""
     aligned = False if mode == "bilinear" else None
@@ -38,7 +43,7 @@ def pooling(mode: str, residual: bool = False) -> Method:
     """Adaptive average pooling, rebuilt by interpolation; residual: the tokens and their change."""
 
     def method(x: Tensor, size: Size, grid: Size) -> tuple[Tensor, Rebuild]:
-        small = tokens(F.adaptive_avg_pool2d(maps(x, size), grid))
+        small = averaged(x, size, grid)
         if residual:
             return small, lambda y: x + upsampled(y - small, grid, size, mode)
         return small, lambda y: upsampled(y, grid, size, mode)
@@ -89,21 +94,23 @@ def merged(x: Tensor, key: Tensor, weight: Tensor, count: int) -> Merged:
     return Merged(both[..., :c] / total, total, group)
 
 
-def tome(blocks: nn.ModuleList, x: Tensor, count: int) -> Tensor:
+def tome(blocks: nn.ModuleList, x: Tensor, places: Tensor, count: int) -> Tensor:
     """The blocks with merging between attention and MLP until `count` tokens are left; dense again.
 
     Merging begins in the first block and takes at most half of the tokens of each; attention is
-    proportional to size; a token gets a copy of the one that it was merged into.
+    proportional to size; a merged token is at the mean place; a token gets a copy of its merged one.
     """
     weight = x.new_ones(x.shape[0], x.shape[1], 1)
     group = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+    places, c = places.expand(x.shape[0], -1, -1), x.shape[2]
     for block in blocks:
         bias = weight.log()[:, None].transpose(2, 3) if x.shape[1] < group.shape[1] else None
-        added, key = block.attend(x, bias)
+        added, key = block.attend(x, places, bias)
         x = x + added
         fewer = min(x.shape[1] // 2, x.shape[1] - count)
         if fewer:
-            x, weight, at = merged(x, key, weight, fewer)
+            both, weight, at = merged(torch.cat([x, places], 2), key, weight, fewer)
+            x, places = both[..., :c], both[..., c:]
             group = at.gather(1, group)
         x = x + block.mlp(block.norm2(x))
     return x.gather(1, group[..., None].expand(-1, -1, x.shape[2]))

@@ -27,7 +27,13 @@ sys.path[:0] = [str(ROOT / "bench" / "accuracy"), str(ROOT / "examples"), str(RO
 
 import token_rivals as rivals  # noqa: E402
 from scenes import Scenes  # noqa: E402
-from segmentation_vit import IoU, Recipe, SegmentationViT, trained  # noqa: E402
+from segmentation_vit import (  # noqa: E402
+    IoU,
+    Recipe,
+    SegmentationViT,
+    scenes_of,
+    trained,
+)
 
 from casvit_kernels import _files, benchmark  # noqa: E402
 from casvit_kernels.backends import requested  # noqa: E402
@@ -73,10 +79,10 @@ class Evaluated:
         self.model, self.parts = model, []
         for first in range(0, count, BATCH):
             images, labels = scenes.batch(first, BATCH)
-            x, self.size = model.embed(images)
+            x, self.places, self.size = model.embed(images)
             before = {0: x}
             for number, block in enumerate(model.blocks, 1):
-                x = block(x)
+                x = block(x, self.places)
                 if number in (*BLOCKS, len(model.blocks)):
                     before[number] = x
             self.parts.append((before, labels))
@@ -89,14 +95,15 @@ class Evaluated:
             iou.add(out, labels)
         return round(100 * iou.mean(), 3)
 
-    def reduced(self, name: str, method: rivals.Method | None, at: int, grid: rivals.Size) -> float:
-        return self.miou(rest(self.model, method, at, self.size, grid), at)
+    def reduced(self, method: rivals.Method | None, at: int, grid: rivals.Size) -> float:
+        return self.miou(rest(self.model, method, at, self.places, self.size, grid), at)
 
 
 def rest(
     model: SegmentationViT,
     method: rivals.Method | None,
     at: int,
+    places: Tensor,
     size: rivals.Size,
     grid: rivals.Size,
 ) -> Callable[[Tensor], Tensor]:
@@ -104,10 +111,11 @@ def rest(
 
     def run(x: Tensor) -> Tensor:
         if method is None:
-            return rivals.tome(model.blocks[at:], x, grid[0] * grid[1])
+            return rivals.tome(model.blocks[at:], x, places, grid[0] * grid[1])
         y, rebuild = method(x, size, grid)
+        fewer = rivals.averaged(places, size, grid)
         for block in model.blocks[at:]:
-            y = block(y)
+            y = block(y, fewer)
         return rebuild(y)
 
     return run
@@ -116,9 +124,7 @@ def rest(
 def chosen_temperature(on: Evaluated) -> tuple[float, dict[str, float]]:
     """The best of `TEMPERATURES` for the published method at the published ratio, and all of them."""
     at, grid = PUBLISHED
-    found = {
-        str(t): on.miou(rest(on.model, clustering(t), at, on.size, grid), at) for t in TEMPERATURES
-    }
+    found = {str(t): on.reduced(clustering(t), at, grid) for t in TEMPERATURES}
     return float(max(found, key=lambda t: found[t])), found
 
 
@@ -131,16 +137,16 @@ def accuracy(folder: Path) -> dict[str, Any]:
         with torch.inference_mode(False):
             model = trained(Recipe(seed=seed), folder, print)
         temperature, found = chosen_temperature(
-            Evaluated(model, Scenes("train", seed=1000 + seed), SCENES_TUNED)
+            Evaluated(model, scenes_of("train", seed=1000 + seed), SCENES_TUNED)
         )
         tuned.append({"temperature": temperature, "miou": found})
-        on = Evaluated(model, Scenes("test", seed=seed), SCENES)
+        on = Evaluated(model, scenes_of("test", seed=seed), SCENES)
         full.append(on.miou(lambda x: x, len(model.blocks)))
         print(f"seed {seed}: full {full[-1]}, temperature {temperature}", flush=True)
         for at in BLOCKS:
             for grid in GRIDS:
                 for name, method in {**methods(temperature), TOME: None}.items():
-                    score = on.miou(rest(model, method, at, on.size, grid), at)
+                    score = on.reduced(method, at, grid)
                     rows.setdefault((name, at, grid), []).append(score)
                     print(f"  {at} {grid} {name}: {score}", flush=True)
     return {
@@ -162,14 +168,14 @@ def speed(found: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`found` with how many times as fast as the full model each row is, medians in turn."""
     model = trained(Recipe(seed=found["seeds"][0]), folder, print)
     known = methods(found["tuned"][0]["temperature"])
-    images, _ = Scenes("test").batch(0, 1)
+    images, _ = scenes_of("test").batch(0, 1)
     pixels = (images.shape[2], images.shape[3])
 
     def call(name: str, at: int, grid: rivals.Size) -> Tensor:
-        x, size = model.embed(images)
+        x, places, size = model.embed(images)
         for block in model.blocks[:at]:
-            x = block(x)
-        return model.scores(rest(model, known.get(name), at, size, grid)(x), size, pixels)
+            x = block(x, places)
+        return model.scores(rest(model, known.get(name), at, places, size, grid)(x), size, pixels)
 
     for at in BLOCKS:
         rows = [row for row in found["rows"] if row["at"] == at]
