@@ -123,6 +123,7 @@ def reconstruct_tokens(
     temperature: float | None = None,
     norm: str = "l2",
     window: int | None = None,
+    residual: bool = False,
 ) -> Tensor:
     """Rebuilds a dense map from refined centres (arXiv 2210.01035, section 3.3).
 
@@ -139,10 +140,15 @@ def reconstruct_tokens(
             sum, which keeps it as it is.
         window: centres within so many cells across, odd, around a token's own; None: all, as
             published. N window**2 instead of N K distances, nearly the same result.
+        residual: True: the result is the tokens as they were clustered plus the rebuilt change of
+            their centres, ``y - clusters.centres``, so that detail finer than the grid stays. For
+            blocks that add to what they are given, and with ``norm="sum"``; C' is then C. Not
+            published; docs/token_clustering.md has what it brings.
 
     Returns:
-        ``(B, N, C')`` of the dtype of ``y``; differentiable with respect to ``y``, weights count as
-        constants. The nearest centre always counts: no weights underflow to 0 together.
+        ``(B, N, C')`` of the dtype of ``y``; differentiable with respect to ``y`` (of a residual also
+        to tokens and centres), weights count as constants. The nearest centre always counts: no
+        weights underflow to 0 together.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -166,10 +172,34 @@ def reconstruct_tokens(
     _positive("temperature", temperature)
     if norm not in ("l2", "sum"):
         raise ValueError(f"norm: expected 'l2' or 'sum', got {norm!r}")
+    if window is not None:
+        _odd("window", window)
+    if not isinstance(residual, bool):
+        raise TypeError(f"residual: expected True or False, got {residual!r}")
     tokens = clusters.checked_tokens()
+    if residual:
+        if y.shape != clusters.centres.shape:
+            raise ValueError(
+                f"y: expected the centres' shape {tuple(clusters.centres.shape)} for residual=True, "
+                f"got {tuple(y.shape)}"
+            )
+        change = reference.wide(y) - reference.wide(clusters.centres)
+        options = (neighbours, temperature, norm, window)
+        return (reference.wide(tokens) + _rebuilt(change, clusters, tokens, *options)).to(y.dtype)
+    return _rebuilt(y, clusters, tokens, neighbours, temperature, norm, window)
+
+
+def _rebuilt(
+    y: Tensor,
+    clusters: Clusters,
+    tokens: Tensor,
+    neighbours: int,
+    temperature: float,
+    norm: str,
+    window: int | None,
+) -> Tensor:
     if window is None:
         return reference.reconstruct(y, tokens, clusters.centres, neighbours, temperature, norm)
-    _odd("window", window)
     return local.reconstruct(
         y,
         tokens,

@@ -86,5 +86,5 @@ def reconstruct(
         weights = weights / (
             weights.norm(dim=3, keepdim=True) if norm == "l2" else weights.sum(3, True)
         )
-    out = weights @ wide(y)[:, at.around]
+    out = weights.to(wide(y).dtype) @ wide(y)[:, at.around]
     return out.flatten(1, 2)[:, at.slot].to(y.dtype)

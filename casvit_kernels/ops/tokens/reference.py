@@ -62,4 +62,4 @@ def reconstruct(
         weights = weights / (
             weights.norm(dim=2, keepdim=True) if norm == "l2" else weights.sum(2, True)
         )
-    return (weights @ wide(y)).to(y.dtype)
+    return (weights.to(wide(y).dtype) @ wide(y)).to(y.dtype)
