@@ -41,11 +41,13 @@ from casvit_kernels.tokens import cluster_tokens, reconstruct_tokens  # noqa: E4
 
 RESULTS = ROOT / "bench" / "results" / "token_clustering.json"
 SEEDS = (0, 1, 2)
-SCENES, SCENES_TUNED, BATCH = 96, 32, 8
+SCENES, SCENES_TUNED, BATCH = 48, 16, 8
 BLOCKS = (2, 4, 6)  # of 10: before them tokens are dense
 GRIDS = ((14, 14), (17, 17), (20, 20), (24, 24))  # of 28 x 28: 0.25, 0.37, 0.51, 0.73
+FEW = ((14, 14), (20, 20))  # of the other blocks
 PUBLISHED = 4, (20, 20)  # 40 % of the blocks, half of the tokens
 TEMPERATURES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+RESIDUAL: dict[str, Any] = {"norm": "sum", "window": 5, "residual": True}
 FULL, TOME = "full", "ToMe"
 
 
@@ -66,8 +68,11 @@ def methods(temperature: float) -> dict[str, rivals.Method]:
         "clustering, as published": clustering(temperature),
         "clustering, sum": clustering(temperature, norm="sum"),
         "clustering, sum, window 5": clustering(temperature, norm="sum", window=5),
+        "clustering, residual": clustering(temperature, **RESIDUAL),
+        "clustering, 0 iterations, residual": clustering(temperature, iterations=0, **RESIDUAL),
         "average pooling, nearest": rivals.pooling("nearest"),
         "average pooling, bilinear": rivals.pooling("bilinear"),
+        "average pooling, bilinear, residual": rivals.pooling("bilinear", residual=True),
         "strided, nearest": rivals.striding,
     }
 
@@ -144,7 +149,7 @@ def accuracy(folder: Path) -> dict[str, Any]:
         full.append(on.miou(lambda x: x, len(model.blocks)))
         print(f"seed {seed}: full {full[-1]}, temperature {temperature}", flush=True)
         for at in BLOCKS:
-            for grid in GRIDS:
+            for grid in GRIDS if at == PUBLISHED[0] else FEW:
                 for name, method in {**methods(temperature), TOME: None}.items():
                     score = on.reduced(method, at, grid)
                     rows.setdefault((name, at, grid), []).append(score)
