@@ -24,14 +24,14 @@ PATCH = 4  # pixels across for each token
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a trained model depends on; phases of small scenes, then whole ones."""
+    """Everything that a trained model depends on; phases of ever larger scenes."""
 
     width: int = 64
     depth: int = 10
     heads: int = 2
-    sizes: tuple[int, ...] = (40, 112)
-    steps: tuple[int, ...] = (450, 70)
-    batches: tuple[int, ...] = (16, 4)
+    sizes: tuple[int, ...] = (40, 72, 112)
+    steps: tuple[int, ...] = (320, 200, 60)
+    batches: tuple[int, ...] = (16, 6, 4)
     rate: float = 2e-3  # AdamW's, of vectors, stem and head
     matrix_rate: float = 0.02  # Muon's, of the blocks' matrices
     seed: int = 0

@@ -24,7 +24,7 @@ spec = importlib.util.spec_from_file_location(
 rivals = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(rivals)
 
-TINY = segmentation_vit.Recipe(width=32, depth=3, steps=(1, 1), batches=(1, 1))
+TINY = segmentation_vit.Recipe(width=32, depth=3, steps=(1, 1, 1), batches=(1, 1, 1))
 
 
 @pytest.fixture
@@ -96,18 +96,19 @@ def test_a_trained_model_is_kept_and_made_again_alike(tmp_path):
     assert torch.equal(first(images), anew(images))
 
 
+@pytest.mark.parametrize("reconstruction", ["published", "residual"])
 @torch.inference_mode()
-def test_as_many_clusters_as_tokens_change_nothing(model):
+def test_as_many_clusters_as_tokens_change_nothing(model, reconstruction):
     images = torch.rand(1, 1, 32, 32)
-    found = example.clustered(model, images, 2, (8, 8), temperature=1e6)
+    found = example.clustered(model, images, 2, (8, 8), 1e6, reconstruction)
     torch.testing.assert_close(found, model(images))
 
 
-def test_the_example_prints_three_figures(tmp_path, capsys):
-    arguments = ["--steps", "1", "1", "--scenes", "1", "--models", str(tmp_path)]
+def test_the_example_prints_a_figure_for_each_way(tmp_path, capsys):
+    arguments = ["--steps", "1", "1", "1", "--scenes", "1", "--models", str(tmp_path)]
     assert example.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["full", "clustered", "pooled"]
+    assert [line.split()[0] for line in lines] == ["full", "published", "residual", "pooled"]
     with pytest.raises(SystemExit):
         example.main([*arguments, "--at", "11"])
     assert "--at: expected 0 to 10, got 11" in capsys.readouterr().err
