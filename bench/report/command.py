@@ -13,11 +13,19 @@ import argparse
 import sys
 from pathlib import Path
 
+from bench.report import tokens
 from bench.report.accuracy import coreml_tables
 from bench.report.complete import complete_tables
 from bench.report.documents import ReportError
 from bench.report.gpu_order import module
-from bench.report.load import load, load_accuracy, load_coreml, load_gpu, load_kept
+from bench.report.load import (
+    load,
+    load_accuracy,
+    load_coreml,
+    load_gpu,
+    load_kept,
+    load_tokens,
+)
 from bench.report.performance import performance
 from bench.report.readme import readme_table
 from bench.report.svg import picture
@@ -69,6 +77,10 @@ def outputs(root: Path) -> dict[Path, str]:
         tables = "\n".join(coreml_tables(coreml))
         name = "docs/coreml.md"
         found[page] = with_table(page.read_text(encoding="utf-8"), tables, name, COREML_MARKS)
+    clustering = load_tokens(results)
+    if clustering is not None:
+        found[root / "docs" / "token_clustering.md"] = tokens.page(clustering)
+        found[root / "docs" / "token_clustering.svg"] = tokens.picture(clustering)
     return found
 
 

@@ -10,11 +10,13 @@ from bench.report.accuracy import coreml_tables, onnx_table
 from bench.report.documents import SPEED, Document, ReportError
 from bench.report.gate import gated
 from bench.report.memory import kept_table
+from bench.report.tokens import page
 
 GATED = {*SPEED, "counters"}
 KEPT = "saved_bytes.json"  # written by static/saved_bytes.py
 ACCURACY = "int8_accuracy.json"  # written by accuracy/int8.py
 COREML = "coreml_accuracy.json"  # written by accuracy/coreml.py
+TOKENS = "token_clustering.json"  # written by accuracy/tokens.py
 
 
 def load(folder: Path) -> list[Document]:
@@ -85,7 +87,12 @@ def load_coreml(folder: Path) -> Document | None:
     return _load_one(folder / COREML, "bench/accuracy/coreml.py", coreml_tables)
 
 
-def _load_one(path: Path, writer: str, table: Callable[[Document], list[str]]) -> Document | None:
+def load_tokens(folder: Path) -> Document | None:
+    """mIoU and speed of token clustering; None where that was not measured."""
+    return _load_one(folder / TOKENS, "bench/accuracy/tokens.py", page)
+
+
+def _load_one(path: Path, writer: str, table: Callable[[Document], object]) -> Document | None:
     """A script's document, if it is there.
 
     Raises:
@@ -96,6 +103,6 @@ def _load_one(path: Path, writer: str, table: Callable[[Document], list[str]]) -
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         table(document)
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, StopIteration) as error:
         raise ReportError(f"{path.name}: expected what {writer} writes: {error!r}") from None
     return dict(document)

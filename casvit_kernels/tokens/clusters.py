@@ -140,6 +140,7 @@ def reconstruct_tokens(
     temperature: float | None = None,
     norm: str = "l2",
     window: int | None = None,
+    residual: bool = False,
 ) -> Tensor:
     """Rebuilds a dense map from refined centres (arXiv 2210.01035, section 3.3).
 
@@ -157,10 +158,15 @@ def reconstruct_tokens(
         window: centres within so many cells across, odd, around a token's own; None: all, as
             published, so that one that is NaN makes all tokens NaN. N window**2 instead of N K
             distances, nearly the same result.
+        residual: True: the result is the tokens as they were clustered plus the rebuilt change of
+            their centres, ``y - clusters.centres``, so that detail finer than the grid stays. For
+            blocks that add to what they are given, and with ``norm="sum"``; C' is then C. Not
+            published; docs/token_clustering.md has what it brings.
 
     Returns:
-        ``(B, N, C')`` of the dtype of ``y``; differentiable with respect to ``y``, weights count as
-        constants. The nearest centre always counts: no weights underflow to 0 together.
+        ``(B, N, C')`` of the dtype of ``y``; differentiable with respect to ``y`` (of a residual also
+        to tokens and centres), weights count as constants. The nearest centre always counts: no
+        weights underflow to 0 together.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -181,14 +187,37 @@ def reconstruct_tokens(
     if temperature is None:
         temperature = clusters.temperature
     check_reconstruction(neighbours, temperature, norm, window)
+    if not isinstance(residual, bool):
+        raise TypeError(f"residual: expected True or False, got {residual!r}")
     tokens = clusters.checked_tokens()
-    given = (neighbours, temperature, norm)
+    given = (neighbours, temperature, norm, window)
     with reference.full_precision(y.device.type):
-        if window is None:
-            return dispatch.reconstruct(y, tokens, clusters.centres, *given)
-        return local.reconstruct(
-            y, tokens, clusters.centres, clusters.size, clusters.grid, window, *given
-        )
+        if not residual:
+            return _rebuilt(y, clusters, tokens, *given)
+        if y.shape != clusters.centres.shape:
+            raise ValueError(
+                f"y: expected the centres' shape {tuple(clusters.centres.shape)} for residual=True, "
+                f"got {tuple(y.shape)}"
+            )
+        change = reference.wide(y) - reference.wide(clusters.centres)
+        return (reference.wide(tokens) + _rebuilt(change, clusters, tokens, *given)).to(y.dtype)
+
+
+def _rebuilt(
+    y: Tensor,
+    clusters: Clusters,
+    tokens: Tensor,
+    neighbours: int,
+    temperature: float,
+    norm: str,
+    window: int | None,
+) -> Tensor:
+    given = (neighbours, temperature, norm)
+    if window is None:
+        return dispatch.reconstruct(y, tokens, clusters.centres, *given)
+    return local.reconstruct(
+        y, tokens, clusters.centres, clusters.size, clusters.grid, window, *given
+    )
 
 
 def check(size: Size, grid: Size, iterations: int, window: int, temperature: float) -> None:

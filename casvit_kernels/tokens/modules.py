@@ -45,10 +45,11 @@ class TokenReconstruction(nn.Module):
         temperature: float | None = None,
         norm: str = "l2",
         window: int | None = None,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         self.neighbours, self.temperature = neighbours, temperature
-        self.norm, self.window = norm, window
+        self.norm, self.window, self.residual = norm, window, residual
 
     def forward(self, y: Tensor, clusters: Clusters) -> Tensor:
         """y: ``(B, K, C')``, the refined centres."""
@@ -59,10 +60,11 @@ class TokenReconstruction(nn.Module):
             temperature=self.temperature,
             norm=self.norm,
             window=self.window,
+            residual=self.residual,
         )
 
     def extra_repr(self) -> str:
         return (
             f"neighbours={self.neighbours}, temperature={self.temperature}, norm={self.norm!r}, "
-            f"window={self.window}"
+            f"window={self.window}, residual={self.residual}"
         )
