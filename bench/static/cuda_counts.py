@@ -75,26 +75,24 @@ def _main(loop: Loop, item: str) -> tuple[Loop, ...]:
     )
 
 
-def _loops(kernel: Kernel, function: Function) -> dict[str, tuple[Loop, ...]]:
-    """Each phase's way to its work, as they stand in the code."""
-    found: dict[str, tuple[Loop, ...]] = {}
+def _loops(kernel: Kernel, function: Function) -> dict[str, tuple[Rule, tuple[Loop, ...]]]:
+    """Each phase's rule and way to its work, as they stand in the code."""
+    found: dict[str, tuple[Rule, tuple[Loop, ...]]] = {}
     for rule in kernel.rules:
         item = rule.has[0]
         ways = [_main(loop, item) for loop in function.loops if rule_of(kernel, loop) is rule]
         if len(rule.names) > 1:
             if len(ways) != len(rule.names):
                 raise ValueError(f"{function.name}: {len(ways)} loops are {rule.names}")
-            found |= dict(zip(rule.names, ways, strict=True))
+            found |= {name: (rule, way) for name, way in zip(rule.names, ways, strict=True)}
         elif rule.names and ways:  # an unrolled loop and its remainder, which may stand apart
-            found[rule.names[0]] = max(ways, key=lambda way: named(way[-1].own, item))
-    return dict(sorted(found.items(), key=lambda one: one[1][0].first))
+            found[rule.names[0]] = rule, max(ways, key=lambda way: named(way[-1].own, item))
+    return dict(sorted(found.items(), key=lambda one: one[1][1][0].first))
 
 
 def phases(kernel: Kernel, function: Function) -> dict[str, Phase]:
     result = {}
-    of = {name: rule for rule in kernel.rules for name in rule.names}
-    for name, way in _loops(kernel, function).items():
-        rule = of[name]
+    for name, (rule, way) in _loops(kernel, function).items():
         body, item = way[-1].own, rule.has[0]
         own, items, other = len(body), named(body, item), 0
         if not items:

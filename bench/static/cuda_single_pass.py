@@ -42,13 +42,14 @@ def _rounds(launch: Launch, chunks: int) -> dict[str, Rounds]:
     groups = max(1, WARPS // tasks)  # of warps, which share the channels
     logits = tasks * groups
     alone = slices == 1  # logits are whole
+    pixels = 0 if alone else 4 * plan.images * padded_units // LANES
     steps = up(shape.channels, 16)
     lines = 2 * plan.images
     words = lines * up(8 * steps, LANES)
     pooled = lines * up(chunks, 2)  # of two chunks
     gates = 2 * up(chunks, 2)  # of 8 channels of a gate
-    step = WARPS * LANES // chunks
-    threads = plan.images * up(step * chunks, LANES)
+    step = WARPS * LANES // chunks  # from a thread's unit to its next
+    warps = plan.images * up(step * chunks, LANES)
     gaps = up(plan.images * padded_units, LANES) + up(stride, LANES)
     if plan.halo:
         gaps += up(4 * pitch, LANES) * (stride - chunks)
@@ -65,11 +66,11 @@ def _rounds(launch: Launch, chunks: int) -> dict[str, Rounds]:
             (logits * (groups - 1),),
             other=logits - tasks if alone else logits,
         ),
-        "gates of slices": Rounds(0 if alone else 4 * plan.images * padded_units // LANES, ()),
+        "gates of slices": Rounds(pixels * slices, (pixels,)),
         "pooled sums": Rounds(pooled * 2 * padded_units // 16, (pooled,)),
         "means": Rounds(2 * words, (lines,), words * (plan.bands // 4)),
         "channel gates": Rounds(gates * steps * 3, (gates,)),
-        "make a": Rounds(threads * up(units, step), (threads,)),
+        "make a": Rounds(warps * up(units, step), (warps,)),
         "copy v": copy(2),
         "sweep u": sweep(plan, chunks, plan.tiles(plan.pairs), plan.rows, 3),
         "sweep out": sweep(plan, chunks, _out_tiles(launch), plan.rows, 3),
@@ -109,7 +110,8 @@ SINGLE_PASS = Kernel(
         Rule(("channel gates",), ("HMMA", "MUFU.EX2")),
         Rule(("sweep u",), ("HMMA", "LDS")),  # u is a product with v, which lies there
         Rule(("sweep out",), ("HMMA",)),
-        Rule(("gates of slices",), ("MUFU.EX2",)),
+        Rule(("gates of slices",), ("LD", "MUFU.EX2")),
+        Rule(("gates of slices",), ("MUFU.EX2",)),  # before there were clusters: does not run
         Rule(("store",), ("STG.64", "LDS"), fork=True),
         Rule(("make a",), ("STS.128", "F2FP")),
         Rule(("means",), ("STS", "STG")),
