@@ -27,13 +27,14 @@ def load(name):
 
 
 # Each imports those before it by its plain name, as a script's neighbours do.
-sass, work, forward, backward, counts, tables, bench = map(
+sass, work, forward, backward, single_pass, counts, tables, bench = map(
     load,
     (
         "sass",
         "cuda_work",
         "cuda_forward",
         "cuda_backward",
+        "cuda_single_pass",
         "cuda_counts",
         "cuda_table",
         "cuda_kernels",
@@ -60,8 +61,11 @@ def test_the_committed_table_is_of_these_sources(document):
         for kernel in counts.KERNELS
     }
     found = [(r["target"], r["dtype"], r["channels"], r["kernel"]) for r in document["rows"]]
-    assert len(found) == len(wanted)
-    assert set(found) == wanted
+    assert len(found) == len(set(found))
+    assert set(found) <= wanted
+    # A cluster may not hold an image.
+    assert {kernel for *_, kernel in wanted - set(found)} <= {"single_pass"}
+    assert all(key in found for key in wanted if key[0] == tables.JUDGED)
 
 
 def test_check_fails_for_other_sources_and_another_table(monkeypatch, tmp_path):
@@ -92,6 +96,9 @@ def test_no_spills_and_no_barrier_where_tensor_cores_work(document):
         plan = work.Plan(*row["plan"])
         assert plan.shared <= shared, row
         assert counts.blocks_together(row["registers"], plan.shared, shared, 1536) >= 1, row
+        # Of loops with a barrier there is one, beside that with mma.
+        barriers = {p[0]: p[6] for p in row["phases"] if p[6]}
+        assert barriers == ({"turns": 1} if row["kernel"] == "single_pass" else {}), row
 
 
 def test_verdicts_follow_from_the_numbers(document):
@@ -104,7 +111,7 @@ def test_verdicts_follow_from_the_numbers(document):
             for key in ("straight", "mma", "maps"):
                 row[key] *= factor
             row["spilled"] = barriers
-            row["phases"] = [[*p[:6], barriers] for p in row["phases"]]
+            row["phases"] = [[*p[:6], barriers, *p[7:]] for p in row["phases"]]
         return [met for *_, met in numbers(changed).goals()], bench.text(changed)
 
     few, text = verdicts(0.1, 0)
@@ -117,17 +124,34 @@ def test_verdicts_follow_from_the_numbers(document):
 
 @emulation
 def test_rows_are_of_the_plans_that_the_library_makes(document):
-    shapes = {s.channels: s for s in numbers(document).shapes}
-    for row in document["rows"]:
-        plan = bench.plans(shapes[row["channels"]], row["target"])[row["kernel"]]
-        assert list(plan) == row["plan"], row
+    for shape in numbers(document).shapes:
+        for target in bench.TARGETS:
+            rows = [
+                r
+                for r in document["rows"]
+                if (r["channels"], r["target"]) == (shape.channels, target)
+            ]
+            plans, one_launch = bench.plans(shape, target)
+            assert {r["kernel"] for r in rows} == plans.keys()
+            for row in rows:
+                assert row["plan"] == list(plans[row["kernel"]]), row
+            forward = {r["kernel"] for r in rows if r["chosen"]} & {*bench.FORWARD}
+            assert forward == ({"single_pass"} if one_launch else {"gates", "combine"})
+
+
+@emulation
+def test_devices_without_clusters_take_no_launch_of_them():
+    shape = work.Shape(256, 56, 28, 28)
+    assert "single_pass" not in bench.plans(shape, "sm_80")[0]
+    assert bench.plans(shape, "sm_90a")[0]["single_pass"].bands > 1
 
 
 def test_what_blocks_do_covers_the_maps(document):
     """Pieces of work times what each makes: all outputs, and not much more, of halos and edges."""
     shapes = {s.channels: s for s in numbers(document).shapes}
     granules, mma = 32 * 4, 16 * 8  # of a warp's granules; positions or units x pixels and channels
-    makes = dict.fromkeys(("copy", "copy v", "copy gradient", "store", "make a"), granules)
+    walks = ("copy", "copy q", "copy k", "copy v", "copy gradient", "store", "make a")
+    makes = dict.fromkeys(walks, granules)
     makes |= {"sweep u": mma / 3, "sweep out": mma / 3, "sweep": mma / 6, "pooled sums": mma}
     makes |= {"sweep l, gu": mma / 6, "sweep ga": mma / 3, "sweep gd": mma / 6, "sweep gz": mma / 3}
     for row in document["rows"]:
@@ -136,13 +160,15 @@ def test_what_blocks_do_covers_the_maps(document):
         done = dict.fromkeys(row["loops"], 0)
         for chunks in plan.slices(shape):
             for name, n in kernel.rounds(launch, chunks).items():
-                done[name] += n.items * plan.blocks(shape)
+                done[name] += (n.items + n.other) * plan.blocks(shape)
         both = row["kernel"] == "backward_combine"  # convolutions' taps
         own = makes | {"taps": mma / 6 if both else mma / 3}
         # A pixel's sigmoid, and its sum over chunks.
         own["pixels"] = 32 * (4 if row["kernel"] == "backward_gate" else shape.channels)
+        if row["kernel"] == "single_pass":  # a whole unit; logits
+            own |= {"make a": 2 * granules, "logits": mma / 6}
         for name, n in done.items():
-            if name in own:
+            if name in own and (name, row["kernel"]) != ("logits", "backward_depthwise"):
                 assert 1 <= n * own[name] / (shape.unit / 2) <= 2.7, (row, name)
 
 
@@ -178,8 +204,7 @@ def test_bytes_are_those_that_the_emulation_counts(shape, multiprocessors, shows
     """In a training step, which takes every kernel."""
     operators = emulate(multiprocessors)
     call = operators.call(shape, torch.bfloat16)
-    found = (work.Plan(*(p[f] for f in work.Plan._fields)) for p in call.plans())
-    plans = dict(zip(counts.KERNELS, found, strict=False))
+    plans = plans_of(call)
     shape = work.Shape(*shape)
     assert shows(plans, shape), plans
     x = torch.randn(shape).bfloat16().contiguous(memory_format=torch.channels_last)
@@ -188,12 +213,106 @@ def test_bytes_are_those_that_the_emulation_counts(shape, multiprocessors, shows
     launches = dict(operators.traffic)
     parts = plans["gates"].bands * plans["gates"].columns
     for name, kernel in counts.KERNELS.items():
-        counted = {
-            buffer: (read, written)
-            for buffer, read, written in launches[kernel.arguments]
-            if read + written and buffer not in ("pooled", "channel")  # for a backward pass
-        }
-        assert kernel.traffic(work.Launch(shape, plans[name], parts)) == counted, name
+        if name != "single_pass":
+            launch = work.Launch(shape, plans[name], parts)
+            counted = moved(launches[kernel.arguments], ("pooled", "channel"))
+            assert kernel.traffic(launch) == counted, name
+
+
+CLUSTERS = [  # batch, C, H, W; rows and strips of a block, slices and images of the cluster
+    ((2, 12, 19, 5), (4, 1, 1, 1)),  # five bands
+    ((1, 28, 13, 4), (7, 1, 3, 1)),  # two bands x three slices, of odd chunks, the last of one
+    ((1, 18, 20, 6), (4, 2, 2, 1)),  # channels that are no multiple of 4
+    ((5, 8, 5, 14), (4, 2, 2, 3)),  # three images, of which the last cluster has two
+    ((3, 36, 7, 7), (7, 1, 1, 3)),  # one block
+]
+
+
+@emulation
+@pytest.mark.parametrize(("shape", "cut"), CLUSTERS, ids=str)
+def test_bytes_of_one_launch_are_those_that_the_emulation_counts(shape, cut, emulate):
+    operators = emulate(1)
+    operators.launches_wanted, operators.cut = 1, list(cut)
+    plan = plans_of(operators.call(shape, torch.bfloat16))["single_pass"]
+    x = torch.randn(shape).bfloat16().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        FusedCATM(shape[1], backend=emulated.NAME).bfloat16().eval()(x)
+    launch = work.Launch(work.Shape(*shape), plan, 0)
+    counted = moved(
+        dict(operators.traffic)["SinglePassArguments"], ("spatial", "pooled", "channel")
+    )
+    assert single_pass.SINGLE_PASS.traffic(launch) == counted
+
+
+def plans_of(call):
+    found = (work.Plan(*(p[f] for f in work.Plan._fields)) for p in call.plans())
+    return dict(zip(counts.KERNELS, found, strict=True))
+
+
+def moved(traffic, for_backward):
+    """Bytes read and written by buffer, without those written for a backward pass."""
+    return {
+        buffer: (read, written)
+        for buffer, read, written in traffic
+        if read + written and buffer not in for_backward
+    }
+
+
+WALKS = [  # shape; images, strips, rows, pairs, chunks, bands, columns of the plan; the box
+    ((1, 48, 56, 56), (1, 2, 7, 28, 12, 4, 1), (1, 16, 1, 29)),
+    ((5, 220, 7, 7), (2, 1, 7, 4, 55, 1, 1), (1, 9, 2, 6)),
+    ((2, 20, 9, 40), (1, 1, 4, 5, 5, 3, 4), (2, 8, 2, 7)),
+    ((3, 1100, 3, 2), (2, 1, 4, 1, 275, 1, 1), (0, 4, 0, 1)),
+]
+
+
+@pytest.mark.parametrize(("shape", "cut", "box"), WALKS, ids=str)
+def test_walks_are_those_of_each_thread(shape, cut, box):
+    """As tile.h's threads go, a warp's in step."""
+    shape, box = work.Shape(*shape), work.Box(*box)
+    plan = work.Plan(*cut, halo=False, shared=0)
+    items = other = columns = images = 0
+    across = min(plan.chunks, 256)
+    step = 256 // across
+    for block in range(plan.blocks(shape)):
+        group, rest = divmod(block, plan.bands * plan.columns)
+        band, block_column = divmod(rest, plan.columns)
+        top = band * plan.own_rows - box.above
+        for warp in range(8):
+            lanes = [(t % across, t // across) for t in range(32 * warp, 32 * warp + 32)]
+            lanes = [lane for lane in lanes if lane[1] < step]
+            for of_chunk in range(0, plan.chunks, across):
+                for at in range(0, 2 * box.pairs, step):
+                    there = [
+                        block_column * 2 * plan.pairs - box.left + first + at
+                        for chunk, first in lanes
+                        if of_chunk + chunk < plan.chunks and first + at < 2 * box.pairs
+                    ]
+                    if not there:
+                        continue
+                    columns += 1
+                    for image in range(plan.images):
+                        images += 1
+                        seen = group * plan.images + image < shape.batch
+                        rows = [top] * len(there)
+                        while (left := [n for n, r in enumerate(rows) if r < top + box.rows]) != []:
+                            whole = [
+                                n
+                                for n in left
+                                if seen
+                                and 0 <= there[n] < shape.width
+                                and rows[n] >= 0
+                                and rows[n] + plan.rows <= min(top + box.rows, shape.height)
+                            ]
+                            items += plan.rows * bool(whole)
+                            other += len(left) > len(whole)
+                            for n in left:
+                                rows[n] += plan.rows if n in whole else 1
+    found = work.walk(work.Launch(shape, plan, 0), plan.chunks, box)
+    blocks = plan.blocks(shape)
+    assert found.items == pytest.approx(items / blocks)
+    assert found.other == pytest.approx(other / blocks)
+    assert found.around[1:] == pytest.approx((columns / blocks, images / blocks))
 
 
 CODE = """
@@ -251,10 +370,61 @@ UNROLLED = """
 def test_an_unrolled_loop_and_what_lies_around_it():
     """Five instructions for two copies; of the seven around them 2.5 are for the third."""
     function = sass.Function("f", *sass.loops(sass.parse(UNROLLED)), 32, 0)
-    (copy_phase,) = counts.phases(forward.GATES, function).values()
+    unrolled = forward.GATES._replace(rules=(work.Rule(("copy",), ("LDGSTS",)),))
+    (copy_phase,) = counts.phases(unrolled, function).values()
     assert copy_phase == counts.Phase("copy", 5, 2, 0, (4,), 0, 0)
     assert copy_phase.instructions(work.Rounds(8, (3, 2))) == 8 * 2.5 + 2 * 4
     assert len(function.straight) == 2
+
+
+FORK = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   ISETP.NE.AND P0, PT, R2, R3, PT ;
+        /*0020*/               @P0 BRA 0x70 ;
+        /*0030*/                   LDGSTS.E.64 [R2], [R4.64] ;
+        /*0040*/                   LDGSTS.E.64 [R2+0x10], [R4.64+0x10] ;
+        /*0050*/                   IADD3 R2, R2, 0x20, RZ ;
+        /*0060*/                   BRA 0x90 ;
+        /*0070*/                   IADD3 R2, R2, 0x10, RZ ;
+        /*0080*/                   LDGSTS.E.64 [R2], [R4.64], !P2 ;
+        /*0090*/               @P1 BRA 0x10 ;
+        /*00a0*/                   EXIT ;
+"""
+TURNS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LDSM.16.M88.4 R8, [R2] ;
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
+        /*0030*/               @P0 BRA 0x10 ;
+        /*0040*/               @P1 BRA 0x90 ;
+        /*0050*/               @P2 BRA 0x80 ;
+        /*0060*/                   MUFU.EX2 R5, R5 ;
+        /*0070*/                   MUFU.EX2 R6, R6 ;
+        /*0080*/                   STS [R2], R5 ;
+        /*0090*/                   BAR.SYNC 0x0 ;
+        /*00a0*/               @P3 BRA 0x40 ;
+        /*00b0*/               @P4 BRA 0x10 ;
+        /*00c0*/                   EXIT ;
+"""
+
+
+def test_either_side_of_a_fork():
+    """Two copies in six instructions, or one in five."""
+    function = sass.Function("f", *sass.loops(sass.parse(FORK)), 32, 0)
+    (phase,) = counts.phases(forward.STATISTICS, function).values()
+    assert (phase.own, phase.items, phase.other) == (6, 2, 5)
+    assert phase.instructions(work.Rounds(8, (), other=3)) == 8 / 2 * 6 + 3 * 5
+    straight = sass.parse(UNROLLED.replace("LDGSTS.E.64 [R2+0x10]", "STG [R2]"))
+    with pytest.raises(ValueError, match="f: no fork in the loop of 'copy'"):
+        counts.phases(forward.STATISTICS, sass.Function("f", *sass.loops(straight), 32, 0))
+
+
+def test_turns_beside_the_mma():
+    """All of it, without exponentials, or another warp's turn; the barrier is not the mma's."""
+    function = sass.Function("f", *sass.loops(sass.parse(TURNS)), 32, 0)
+    logits, turns = counts.phases(single_pass.SINGLE_PASS, function).values()
+    assert (logits.name, logits.own, logits.around, logits.barriers) == ("logits", 3, (1,), 0)
+    assert turns == counts.Phase("turns", 7, 2, 0, (3,), 0, 1, 5)
+    assert turns.instructions(work.Rounds(4, (3,), other=2)) == 4 / 2 * 7 + 3 * 3 + 2 * 5
 
 
 def test_loops_that_no_rule_fits_are_errors():
