@@ -41,6 +41,7 @@ struct Plan {
   bool halo;  // of combine
   uint32_t shared;
   double cost;  // estimated warp-instructions of a multiprocessor; infinite where nothing fits
+  bool whole_image = false;  // of a cluster
 };
 
 enum class Kernel {
@@ -199,7 +200,7 @@ inline double single_pass_cost(const Maps& m, const Cut& c, int rows) {
 
 // The cheapest cut of a cluster whose blocks hold whole images together.
 inline Plan plan_single_pass(const Maps& m, const Device& device, const SinglePassCut& only) {
-  Plan best{{}, 0, false, 0, 1e300};
+  Plan best{{}, 0, false, 0, 1e300, true};
   const int all = m.chunks(), pairs = divide_up(m.width, 2);
   for (const int rows : {7, 4}) {
     for (int strips = 1; strips <= 16 && (strips - 1) * rows < m.height; ++strips) {
@@ -222,7 +223,7 @@ inline Plan plan_single_pass(const Maps& m, const Device& device, const SinglePa
                                          device.multiprocessors * together);
           const double cost =
               turns * together * single_pass_cost(m, c, rows) / (together > 1 ? 0.9 : 0.65);
-          if (cost < best.cost) best = {c, rows, bands > 1, shared, cost};
+          if (cost < best.cost) best = {c, rows, bands > 1, shared, cost, true};
         }
       }
     }
@@ -311,7 +312,9 @@ const char* run(void (*kernel)(Arguments), const Problem& p, const Plan& plan, i
 // Why these plans cannot run, or null.
 inline const char* check(const Problem& p, std::initializer_list<const Plan*> found) {
   for (const Plan* plan : found)
-    if (!plan->rows)
+    if (!plan->rows && plan->whole_image)
+      return "the shared memory of a cluster does not hold an image of this size";
+    else if (!plan->rows)
       return "a block of maps this wide, with this many channels, does not fit into the device's "
              "shared memory";
   if (static_cast<double>(p.images) * p.height * p.width >= 2147483648.0)
