@@ -5,6 +5,7 @@ from .backends import BackendStatus, BackendUnavailable, backends, use_backend
 from .functional import GateWeights, MixerWeights, catm
 from .module import FusedCATM, UnfusedWarning
 from .ops.mixer.reference import AdditiveTokenMixer
+from .ops.mixer.triton.precompile import precompile
 from .surgery import (
     Fold,
     FoldReport,
@@ -36,6 +37,7 @@ __all__ = [
     "catm",
     "fold_for_inference",
     "fuse",
+    "precompile",
     "unfuse",
     "use_backend",
 ]

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from recipe import checkpoint, data
+from recipe.arguments import four, integer, number, sizes
 from recipe.logs import Logs
 from recipe.problem import Problem, Stopped
 from recipe.processes import Processes, StopRequest, joined
@@ -168,8 +169,8 @@ class Run:
     def update(self, parts: Sequence[data.Batch]) -> Tensor:
         """One step on the batches of this process; their mean loss."""
         total = torch.zeros((), device=self._here.device)
-        for number, (images, labels) in enumerate(parts):
-            together = number == len(parts) - 1 or self._here.world == 1
+        for index, (images, labels) in enumerate(parts):
+            together = index == len(parts) - 1 or self._here.world == 1
             quiet: Any = nullcontext if together else self.wrapped.no_sync
             with quiet():
                 with autocast(self._here.device, self._options.amp):
@@ -621,40 +622,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--save-every", type=whole, default=500, metavar="STEPS", help="0: after epochs only")
     add("--no-tensorboard", dest="tensorboard", action="store_false")
     return parser.parse_args(argv)
-
-
-def integer(least: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text!r}")
-        return int(text)
-
-    return convert
-
-
-def number(least: float, most: float = math.inf) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most or math.isinf(value):
-            span = f">= {least:g}" if math.isinf(most) else f"in [{least:g}, {most:g}]"
-            raise argparse.ArgumentTypeError(f"expected a number {span}, got {text!r}")
-        return value
-
-    return convert
-
-
-def sizes(text: str) -> tuple[int, ...]:
-    return tuple(integer(1)(part) for part in text.split(","))
-
-
-def four(text: str) -> tuple[int, int, int, int]:
-    parts = tuple(integer(1)(part) for part in text.split(","))
-    if len(parts) != 4:
-        raise argparse.ArgumentTypeError(f"expected four integers N,N,N,N, got {text!r}")
-    return parts
 
 
 if __name__ == "__main__":

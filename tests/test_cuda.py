@@ -223,6 +223,7 @@ def test_no_barrier_and_no_wait_can_be_left_out(operators):
 def test_no_barrier_of_a_cluster_can_be_left_out(operators):
     """As above, of one launch."""
     operators.launches_wanted = 1
+
     def outputs():
         found = []
         for shape, cut in CLUSTERS:
@@ -288,7 +289,9 @@ def test_channels_that_fit_nowhere_are_refused(operators):
 
 
 def call_of(name, *shape):
-    return build.module().MixerCall(list(shape), False, *DEVICES[name], 8, [0] * 4, 0, 0, True, "", [])
+    return build.module().MixerCall(
+        list(shape), False, *DEVICES[name], 8, [0] * 4, 0, 0, True, "", []
+    )
 
 
 @emulation

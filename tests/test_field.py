@@ -70,7 +70,7 @@ def _setup():
     torch._dynamo.reset()
 
 
-def pair(cls=Net):
+def pair(cls=Net, backend=BACKEND):
     """The same model plain and fused, in training mode."""
     plain = cls()
     for block in plain.blocks:
@@ -78,7 +78,7 @@ def pair(cls=Net):
         with torch.no_grad():
             block.attn.proj.weight.mul_(0.3)
     fused = copy.deepcopy(plain)
-    assert len(fuse(fused, BACKEND).swapped) == 2
+    assert len(fuse(fused, backend).swapped) == 2
     return plain.train(), fused.train()
 
 

@@ -4,11 +4,13 @@ Values are `casvit_kernels parity`'s: here a result is compared with another of 
 """
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from casvit_kernels import FusedCATM, backends
+from casvit_kernels import FusedCATM, backends, use_backend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DTYPE = torch.bfloat16
@@ -99,6 +101,50 @@ def test_cuda_graph(backend, training):
     graph.replay()
     for a, b in zip(captured, run(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_whole_step_captured(backend, capsys, monkeypatch):
+    """The example: with warm-up, optimizer, a gradient scaler and inference."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    import captured_step
+
+    with use_backend(backend):
+        ways = ["--way", "plain", "--way", "graph"]
+        assert captured_step.main([*ways, "--amp", "fp16", "--steps", "20", "--json"]) == 0
+    plain, graph = json.loads(capsys.readouterr().out)["ways"]
+    assert graph["how"] == captured_step.WAYS["graph"]
+    # Libraries around the mixers may choose other algorithms.
+    assert graph["losses"] == pytest.approx(plain["losses"], rel=2e-2)
+
+
+def test_replays_are_seen_by_inference_that_is_not_captured(backend):
+    """A replayed step moves no version counter."""
+    mixer, x = mixer_of(backend), images()
+    optimizer = torch.optim.SGD(mixer.parameters(), 0.05)
+
+    def train():
+        with torch.autocast("cuda", DTYPE, cache_enabled=False):
+            mixer(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def infer(m):
+        with torch.no_grad(), torch.autocast("cuda", DTYPE):
+            return m(x)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            train()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train()
+    mixer.eval()
+    infer(mixer)
+    graph.replay()
+    assert torch.equal(infer(mixer), infer(copy.deepcopy(mixer)))
 
 
 def test_at_most_four_launches_in_inference(backend):

@@ -296,6 +296,11 @@ def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> 
         rcvit_xs(**arguments)
 
 
+def test_a_stem_without_channels_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"config\.dims\[0\]: expected an integer >= 2, got 1"):
+        RCViT(Config((1, 1, 1, 1), (1, 4, 4, 4)))
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("fork_feat", [False, True])
 @pytest.mark.parametrize(

@@ -513,6 +513,12 @@ def test_compiled_step(mixer, x):
     assert_close(step(compiled, x), step(eager, x))
 
 
+def test_a_compiler_warns_of_nothing(mixer, x, recwarn):
+    torch._dynamo.utils.warn_once_cache.clear()
+    step(torch.compile(mixer, fullgraph=True, backend="aot_eager"), x)
+    assert [str(w.message) for w in recwarn if "casvit_kernels" in str(w.message)] == []
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("marked", [False, True])
 def test_compiled_once_for_all_sizes(mixer, momentum, marked):

@@ -3,10 +3,12 @@
 TRITON_INTERPRET must be set before triton is imported, and what is interpreted cannot be compiled.
 """
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -17,11 +19,14 @@ from torch._subclasses import FakeTensorMode
 
 from casvit_kernels import BackendUnavailable, FusedCATM, backends, testing
 from casvit_kernels.backends import Problem, get, triton
+from casvit_kernels.module import mixer_weights
 from casvit_kernels.ops.mixer.autograd import mix_training
 from casvit_kernels.ops.mixer.schema import Settings
 from casvit_kernels.ops.mixer.triton import tuning
 
 triton_itself = pytest.importorskip("triton")
+from casvit_kernels.ops.mixer.triton import launch, plan  # noqa: E402
+
 backends_module = sys.modules["casvit_kernels.backends.registry"]
 HERE = Path(__file__).parent
 INTERPRETED = {
@@ -100,9 +105,10 @@ def test_inference():
             """
 import json
 import torch
-from casvit_kernels import FusedCATM, use_backend
+from casvit_kernels import FusedCATM, catm, use_backend
 from casvit_kernels.backends import Problem, select
-from casvit_kernels.ops.mixer.triton import launch, phases
+from casvit_kernels.module import mixer_weights
+from casvit_kernels.ops.mixer.triton import launch, packed, phases
 
 calls = []
 def counting(name, kernel):
@@ -112,9 +118,9 @@ def counting(name, kernel):
             return kernel[grid]
     return Counted()
 launch.KERNELS = {name: counting(name, kernel) for name, kernel in launch.KERNELS.items()}
-product, vectors = phases.product, phases.vectors
+product, vectors = phases.product, packed.vectors
 phases.product = lambda *a: calls.append("product") or product(*a)
-phases.vectors = lambda *a: calls.append("vectors") or vectors(*a)
+packed.vectors = lambda *a: calls.append("vectors") or vectors(*a)
 
 mixer, x = FusedCATM(5, True).eval(), torch.randn(2, 5, 4, 6)
 for p in mixer.parameters():
@@ -135,6 +141,11 @@ with torch.no_grad():
 run()
 document["changed"] = "vectors" in calls
 document["error after a change"] = error()
+calls.clear()
+with torch.no_grad():  # what a captured graph has, too, where nothing is kept
+    out = catm(x, mixer_weights(mixer), backend="triton")
+document["calls without packed weights"] = list(calls)
+document["error without packed weights"] = float((out - run()).abs().max())
 with torch.autocast("cpu", torch.bfloat16):
     document["autocast"] = str(run().dtype)
     run()
@@ -153,6 +164,7 @@ print(json.dumps(document))
     assert found["automatic"] == "cpu"  # interpreted, it must be asked for
     four = ["product", "gates", "channel_gates", "combine"]
     assert found["calls"] == found["kept under autocast"] == four
+    assert found["calls without packed weights"] == ["vectors", *four]
     assert found["changed"]
     assert found["autocast"] == "torch.bfloat16"
     assert max(found[k] for k in found if "error" in k) < 1e-3
@@ -174,8 +186,55 @@ print("{{}}")
         result(process)
 
 
+def test_a_graph_packs_the_weights_it_reads():
+    """Compiled inference follows what is written to weights and statistics, without compiling anew."""
+    found = result(
+        interpret(
+            """
+import json
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from casvit_kernels import FusedCATM
+
+graphs, document = [], []
+def keep(graph, inputs):
+    graphs.append(graph)
+    return graph
+
+mixer, x = FusedCATM(5, True, backend="triton").eval(), torch.randn(2, 5, 4, 6)
+for p in mixer.parameters():
+    torch.nn.init.normal_(p)
+compiled = torch.compile(mixer, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+for autocast in (False, True):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        results = [(compiled(x), mixer(x))]
+        mixer.oper_q[0].block[1].running_var.mul_(3)
+        mixer.proj.weight.mul_(2)
+        results.append((compiled(x), mixer(x)))
+    targets = [str(n.target).split(".")[1] for n in graphs[-1].graph.nodes if n.op == "call_function"]
+    document.append({
+        "graphs": len(graphs),
+        "equal": [bool((a == b).all()) for a, b in results],
+        "changed": bool((results[0][0] != results[1][0]).any()),
+        "dtype": str(results[0][0].dtype),
+        "work": [t for t in targets if t not in ("view", "slice", "_to_copy")],
+    })
+print(json.dumps(document))
+"""
+        )
+    )
+    for number, (each, dtype) in enumerate(zip(found, ("float32", "bfloat16"), strict=True), 1):
+        assert each == {
+            "graphs": number,
+            "equal": [True, True],
+            "changed": True,
+            "dtype": f"torch.{dtype}",
+            "work": ["cat", "triton_infer"],
+        }
+
+
 def test_opcheck():
-    """The operators of training with this backend behind them."""
+    """The operators with this backend behind them."""
     result(
         interpret(
             """
@@ -183,11 +242,16 @@ import torch
 from test_training import EPS, requires_grad, weights
 from casvit_kernels.ops.mixer.autograd import mix_training
 from casvit_kernels.ops.mixer.schema import Settings
+from casvit_kernels.ops.mixer.triton import TritonKernels
 from casvit_kernels.ops.mixer.weights import flatten
 
 x, w = torch.randn(2, 3, 3, 4).requires_grad_(), requires_grad(weights(3))
 settings = Settings(*EPS, True, True, None, "triton", "")
 torch.library.opcheck(torch.ops.casvit_kernels.mix_training.default, (x, *flatten(w), *settings))
+with torch.no_grad():
+    packed = TritonKernels().pack(w, EPS, x.dtype)
+given = (x.detach(), *packed, *EPS, x.dtype)
+torch.library.opcheck(torch.ops.casvit_kernels.triton_infer.default, given)
 print("{}")
 """
         )
@@ -227,12 +291,9 @@ print(json.dumps([C * H * W > 2**31, (partial[1, 0] - own.mean(1)).abs().max().i
 
 
 def test_images_too_large_are_refused():
-    from casvit_kernels.ops.mixer.triton import launch
-
     x = torch.empty(1, 8, 2**13, 2**14, device="meta")
-    cut = tuning.cut("statistics", *(x.shape[i] for i in (1, 0, 2, 3)))
-    with launch.recorded(), pytest.raises(ValueError, match=r"fewer than 2\^31 elements"):
-        launch.launch("statistics", x, cut, ())
+    with pytest.raises(ValueError, match=r"fewer than 2\^31 elements"):
+        plan.plan("statistics", plan.maps_of(x, x.dtype))
 
 
 def test_rows_and_images_of_a_program_only_change_rounding():
@@ -243,14 +304,15 @@ def test_rows_and_images_of_a_program_only_change_rounding():
 import json
 import torch
 from casvit_kernels import FusedCATM
-from casvit_kernels.ops.mixer.triton import tuning
+from casvit_kernels.ops.mixer.triton import plan, tuning
 
 mixer = FusedCATM(3, True, backend="triton").train()
 x = torch.randn(4, 3, 5, 6)
 results = []
 for few, many, band in ((1, 1, 8), (10**6, 10**6, 1), (10**6, 1, 2)):
-    tuning.FEW_PROGRAMS, tuning.MANY_PROGRAMS, tuning.SMALLEST_BAND = few, many, band
-    cut = tuning.cut("combine", 3, *x.shape[:1], *x.shape[2:])
+    tuning.FEW_PROGRAMS, tuning.MULTIPROCESSORS, tuning.SMALLEST_BAND = few, many, band
+    plan.plan.cache_clear()
+    cut = tuning.cut("combine", 3, *x.shape[:1], *x.shape[2:], many)
     y = x.clone().requires_grad_()
     mixer.zero_grad()
     mixer(y).square().sum().backward()
@@ -370,10 +432,75 @@ def test_tiles(channels):
             (64, 96, 96),
             (2, 9, 33),
         ):
-            cut = tuning.cut(kernel, channels, images, height, width)
+            cut = tuning.cut(kernel, channels, images, height, width, tuning.MULTIPROCESSORS)
             owned = tile.pixels if width <= tile.pixels else tile.pixels - 2 * halo
             together = (tile.pixels + 1) // (width + 1) or 1
             columns = -(-width // owned)
             assert cut.parts == columns * -(-height // cut.rows)
             groups = cut.programs // cut.parts * cut.repeat
             assert groups * together >= images > (groups - cut.repeat) * together
+
+
+@pytest.mark.parametrize(("channels", "edge"), [(48, 56), (56, 28), (112, 14), (220, 7), (512, 7)])
+def test_no_multiprocessor_is_idle(channels, edge):
+    """At batch 256, on GPUs with as many as an A100, an H100 and an MI300X, nine in ten have work."""
+    for count, kernel in itertools.product((108, 132, 304), tuning.HALO):
+        tile = tuning.tile(kernel, channels)
+        cut = tuning.cut(kernel, channels, 256, edge, edge, count)
+        gates = 2 if kernel in tuning.PER_GATE else 1
+        programs = cut.programs * -(-channels // tile.channels) * gates
+        assert programs > 0.79 * -(-programs // count) * count, (count, kernel, programs)
+
+
+def test_the_multiprocessors_of_the_gpu_count(monkeypatch):
+    """Not those of the GPU that is current; and a constant where there is none."""
+    properties = {torch.device("cuda", 0): 64, torch.device("cuda", 1): 10**6}
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: types.SimpleNamespace(multi_processor_count=properties[device]),
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    shape, devices = torch.Size((256, 112, 14, 14)), [*properties, torch.device("cpu")]
+    repeats = [plan.plan("gates", plan.Maps(shape, False, 2, d)).sizes[-1] for d in devices]
+    cuts = [tuning.cut("gates", 112, 256, 14, 14, n) for n in (64, 10**6, tuning.MULTIPROCESSORS)]
+    assert repeats == [c.repeat for c in cuts]
+    assert len(set(repeats)) == 3, repeats
+    plan.plan.cache_clear()  # of GPUs that are not there
+
+
+def test_a_call_is_planned_once():
+    """Again for another shape, layout, width of elements or device; no tensor is kept."""
+    kinds = [
+        plan.maps_of(torch.empty(shape).contiguous(memory_format=layout), dtype)
+        for shape in ((2, 6, 8, 8), (3, 6, 8, 8))
+        for layout in (torch.channels_last, torch.contiguous_format)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    kinds.append(kinds[0]._replace(device=torch.device("meta")))
+    plan.plan.cache_clear()
+    found = [plan.plan("combine", maps) for maps in kinds]
+    assert plan.plan.cache_info().misses == len(kinds)
+    again = torch.ones(2, 6, 8, 8).contiguous(memory_format=torch.channels_last)
+    again = plan.maps_of(again, torch.float32)
+    assert plan.plan("combine", again) is found[0]
+    assert plan.plan.cache_info().maxsize == plan.MOST
+    assert not [
+        v for p in found for v in (*p, *p.sizes, *p.constants.values()) if torch.is_tensor(v)
+    ]
+
+
+def test_a_step_is_planned_once():
+    mixer = FusedCATM(6, True)
+    x = torch.randn(2, 6, 7, 7, requires_grad=True)
+    settings = Settings(1e-5, 1e-5, True, True, None, "triton", "")
+
+    def step():
+        with launch.recorded() as record:
+            mix_training(x, mixer_weights(mixer), settings)[0].sum().backward()
+        return [it[:2] for it in record]
+
+    plan.plan.cache_clear()
+    first, planned = step(), plan.plan.cache_info().misses
+    assert step() == first
+    assert plan.plan.cache_info().misses == planned == len(launch.KERNELS)

@@ -3,6 +3,8 @@
     python bench/static/triton_kernels.py            compile all, write the JSON file and the table
     python bench/static/triton_kernels.py --check    exit 1 where the files are not of these sources
 
+A run adds the rows of the Triton that it imports; the table has those of each in VERSIONS. For another
+than the one installed: `pip install --no-deps --target DIR triton==3.6.0`, and DIR in PYTHONPATH.
 Each launch is recorded from the real phases, so what is compiled is what a GPU would be given.
 """
 
@@ -27,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "triton_kernels.json"
 TABLE = ROOT / "docs" / "triton_kernels.md"
 SOURCES = ("tile", "forward", "backward")
+VERSIONS = ("3.6.0", "3.9.0")  # of Triton: the oldest and the newest supported
 # The least full block of each size of tile: `gates` and `backward_gate` have all channels in one. The
 # others' tiles do not depend on C, their loads do on whether it is a multiple of 8.
 CHANNELS = (48, 112, 220, 384, 512)
@@ -60,18 +63,33 @@ class Counts(NamedTuple):
 
 
 def source_hash() -> str:
-    """Of all that decides what is compiled: the kernels' sources, constants and options."""
+    """Of all that decides what is compiled: the kernels' sources, tiles and options."""
+    from casvit_kernels.ops.mixer.triton import plan, tuning
+
     folder = ROOT / "casvit_kernels" / "ops" / "mixer" / "triton"
     digest = hashlib.sha256()
     for name in SOURCES:
         digest.update((folder / f"{name}.py").read_bytes())
-    for c in CHANNELS:
-        for layout in LAYOUTS:
-            for it in launches(c, layout, torch.float32).values():
-                digest.update(
-                    repr((it.name, it.constants, it.options(32), it.options(64))).encode()
-                )
+    for version in VERSIONS:
+        for config in configs():
+            if config.kernel in SMALL:
+                threads = tuning.SMALL_THREADS[config.kernel]
+                blocks = (tuning.BLOCK_IMAGES, tuning.BLOCK_CHANNELS, tuning.BLOCK_TERMS)
+                made: Any = (*blocks, tuning.BLOCK)
+            else:
+                made = _tile(version, config)
+                threads = made.threads
+            options = [plan.options(config.kernel, threads, warp) for warp in (32, 64)]
+            digest.update(repr((config, made, options)).encode())
     return digest.hexdigest()
+
+
+def _tile(version: str, config: Config) -> Any:
+    from casvit_kernels.ops.mixer.triton.tuning import tile
+
+    major, minor = map(int, version.split(".")[:2])
+    given = (config.layout == "NCHW", DTYPES[config.dtype].itemsize, (major, minor))
+    return tile(config.kernel, config.channels, *given)
 
 
 def configs() -> Iterator[Config]:
@@ -91,85 +109,18 @@ def configs() -> Iterator[Config]:
 SMALL = ("merge_statistics", "channel_gates")
 
 
-def _weights(c: int, device: str) -> Any:
-    from casvit_kernels.ops.mixer.weights import GateWeights, MixerWeights
+def launches(channels: int, layout: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The launches of a training step of a mixer, by kernel."""
+    from casvit_kernels.ops.mixer.triton import precompile
 
-    def e(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device=device)
-
-    gate = GateWeights(e(c, 1, 3, 3), *(e(c) for _ in range(5)), e(1, c, 1, 1), e(c, c, 1, 1))
-    return MixerWeights(
-        e(3 * c, c, 1, 1), None, gate, gate, e(c, 1, 3, 3), e(c), e(c, 1, 3, 3), e(c)
-    )
-
-
-def launches(
-    channels: int,
-    layout: str,
-    dtype: torch.dtype,
-    shape: tuple[int, int, int] = (2, 14, 14),
-    device: str = "meta",
-) -> dict[str, Any]:
-    """The launches of a training step of a mixer, by kernel. shape: B, H, W."""
-    from casvit_kernels.ops.mixer.triton import launch, phases
-
-    b, height, width = shape
-    x = torch.empty(
-        (b, channels, height, width), dtype=dtype, device=device, memory_format=LAYOUTS[layout]
-    )
-    w, p, eps = _weights(channels, device), phases.TritonPhases(), (1e-5, 1e-5)
-    with launch.recorded() as record, torch.no_grad():
-        qkv = p.project(x, w, dtype)
-        statistics = p.statistics(x, qkv, w)
-        out, spatial, pooled, channel = p.mix(x, qkv, w, statistics, eps, dtype)
-        done = p.backward_combine(torch.empty_like(out), x, qkv, w, spatial, channel)
-        shift = torch.empty_like(pooled)
-        gated = p.backward_gate(x, qkv, w, statistics, eps, spatial, done.pixel, shift)
-        coefficients = torch.empty((2, 3, channels), device=device)
-        p.backward_depthwise(
-            x, qkv, w, statistics, eps, spatial, channel, shift, gated.logit, coefficients,
-            done.grad_sum, done.grad_qkv,
-        )  # fmt: skip
-    return {it.name: it for it in record}
-
-
-def specialise(it: Any, target: str) -> tuple[Any, Any, list[tuple[str, Any]]]:
-    """Triton's own view of a launch: kernel, its backend for the target, and for each argument the
-    type and value that it compiles for. With the constants and options they are its cache's key."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    from casvit_kernels.ops.mixer.triton.launch import KERNELS
-
-    amd = target.startswith("gfx")
-    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
-    kernel, backend = KERNELS[it.name], make_backend(gpu)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    _, found, _ = bind(*it.arguments, **it.constants)
-    return kernel, backend, found
+    return {it.name: it for it in precompile.launches(channels, dtype, LAYOUTS[layout])}
 
 
 def compile_launch(it: Any, target: str) -> Counts:
     """Compile one launch for a GPU that need not be there."""
-    import triton
-    from triton.compiler import ASTSource
+    from casvit_kernels.ops.mixer.triton import precompile
 
-    kernel, backend, found = specialise(it, target)
-    names = [p.name for p in kernel.params]
-    attributes = {
-        (i,): backend.parse_attr(value)
-        for i, (kind, value) in enumerate(found)
-        if kind != "constexpr" and isinstance(value, str)
-    }
-    source = ASTSource(
-        kernel,
-        {name: kind for name, (kind, _) in zip(names, found, strict=True)},
-        {(names.index(name),): value for name, value in it.constants.items()},
-        attributes,
-    )
-    options = it.options(backend.target.warp_size)
-    done = triton.compile(source, target=backend.target, options=options)
+    done = precompile.compile_for(it, target)
     shared = int(done.metadata.shared)
     return (
         _amd(done.asm["amdgcn"], shared)
@@ -262,18 +213,21 @@ pixel is a multiple of 8 bytes alone. `combine` on gfx942 loads 8: with two wave
 weight gradients for each channel of a thread, so a thread has one or two channels, and loads as much.
 In NCHW nothing is known of the alignment of a row when the kernel is compiled (7 x 7 images have odd
 rows), so a thread loads single pixels; the threads of a warp load neighbours. Wider loads there are of
-vectors. fp16 differs from bf16 in conversions alone."""
+vectors. fp16 differs from bf16 in conversions alone.
+
+Triton 3.6 takes more registers, and has fewer rows under way where it would spill with as many as 3.9.
+What still spills there, 8 to 36 bytes, would need tiles of fewer pixels, which 3.9 does not."""
 
 
 def table(document: dict[str, Any]) -> str:
     """docs/triton_kernels.md."""
-    from casvit_kernels.ops.mixer.triton.tuning import SMALL_THREADS, tile
+    from casvit_kernels.ops.mixer.triton.tuning import SMALL_THREADS
 
     lines = [
         "# Triton kernels, as compiled",
         "",
         "Generated by `python bench/static/triton_kernels.py` from the machine code of every",
-        f"configuration; do not edit. Triton {document['triton']}. Nothing here was timed.",
+        f"configuration; do not edit. Triton {' and '.join(VERSIONS)}. Nothing here was timed.",
         "",
         "Registers of a thread (VGPRs on gfx942), `+n` bytes spilled; bytes of shared memory; loads",
         "from and stores to global memory by width, `16x9`: nine of 16 bytes; barriers, shuffles and",
@@ -281,28 +235,30 @@ def table(document: dict[str, Any]) -> str:
         "",
         *WHY_NARROW.splitlines(),
     ]
-    rows = [(Config(*r[:5]), Counts(*r[5:])) for r in document["rows"]]
+    rows = [(r[0], Config(*r[1:6]), Counts(*r[6:])) for r in document["rows"]]
     for target in TARGETS:
         lines += [
             "",
             f"## {target}",
             "",
-            "| kernel | dtype | layout | C | tile | threads | registers | shared | loads | stores | "
-            "barriers | shuffles | instructions |",
-            "|---|---|---|---:|---|---:|---:|---|---|---:|---:|---:|",
+            "| kernel | dtype | layout | C | tile | threads | Triton | registers | shared | loads | "
+            "stores | barriers | shuffles | instructions |",
+            "|---|---|---|---:|---|---:|---|---:|---:|---|---|---:|---:|---:|",
         ]
-        for config, n in sorted(
-            rows, key=lambda row: (row[0].kernel, row[0].dtype, row[0].layout, row[0].channels)
+        for version, config, n in sorted(
+            rows,
+            key=lambda row: (row[1].kernel, row[1].dtype, row[1].layout, row[1].channels, row[0]),
         ):
             if config.target != target:
                 continue
-            t = None if config.kernel in SMALL else tile(config.kernel, config.channels)
+            t = None if config.kernel in SMALL else _tile(version, config)
             size = "" if t is None else f"{t.pixels} x {t.channels}"
             threads = SMALL_THREADS[config.kernel] if t is None else t.threads
             spilled = f" +{n.spilled}" if n.spilled else ""
             lines.append(
-                f"| {config.kernel} | {config.dtype} | {config.layout} | {config.channels} | {size} | "
-                f"{threads} | {n.registers}{spilled} | {n.shared} | {n.loads} | {n.stores} | "
+                f"| {config.kernel} | {config.dtype} | {config.layout} | {config.channels} | "
+                f"{size} | {threads} | {version} | "
+                f"{n.registers}{spilled} | {n.shared} | {n.loads} | {n.stores} | "
                 f"{n.barriers} | {n.shuffles} | {n.instructions} |"
             )
     return "\n".join(lines) + "\n"
@@ -319,17 +275,21 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: nothing can be compiled in that process")
     old = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"source": "", "rows": []}
-    kept = {tuple(r[:5]): r for r in old["rows"]} if old["source"] == source_hash() else {}
-    todo = [c for c in configs() if tuple(c) not in kept]
+    kept = {tuple(r[:6]): r for r in old["rows"]} if old["source"] == source_hash() else {}
     if options.check:
-        stale = bool(todo) or not TABLE.is_file() or TABLE.read_text() != table(old)
+        stale = {(v, *c) for v in VERSIONS for c in configs()} != kept.keys()
+        stale = stale or not TABLE.is_file() or TABLE.read_text() != table(old)
         print("out of date" if stale else "up to date", file=sys.stderr)
         return int(stale)
-    document = {"triton": triton.__version__, "source": source_hash(), "rows": list(kept.values())}
+    version = triton.__version__
+    if version not in VERSIONS:
+        parser.error(f"the table is of Triton {' and '.join(VERSIONS)}, this is {version}")
+    todo = [c for c in configs() if (version, *c) not in kept]
+    document = {"source": source_hash(), "rows": list(kept.values())}
     cache: dict[Any, Any] = {}
     for number, config in enumerate(todo):
         n = count(config, cache)
-        document["rows"].append([*config, *n])
+        document["rows"].append([version, *config, *n])
         print(f"{number + 1}/{len(todo)}", *config, n, flush=True)
         if number % 20 == 0:
             RESULTS.write_text(_json(document))

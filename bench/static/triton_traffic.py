@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from casvit_kernels.ops.mixer.triton import traffic
+from casvit_kernels.ops.mixer.triton import traffic, tuning
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "triton_traffic.md"
 MODELS = {"xs": (48, 56, 112, 220), "t": (96, 128, 256, 512)}
@@ -50,8 +50,8 @@ def table() -> str:
         "masks let through, also where a cache serves it. Units: the bytes of one map, B C H W of",
         "bfloat16. `gates` and `combine` are over 4 units (q, k, v read and the result written once).",
         "Sums that PyTorch adds up after a kernel are counted with it, the product and its gradients",
-        "are not. Bold: over the goal",
-        "(" + ", ".join(f"{name} {goal}" for name, (_, goal) in GOALS.items()) + ").",
+        f"are not. Cut for a GPU with {tuning.MULTIPROCESSORS} multiprocessors, an H100. Bold: over the",
+        "goal (" + ", ".join(f"{name} {goal}" for name, (_, goal) in GOALS.items()) + ").",
     ]
     names = (*traffic.TRAINING_FORWARD, *traffic.BACKWARD, "training forward", "backward")
     for batch in BATCHES:
@@ -75,10 +75,12 @@ def table() -> str:
         "",
         "Why goals are missed: at 7 x 7 the channel gates' weights (2 C C of 4 bytes) weigh as much",
         "as maps do, and every block of images reads them again; vectors and their gradients' partial",
-        "sums weigh a tenth of a map for each kernel. In the backward every block of 16 channels reads",
-        "and writes maps of one channel (s, the logit's gradient, its terms): about 1 unit. Tiles of 32",
-        "pixels overlap at 56 x 56: 0.4 units. At batch 1 images are cut into bands, to have more",
-        "programs, and halos and weights are read more often.",
+        "sums weigh a tenth of a map for each kernel. Programs that took more images would read them",
+        "less often, and leave multiprocessors without work: so at 14 x 14 and 7 x 7, in `gates` too.",
+        "In the backward every block of 16 channels reads and writes maps of one channel (s, the",
+        "logit's gradient, its terms): about 1 unit. Tiles of 32 pixels overlap at 56 x 56: 0.4 units.",
+        "At batch 1 images are cut into bands, to have more programs, and halos and weights are read",
+        "more often.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -34,6 +34,17 @@ class TritonBackend:
                 return reason + _HINT
         return None if problem is None else why_not_dtype(problem)
 
+    def why_not_compile(self, here: bool) -> str | None:
+        """Why no kernel can be compiled. here: for a GPU of this machine."""
+        interprets, reason = _triton()
+        if reason is None and interprets:
+            reason = "TRITON_INTERPRET is set: in that process nothing can be compiled"
+        if reason is None and here:
+            reason = _device(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+            if reason is not None:
+                reason += "; target='sm_90' compiles for a GPU that need not be here"
+        return reason
+
 
 @functools.cache
 def _triton() -> tuple[bool, str | None]:

@@ -105,6 +105,7 @@ class RCViT(nn.Module):
         _check_count("in_chans", in_chans, 1)
         _check_rate("drop_path_rate", drop_path_rate)
         _check_rate("drop_rate", drop_rate)
+        _check_count("config.dims[0]", config.dims[0], 2)  # the stem has half of them
         if backend is not None and not fused:
             raise ValueError(
                 f"backend: expected None with fused=False (plain mixers have no backend), "

@@ -1,4 +1,4 @@
-"""Who follows a call beside its caller: exporters, compilers, `torch.func`, forward-mode AD.
+"""Who follows a call beside its caller: exporters, compilers, transforms, forward-mode AD, CUDA graphs.
 
 May import: torch.
 """
@@ -55,6 +55,11 @@ def counting_flops() -> bool:
         type(mode).__module__ == "torch.utils.flop_counter"
         for mode in _get_current_dispatch_mode_stack()
     )
+
+
+def capturing(t: Tensor) -> bool:
+    """Whether a CUDA graph is being captured of what runs on the device of `t`."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def is_opaque() -> bool:

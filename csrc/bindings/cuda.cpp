@@ -107,7 +107,7 @@ Tensor project(const Tensor& x, const Tensor& weight, const Optional& bias) {
 Tensor infer(const Tensor& x, const Tensor& qkv_weight, const Optional& qkv_bias,
              const Tensor& packed) {
   STD_TORCH_CHECK(x.is_cuda() && x.dim() == 4,
-                  "x: expected a CUDA tensor of 4 dimensions (B, C, H, W)");
+                  "x: expected a CUDA tensor of 4 dimensions (B, C, H, W), got ", described(x));
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const std::array<int64_t, 4> shape = shape_of(x.sizes());
   if (x.numel() == 0)

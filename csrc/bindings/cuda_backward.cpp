@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> combine(const Tensor& qkv, co
   const Call c(qkv, packed, sizes);
   const auto [B, C, H, W] = c.shape;
   const int64_t P = padded(C), maps[] = {B, H, W, P}, all[] = {B, H, W, 3 * P};
-  check_rows(grad, "grad", c.pixels() * P, qkv.scalar_type());
+  check_rows(grad, "grad", c.pixels() * P, qkv);
   Tensor grad_qkv = torch::stable::new_empty(qkv, {all, 4}, qkv.scalar_type());
   Tensor grad_sum = torch::stable::new_empty(qkv, {maps, 4}, qkv.scalar_type());
   Tensor pixel = floats<5>(packed, {c.parts.slices, B, 2, H, W});
@@ -83,8 +83,8 @@ Tensor depthwise(const Tensor& qkv, const Tensor& packed, const Tensor& spatial,
                  const Tensor& coefficients, const Tensor& grad_sum, Tensor grad_qkv, Sizes sizes) {
   const Call c(qkv, packed, sizes);
   const auto [B, C, H, W] = c.shape;
-  check_rows(grad_sum, "grad_sum", c.pixels() * padded(C), qkv.scalar_type());
-  check_rows(grad_qkv, "grad_qkv", c.pixels() * 3 * padded(C), qkv.scalar_type());
+  check_rows(grad_sum, "grad_sum", c.pixels() * padded(C), qkv);
+  check_rows(grad_qkv, "grad_qkv", c.pixels() * 3 * padded(C), qkv);
   Tensor weights = floats<4>(packed, {c.parts.depthwise_blocks, 2, 10, padded(C)});
   check(cuda::backward_depthwise(
       c.p, qkv.const_data_ptr(), packed.const_data_ptr(),

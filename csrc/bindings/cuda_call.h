@@ -9,6 +9,7 @@
 #include <array>
 #include <map>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "bindings/tensors.h"
@@ -44,10 +45,30 @@ inline void* current_stream(int device) {
   return stream;
 }
 
+inline std::string name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    default: return "scalar type " + std::to_string(static_cast<int>(dtype));
+  }
+}
+
+// What came, for the messages of checks.
+inline std::string described(const Tensor& t) {
+  const std::string where = t.is_cuda()  ? "CUDA device " + std::to_string(t.get_device_index())
+                            : t.is_cpu() ? "the CPU"
+                                         : "a device that is neither";
+  return std::string(t.is_contiguous() ? "a contiguous " : "a strided ") +
+         name_of(t.scalar_type()) + " tensor of " + std::to_string(t.dim()) + " dimensions and " +
+         std::to_string(t.numel()) + " elements on " + where;
+}
+
 inline cuda::Problem problem(const Tensor& like, const std::array<int64_t, 4>& shape,
                              ScalarType dtype) {
   STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "dtype: expected bfloat16 or float16");
+                  "dtype: expected bfloat16 or float16, got ", name_of(dtype));
   static std::mutex mutex;
   static std::map<int, cuda::Problem> devices;
   const int device = like.get_device_index();
@@ -91,7 +112,7 @@ Tensor floats(const Tensor& like, const std::array<int64_t, N>& sizes) {
 class Kept {
  public:
   cuda::Weight weight(const Tensor& t, const char* name, int64_t numel) {
-    STD_TORCH_CHECK(t.is_cuda(), name, ": expected a CUDA tensor");
+    STD_TORCH_CHECK(t.is_cuda(), name, ": expected a CUDA tensor, got ", described(t));
     STD_TORCH_CHECK(t.numel() == numel, name, ": expected ", numel, " elements, got ", t.numel());
     tensors_.push_back(torch::stable::contiguous(t));
     const casvit::DType dtype = dtype_of(t, name);
@@ -132,28 +153,32 @@ inline cuda::Weights weights_of(Kept& kept, WEIGHT_PARAMETERS) {
 // A contiguous float32 tensor of so many elements on the device of `like`.
 inline const float* floats_of(const Tensor& t, const char* name, int64_t numel,
                               const Tensor& like) {
-  STD_TORCH_CHECK(
-      t.is_cuda() && t.get_device_index() == like.get_device_index() && t.is_contiguous() &&
-          t.numel() == numel && t.scalar_type() == ScalarType::Float,
-      name, ": expected a contiguous float32 CUDA tensor of ", numel, " elements, got ", t.numel());
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index() &&
+                      t.is_contiguous() && t.numel() == numel &&
+                      t.scalar_type() == ScalarType::Float,
+                  name, ": expected a contiguous float32 tensor of ", numel,
+                  " elements on CUDA device ", like.get_device_index(), ", got ", described(t));
   return static_cast<const float*>(t.const_data_ptr());
 }
 inline float* data(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
-// A contiguous map of `dtype` that starts at a multiple of 16 bytes.
-inline void check_rows(const Tensor& t, const char* name, int64_t numel, ScalarType dtype) {
+// A contiguous map in the dtype and on the device of `like`, from a multiple of 16 bytes on.
+inline void check_rows(const Tensor& t, const char* name, int64_t numel, const Tensor& like) {
   STD_TORCH_CHECK(
-      t.is_cuda() && t.is_contiguous() && t.numel() == numel && t.scalar_type() == dtype, name,
-      ": expected a contiguous CUDA tensor of ", numel, " elements in the dtype of qkv, got ",
-      t.numel());
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, name,
-                  ": expected 16-byte alignment");
+      t.is_cuda() && t.get_device_index() == like.get_device_index() && t.is_contiguous() &&
+          t.numel() == numel && t.scalar_type() == like.scalar_type(),
+      name, ": expected a contiguous ", name_of(like.scalar_type()), " tensor of ", numel,
+      " elements on CUDA device ", like.get_device_index(), ", got ", described(t));
+  const uintptr_t past = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16;
+  STD_TORCH_CHECK(past == 0, name, ": expected an address that is a multiple of 16, got one ", past,
+                  " bytes past it");
 }
+
 // words: of 16 bytes, that packing for C channels makes.
 inline void check_inputs(const Tensor& qkv, const Tensor& packed,
                          const std::array<int64_t, 4>& shape, int64_t words) {
   const auto [B, C, H, W] = shape;
-  check_rows(qkv, "qkv", B * H * W * 3 * padded(C), qkv.scalar_type());
+  check_rows(qkv, "qkv", B * H * W * 3 * padded(C), qkv);
   floats_of(packed, "packed", 4 * words, qkv);
 }
 

@@ -275,9 +275,13 @@ CASVIT_DEVICE void backward_combine_block(const BackwardCombineArguments& b) {
   // Out, with the sums that need it. The threads of a pixel's chunks are neighbours.
   const int map = m.height * m.width, granules = 2 * c.pairs * c.chunks;
   float* pixel = b.pixel + static_cast<int64_t>(block_z()) * m.images * 2 * map;
+  const int left = m.height - row0, rows = left < of.own_rows ? left : of.own_rows;
+  const int64_t row_step = static_cast<int64_t>(m.width) * m.padded;
+  const Divisor by_chunks(c.chunks);
 #pragma unroll 1
   for (int g0 = 0; g0 < granules; g0 += kThreads) {
-    const int g = g0 + thread, x = g / c.chunks, chunk = g - x * c.chunks;
+    const int g = g0 + thread, x = by_chunks.quotient(g), chunk = by_chunks.remainder(g, x);
+    const int channel = (chunk0 + chunk) * kChunk;
     const bool active = g < granules && chunk < chunks && x < m.width;
     const uint32_t own = (x >> 1) * pair_bytes(c) + chunk * kUnitBytes + (x & 1) * 8;
     const uint32_t in_gl = ((x + 1) >> 1) * pair_bytes(c) + chunk * kUnitBytes + ((x + 1) & 1) * 8;
@@ -288,23 +292,23 @@ CASVIT_DEVICE void backward_combine_block(const BackwardCombineArguments& b) {
       const uint32_t gates = shared.gates + (image * c.chunks + (active ? chunk : 0)) * kUnitBytes;
       const float4 gq = load_shared<float4>(gates);
       const float4 gk = load_shared<float4>(gates + c.images * c.chunks * kUnitBytes);
+      const bool inside = active && image < images;
+      const uint16_t* qkv = a.qkv + at * (3 * m.padded) + channel;
+      uint16_t* grad_sum = b.grad_sum + at * m.padded + channel;
+      const float* s = a.spatial + static_cast<int64_t>(image0 + image) * map + at;
+      float* sums_of_pixel = pixel + static_cast<int64_t>(image0 + image) * map + at;
+      uint32_t ga_at = image * of.own_rows * out_row + own;
+      uint32_t gl_at = shared.gl + (image * of.u_rows + 1) * u_row + in_gl;
+      uint32_t go_at = shared.grad + (image * of.a_rows - of.first_a) * a_row + pair_bytes(c) + own;
 #pragma unroll 1
-      for (int row = 0; row < of.own_rows; ++row) {
-        const bool inside = active && image < images && row0 + row < m.height;
+      for (int row = 0; row < rows; ++row) {
         float of_q = 0.0f, of_k = 0.0f;
         if (inside) {
-          const int64_t here = at + row * m.width;
-          const uint2 ga = load_shared<uint2>((image * of.own_rows + row) * out_row + own);
-          const uint2 gl =
-              load_shared<uint2>(shared.gl + (image * of.u_rows + 1 + row) * u_row + in_gl);
-          const uint2 go = load_shared<uint2>(
-              shared.grad + (image * of.a_rows - of.first_a + row) * a_row + pair_bytes(c) + own);
-          const int channel = (chunk0 + chunk) * kChunk;
-          store_global(reinterpret_cast<uint2*>(b.grad_sum + here * m.padded + channel), ga);
-          const uint16_t* qkv = a.qkv + here * (3 * m.padded) + channel;
+          const uint2 ga = load_shared<uint2>(ga_at), gl = load_shared<uint2>(gl_at);
+          const uint2 go = load_shared<uint2>(go_at);
+          store_global(reinterpret_cast<uint2*>(grad_sum), ga);
           const uint2 q = load_constant(reinterpret_cast<const uint2*>(qkv));
           const uint2 k = load_constant(reinterpret_cast<const uint2*>(qkv + m.padded));
-          const float* s = a.spatial + static_cast<int64_t>(image0 + image) * map + here;
           const float sq = load_constant(s), sk = load_constant(s + map);
           const float gas[4] = {low2<T>(ga.x), high2<T>(ga.x), low2<T>(ga.y), high2<T>(ga.y)};
           const float qs[4] = {low2<T>(q.x), high2<T>(q.x), low2<T>(q.y), high2<T>(q.y)};
@@ -328,10 +332,11 @@ CASVIT_DEVICE void backward_combine_block(const BackwardCombineArguments& b) {
           of_k += shuffle_xor(of_k, mask);
         }
         if (inside && chunk == 0) {
-          float* to = pixel + static_cast<int64_t>(image0 + image) * map + at + row * m.width;
-          store_global(to, of_q);
-          store_global(to + map, of_k);
+          store_global(sums_of_pixel, of_q);
+          store_global(sums_of_pixel + map, of_k);
         }
+        ga_at += out_row, gl_at += u_row, go_at += a_row;
+        grad_sum += row_step, qkv += 3 * row_step, s += m.width, sums_of_pixel += m.width;
       }
       if (active) {
         const uint32_t to =

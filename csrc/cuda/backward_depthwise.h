@@ -73,9 +73,10 @@ CASVIT_DEVICE void backward_depthwise_block(const BackwardDepthwiseArguments& a)
                        (i - row * static_cast<int>(u_row / 16)) * 16,
                    uint4{0, 0, 0, 0});
     }
+  const Divisor by_width(shared.columns), by_rows(of.u_rows);
   for (int i = thread; i < c.images * of.u_rows * shared.columns; i += kThreads) {
-    const int line = i / shared.columns, x = i - line * shared.columns - 1;
-    const int image = line / of.u_rows, y = row0 + line - image * of.u_rows - 1;
+    const int line = by_width.quotient(i), x = by_width.remainder(i, line) - 1;
+    const int image = by_rows.quotient(line), y = row0 + by_rows.remainder(line, image) - 1;
     const bool inside = x >= 0 && x < m.width && y >= 0 && y < m.height && image < images;
     const int64_t at = (static_cast<int64_t>(image0 + image) * 2 + z) * map +
                        static_cast<int64_t>(y) * m.width + x;
@@ -189,9 +190,13 @@ CASVIT_DEVICE void backward_depthwise_block(const BackwardDepthwiseArguments& a)
   sync_threads();
 
   const int granules = 2 * c.pairs * c.chunks;
+  const int left = m.height - row0, rows = left < of.own_rows ? left : of.own_rows;
+  const int64_t row_step = static_cast<int64_t>(m.width) * m.padded;
+  const Divisor by_chunks(c.chunks);
 #pragma unroll 1
   for (int g = thread; g < granules; g += kThreads) {
-    const int x = g / c.chunks, chunk = g - x * c.chunks, channel = (chunk0 + chunk) * kChunk;
+    const int x = by_chunks.quotient(g), chunk = by_chunks.remainder(g, x);
+    const int channel = (chunk0 + chunk) * kChunk;
     float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     const bool active = chunk < chunks && x < m.width;
     const uint32_t own = (x >> 1) * pair_bytes(c) + chunk * kUnitBytes + (x & 1) * 8;
@@ -208,15 +213,15 @@ CASVIT_DEVICE void backward_depthwise_block(const BackwardDepthwiseArguments& a)
       }
       const int64_t first = (static_cast<int64_t>(image0 + image) * m.height + row0) * m.width + x;
       const float* s = a.spatial + (static_cast<int64_t>(image0 + image) + z) * map + first;
+      const uint16_t* ga_from = a.grad_sum + first * m.padded + channel;
+      uint16_t* to = a.grad_qkv + first * (3 * m.padded) + z * m.padded + channel;
+      uint32_t conv_at = image * of.own_rows * out_row + own;
+      uint32_t gd_at = shared.gd + (image * of.u_rows + 1) * u_row + in_gd;
 #pragma unroll 2
-      for (int row = 0; row < of.own_rows && row0 + row < m.height; ++row) {
-        const int64_t here = first + row * m.width;
-        const uint2 conv = load_shared<uint2>((image * of.own_rows + row) * out_row + own);
-        const uint2 gd =
-            load_shared<uint2>(shared.gd + (image * of.u_rows + 1 + row) * u_row + in_gd);
-        const uint2 ga =
-            load_constant(reinterpret_cast<const uint2*>(a.grad_sum + here * m.padded + channel));
-        const float gate = load_constant(s + row * m.width);
+      for (int row = 0; row < rows; ++row) {
+        const uint2 conv = load_shared<uint2>(conv_at), gd = load_shared<uint2>(gd_at);
+        const uint2 ga = load_constant(reinterpret_cast<const uint2*>(ga_from));
+        const float gate = load_constant(s);
         const float gas[4] = {low2<T>(ga.x), high2<T>(ga.x), low2<T>(ga.y), high2<T>(ga.y)};
         const float convs[4] = {low2<T>(conv.x), high2<T>(conv.x), low2<T>(conv.y),
                                 high2<T>(conv.y)};
@@ -227,9 +232,10 @@ CASVIT_DEVICE void backward_depthwise_block(const BackwardDepthwiseArguments& a)
           v[i] = fused_multiply_add(fused_multiply_add(gas[i], by[i], shift[i]), gate, convs[i]);
           sums[i] += gds[i];
         }
-        store_global(
-            reinterpret_cast<uint2*>(a.grad_qkv + here * (3 * m.padded) + z * m.padded + channel),
-            uint2{pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3])});
+        store_global(reinterpret_cast<uint2*>(to),
+                     uint2{pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3])});
+        conv_at += out_row, gd_at += u_row;
+        ga_from += row_step, to += 3 * row_step, s += m.width;
       }
     }
     store_shared(shared.sums + g * kUnitBytes, float4{sums[0], sums[1], sums[2], sums[3]});

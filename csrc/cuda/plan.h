@@ -41,6 +41,7 @@ struct Plan {
   bool halo;  // of combine
   uint32_t shared;
   double cost;  // estimated warp-instructions of a multiprocessor; infinite where nothing fits
+  bool whole_image = false;  // of a cluster
 };
 
 enum class Kernel {
@@ -161,6 +162,7 @@ inline Plan plan(Kernel kernel, const Maps& m, const Device& device) {
             const double blocks =
                 static_cast<double>(c.bands) * c.columns * divide_up(m.images, images) * slices *
                 (kernel == Kernel::kCombine || kernel == Kernel::kBackwardCombine ? 1 : 2);
+            if (blocks <= device.multiprocessors) together = 1;
             const double turns = divide_up(static_cast<int>(blocks < 1e9 ? blocks : 1e9),
                                            device.multiprocessors * together);
             const double cost = turns * together * block_cost(kernel, m, c, rows, halo) /
@@ -198,7 +200,7 @@ inline double single_pass_cost(const Maps& m, const Cut& c, int rows) {
 
 // The cheapest cut of a cluster whose blocks hold whole images together.
 inline Plan plan_single_pass(const Maps& m, const Device& device, const SinglePassCut& only) {
-  Plan best{{}, 0, false, 0, 1e300};
+  Plan best{{}, 0, false, 0, 1e300, true};
   const int all = m.chunks(), pairs = divide_up(m.width, 2);
   for (const int rows : {7, 4}) {
     for (int strips = 1; strips <= 16 && (strips - 1) * rows < m.height; ++strips) {
@@ -216,11 +218,12 @@ inline Plan plan_single_pass(const Maps& m, const Device& device, const SinglePa
           int together = device.shared_per_multiprocessor / static_cast<int>(shared + kReserved);
           together = together < 1 ? 1 : together > 2 ? 2 : together;  // registers
           const double blocks = static_cast<double>(bands) * slices * divide_up(m.images, images);
+          if (blocks <= device.multiprocessors) together = 1;
           const double turns = divide_up(static_cast<int>(blocks < 1e9 ? blocks : 1e9),
                                          device.multiprocessors * together);
           const double cost =
               turns * together * single_pass_cost(m, c, rows) / (together > 1 ? 0.9 : 0.65);
-          if (cost < best.cost) best = {c, rows, bands > 1, shared, cost};
+          if (cost < best.cost) best = {c, rows, bands > 1, shared, cost, true};
         }
       }
     }
@@ -309,7 +312,9 @@ const char* run(void (*kernel)(Arguments), const Problem& p, const Plan& plan, i
 // Why these plans cannot run, or null.
 inline const char* check(const Problem& p, std::initializer_list<const Plan*> found) {
   for (const Plan* plan : found)
-    if (!plan->rows)
+    if (!plan->rows && plan->whole_image)
+      return "the shared memory of a cluster does not hold an image of this size";
+    else if (!plan->rows)
       return "a block of maps this wide, with this many channels, does not fit into the device's "
              "shared memory";
   if (static_cast<double>(p.images) * p.height * p.width >= 2147483648.0)

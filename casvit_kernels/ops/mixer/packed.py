@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import operator
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...backends import first_choice
-from ..tracing import transformed
+from ..tracing import capturing, transformed
 from .kernels import MixerKernels
 from .norms import eps_of
 from .structure import Structure
@@ -23,6 +24,10 @@ from .weights import MixerWeights, autocasts, check_alike, flatten
 _Key = tuple[str, tuple[float, float], torch.dtype, int]  # backend, eps, dtype, CUDA stream
 
 _MOST = 3  # kept at a time: float32, and what autocast makes of it, bfloat16 and float16
+# Set once a CUDA graph holds a training step of any mixer: its replays write weights, those of an
+# average kept in the graph among them, and no version counter moves.
+_unseen_writes = threading.Event()
+
 _STALE_OFFSET = 48  # bytes; the kernel sets this int64 of the packed header, see csrc/cpu/pack.h
 
 
@@ -31,7 +36,8 @@ class PackedWeights:
 
     A write through autograd's eyes shows in the version counter, a move or replacement in the object
     or its address. A write through `.data` shows in neither: the kernel then finds that a fingerprint
-    differs, packs for that call alone, and sets the stale flag read here (that of the CPU does so).
+    differs, packs for that call alone, and sets the stale flag read here (that of the CPU does so). Once
+    a CUDA graph holds a training step, the other backends pack in each call.
     """
 
     def __init__(self) -> None:
@@ -48,11 +54,15 @@ class PackedWeights:
         if torch.compiler.is_compiling() or kernels.name == "reference":
             check_alike(w)
             return None
+        captured = capturing(w.qkv_weight)
+        if captured and torch.is_grad_enabled():
+            _unseen_writes.set()  # training with frozen norms
+        # A graph reads the weights as they are when it is replayed.
+        if captured or (_unseen_writes.is_set() and kernels.name != "cpu"):
+            check_alike(w)
+            return None
         stream = 0
         if w.qkv_weight.is_cuda:
-            if torch.cuda.is_current_stream_capturing():
-                check_alike(w)
-                return None  # a graph reads the weights as they are when it is replayed
             # What one stream packs, another might read too early, or free too early.
             stream = torch.cuda.current_stream(w.qkv_weight.device).cuda_stream
         sources = flatten(w)
@@ -82,6 +92,12 @@ class PackedWeights:
         if entry is not None and entry.alike and entry.holds(structure):
             return entry
         return None
+
+
+def watch_capture(x: Tensor) -> None:
+    """Note whether a CUDA graph captures this training step of a mixer."""
+    if capturing(x):
+        _unseen_writes.set()
 
 
 class Entry:

@@ -41,10 +41,11 @@ def plan(shape: tuple[int, int, int, int], device: Device) -> list[dict[str, Any
 
     Returns:
         For each of gates, statistics, combine, single_pass (gates and combine in one launch),
-        backward_combine, backward_gate, backward_depthwise: ``images``, ``rows``, ``columns`` (pixels) and ``channels`` of a block; ``halo``: whether rows
-        above and below are other blocks'; ``sweep_rows`` of a warp; ``shared_bytes`` of a block;
-        ``blocks`` of the launch and of a ``cluster``; ``warp_instructions`` of a multiprocessor,
-        estimated; ``chosen``: false for what a call does not launch.
+        backward_combine, backward_gate, backward_depthwise: ``images``, ``rows``, ``columns`` (pixels)
+        and ``channels`` of a block; ``halo``: whether rows above and below are other blocks';
+        ``sweep_rows`` of a warp; ``shared_bytes`` of a block; ``blocks`` of the launch and of a
+        ``cluster``; ``warp_instructions`` of a multiprocessor, estimated; ``chosen``: false for what a
+        call does not launch.
 
     Raises:
         ValueError: a size is out of range.

@@ -1,7 +1,7 @@
 """The operators of `torch.ops.casvit_kernels` for the mixer: definitions, fake kernels, autocast.
 
 The CPU kernels register themselves from `csrc/` when the native library loads; `mix_training` and
-`mix_backward` are implemented in `autograd.py`, once for all backends.
+`mix_backward` are implemented in `autograd.py`, once for all backends, `triton_infer` in `triton/`.
 """
 
 from __future__ import annotations
@@ -91,6 +91,13 @@ for _operator in (
     " -> Tensor weights",
 ):
     library.define(_operator)
+# Triton's inference as a compiler sees it. The packed weights come as tensors, packed in the graph: that
+# is the compiler's to fuse, and to fold where it is told that weights are constants. A graph that kept
+# packed weights could not tell when they are stale.
+library.define(
+    "triton_infer(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor vectors, Tensor statistics,"
+    " float eps_q, float eps_k, ScalarType dtype) -> Tensor"
+)
 native.load()
 
 
@@ -194,6 +201,11 @@ def _mix_training_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 @torch.library.register_fake("casvit_kernels::mix_backward", lib=library)
 def _mix_backward_fake(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     return empty_gradients(x, rest[:COUNT], rest[-1])
+
+
+@torch.library.register_fake("casvit_kernels::triton_infer", lib=library)
+def _triton_infer_fake(x: Tensor, *rest: Any) -> Tensor:
+    return empty_output(x, rest[-1])
 
 
 # Autocast: x and the weights stay as they are, the kernels read any dtype.

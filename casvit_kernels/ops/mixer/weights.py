@@ -150,7 +150,6 @@ def check_alike(w: MixerWeights) -> bool:
     return alike
 
 
-@functools.lru_cache
 def _shapes(c: int) -> tuple[tuple[int, ...], ...]:
     """Of the 22 tensors with c channels, in order."""
     by_name = {
@@ -165,6 +164,9 @@ def _shapes(c: int) -> tuple[tuple[int, ...], ...]:
     return tuple(by_name.get(name.rpartition(".")[2], (c,)) for name in NAMES)
 
 
+_kept_shapes = functools.lru_cache(_shapes)
+
+
 def check_shapes(w: MixerWeights) -> None:
     """Raise unless the weights have the shapes that `MixerWeights` and `GateWeights` say.
 
@@ -173,8 +175,9 @@ def check_shapes(w: MixerWeights) -> None:
     Raises:
         ValueError: a weight has another shape (the message names it).
     """
-    channels = w.qkv_weight.shape[1]
-    for name, t, shape in zip(NAMES, flatten(w), _shapes(channels), strict=True):
+    # A compiler ignores caches, and warns that it does.
+    shapes = _shapes if torch.compiler.is_compiling() else _kept_shapes
+    for name, t, shape in zip(NAMES, flatten(w), shapes(w.qkv_weight.shape[1]), strict=True):
         if t is not None and t.shape != shape:
             raise ValueError(f"weights.{name}: expected shape {shape}, got {tuple(t.shape)}")
 

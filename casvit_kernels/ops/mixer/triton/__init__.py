@@ -1,6 +1,7 @@
 """The mixer's Triton kernels: forward.py and backward.py on tile.py, cut by tuning.py.
 
-phases.py launches them, through launch.py; traffic.py counts their bytes.
+phases.py launches them, through plan.py and launch.py, with weights that packed.py lays out;
+precompile.py compiles them beforehand; traffic.py counts their bytes.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 from ...tracing import is_opaque
 from ..autograd import mix_training
 from ..kernels import Phases
-from ..schema import Settings
+from ..schema import Settings, library
 from ..weights import MixerWeights, flatten
+from .packed import Packed, pack
 
 
 @functools.cache
@@ -44,18 +46,36 @@ class TritonKernels:
         phases: Phases = _phases().TritonPhases()
         return phases
 
-    def pack(
-        self, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype
-    ) -> tuple[Tensor | None, ...]:
-        packed: tuple[Tensor | None, ...] = _phases().pack(w, dtype)
-        return packed
+    def pack(self, w: MixerWeights, eps: tuple[float, float], dtype: torch.dtype) -> Packed:
+        return pack(w, dtype)
 
     def project_and_mix(
         self, x: Tensor, w: MixerWeights, eps: tuple[float, float], packed: Any
     ) -> Tensor:
         dtype = _computed_dtype(x)
-        if packed is None or is_opaque() or _differentiates(x, w):
+        if _differentiates(x, w):
             settings = Settings(*eps, False, False, dtype, self.name, "")
             return mix_training(x, w, settings)[0]
-        out: Tensor = _phases().infer(x, packed, eps, dtype)
+        if packed is None:  # for this call, or within the graph that is being captured or compiled
+            packed = pack(w, dtype)
+        infer: Any = torch.ops.casvit_kernels.triton_infer if is_opaque() else _infer
+        out: Tensor = infer(x, *packed, *eps, dtype)
         return out
+
+
+def _infer(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    vectors: Tensor,
+    statistics: Tensor,
+    eps_q: float,
+    eps_k: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    packed = Packed(qkv_weight, qkv_bias, vectors, statistics)
+    out: Tensor = _phases().infer(x, packed, (eps_q, eps_k), dtype)
+    return out
+
+
+library.impl("triton_infer", _infer, "CompositeExplicitAutograd")

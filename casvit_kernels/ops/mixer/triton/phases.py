@@ -14,8 +14,9 @@ from torch import Tensor
 from ..kernels import Combined, Gated, Mixed, ProjectionGradients
 from ..schema import empty_output, output_memory_format
 from ..weights import MixerWeights
-from .launch import launch, launch_small
-from .tuning import BLOCK, BLOCK_CHANNELS, BLOCK_IMAGES, Cut, cut, tile
+from .launch import launch
+from .packed import Packed, qkv_of, vectors
+from .plan import maps_of, plan
 
 ALIGNMENT = 16  # bytes; kernels are compiled for tensors that have it, as all allocated here do
 
@@ -25,46 +26,6 @@ class Projected(NamedTuple):
 
     qkv: Tensor  # (B, 3C, H, W), channels innermost or contiguous as `output_memory_format(x)`
     vectors: Tensor  # see `vectors`
-
-
-class Packed(NamedTuple):
-    """A mixer's weights for inference."""
-
-    qkv_weight: Tensor  # (3C, C), of the dtype computed in
-    qkv_bias: Tensor | None  # (3C,)
-    vectors: Tensor
-    statistics: Tensor  # (2, 2, C) float32, the running ones
-
-
-def pack(w: MixerWeights, dtype: torch.dtype) -> Packed:
-    moments = (w.q.norm_mean, w.q.norm_var, w.k.norm_mean, w.k.norm_var)
-    statistics = torch.stack([t.float() for t in moments if t is not None])
-    weight, bias = _qkv(w, dtype)
-    return Packed(weight, bias, vectors(w), statistics.view(2, 2, -1))
-
-
-def _qkv(w: MixerWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    return w.qkv_weight.flatten(1).to(dtype), None if w.qkv_bias is None else w.qkv_bias.to(dtype)
-
-
-def vectors(w: MixerWeights) -> Tensor:
-    """All weights but those of qkv as one float32 vector, as the kernels read them.
-
-    For q and k: depthwise (C, 9), its bias, BatchNorm's weight and bias, to the spatial gate (C each):
-    13C; for dwc and proj: (C, 9) and bias: 10C each; 46C in all. Then the channel gates' (2, C, C).
-    """
-    c = w.dwc_bias.shape[0]
-    pieces: list[Tensor] = []
-    for gate in (w.q, w.k):
-        pieces += gate.depthwise_weight, gate.depthwise_bias
-        pieces.append(w.dwc_bias.new_ones(c) if gate.norm_weight is None else gate.norm_weight)
-        pieces.append(w.dwc_bias.new_zeros(c) if gate.norm_bias is None else gate.norm_bias)
-        pieces.append(gate.spatial_weight)
-    pieces += w.dwc_weight, w.dwc_bias, w.proj_weight, w.proj_bias
-    pieces += w.q.channel_weight, w.k.channel_weight
-    packed = torch.empty((46 + 2 * c) * c, dtype=torch.float32, device=w.dwc_bias.device)
-    torch.cat([p.reshape(-1) for p in pieces], out=packed)
-    return packed
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -86,18 +47,17 @@ class TritonPhases:
     """`kernels.Phases`; sums are float32 whatever goes in, maps are of the dtype computed in."""
 
     def project(self, x: Tensor, w: MixerWeights, dtype: torch.dtype) -> Projected:
-        return Projected(product(x, *_qkv(w, dtype)), vectors(w))
+        return Projected(product(x, *qkv_of(w, dtype)), vectors(w))
 
     def statistics(self, x: Tensor, qkv: Projected, w: MixerWeights) -> Tensor:
         c = x.shape[1]
-        size = _cut("statistics", x)
-        number = _empty(x, size.programs)
-        partial = _empty(x, size.programs, 2, 2, c)
+        maps = maps_of(x, qkv.qkv.dtype)
+        p = plan("statistics", maps)
+        number = _empty(x, p.grid[0])
+        partial = _empty(x, p.grid[0], 2, 2, c)
         result = _empty(x, 2, 2, c)
-        given = (*qkv, number, partial)
-        launch("statistics", x, size, given, 2)
-        grid = (-(-c // BLOCK), 2, 1)
-        launch_small("merge_statistics", x, grid, (number, partial, result, size.programs))
+        launch(p, x, *qkv, number, partial)
+        launch(plan("merge_statistics", maps), x, number, partial, result)
         return result
 
     def mix(
@@ -121,18 +81,17 @@ class TritonPhases:
         channel: Tensor,
     ) -> Combined:
         b, c, height, width = x.shape
-        size = _cut("backward_combine", x)
+        p = plan("backward_combine", maps_of(x, qkv.qkv.dtype))
+        programs, blocks, _ = p.grid
         if grad.data_ptr() % ALIGNMENT:  # a part of a larger tensor
             grad = grad.clone()
         grad_qkv = torch.empty_like(qkv.qkv)
         grad_sum = empty_output(x, qkv.qkv.dtype)
-        blocks = -(-c // tile("backward_combine", c).channels)
         pixel = x.new_empty((blocks, b, 2, height, width), dtype=_small_dtype(qkv.qkv))
-        channel_sum = _empty(x, size.parts, 2, b, c)
-        weights = _empty(x, size.programs, 20 * c)
-        given = (grad, *qkv, spatial, channel)
+        channel_sum = _empty(x, p.parts, 2, b, c)
+        weights = _empty(x, programs, 20 * c)
         results = (grad_qkv, grad_sum, pixel, channel_sum, weights)
-        launch("backward_combine", x, size, (*given, *results))
+        launch(p, x, grad, *qkv, spatial, channel, *results)
         dwc, dwc_bias, proj, proj_bias = weights.sum(0).split((9 * c, c, 9 * c, c))
         return Combined(
             grad_qkv,
@@ -157,12 +116,10 @@ class TritonPhases:
         shift: Tensor,
     ) -> Gated:
         c = x.shape[1]
-        size = _cut("backward_gate", x)
+        p = plan("backward_gate", maps_of(x, qkv.qkv.dtype))
         logit = torch.empty_like(spatial, dtype=_small_dtype(qkv.qkv))
-        partial = _empty(x, size.programs, 2, 2, c)
-        given = (*qkv, statistics, *eps, spatial, pixel, shift)
-        results = (logit, partial)
-        launch("backward_gate", x, size, (*given, *results), 2)
+        partial = _empty(x, p.grid[0], 2, 2, c)
+        launch(p, x, *qkv, statistics, *eps, spatial, pixel, shift, logit, partial)
         sums = partial.sum(0)
         per_gate = qkv.vectors[: 26 * c].view(2, 13, c)
         norm_weight, norm_bias, to_logit = per_gate[:, 10:].unbind(1)
@@ -186,10 +143,10 @@ class TritonPhases:
         grad_qkv: Tensor,
     ) -> tuple[Tensor, Tensor]:
         c = x.shape[1]
-        size = _cut("backward_depthwise", x)
-        weights = _empty(x, size.programs, 2, 10 * c)
+        p = plan("backward_depthwise", maps_of(x, qkv.qkv.dtype))
+        weights = _empty(x, p.grid[0], 2, 10 * c)
         given = (*qkv, statistics, *eps, spatial, channel, shift, logit, coefficients, grad_sum)
-        launch("backward_depthwise", x, size, (*given, grad_qkv, weights))
+        launch(p, x, *given, grad_qkv, weights)
         of_taps, of_bias = weights.sum(0).split((9 * c, c), 1)
         return of_taps.reshape(2, c, 3, 3), of_bias
 
@@ -221,19 +178,16 @@ def mix(
     dtype: torch.dtype,
 ) -> Mixed:
     """`Phases.mix`: three launches."""
-    b, c, height, width = x.shape
-    size = _cut("gates", x)
+    maps = maps_of(x, qkv.dtype)
+    b, c, height, width = maps.shape
+    gates = plan("gates", maps)
     spatial = _empty(x, b, 2, height, width)
-    partial = _empty(x, size.parts, 2, b, c)
-    given = (qkv, vectors, statistics, *eps, spatial, partial)
-    launch("gates", x, size, given, 2)
+    partial = _empty(x, gates.parts, 2, b, c)
+    launch(gates, x, qkv, vectors, statistics, *eps, spatial, partial)
     pooled, channel = _empty(x, 2, b, c), _empty(x, 2, b, c)
-    grid = (-(-c // BLOCK_CHANNELS), -(-b // BLOCK_IMAGES), 2)
-    arguments = (partial, vectors, pooled, channel, size.parts, 1 / (height * width), b)
-    launch_small("channel_gates", x, grid, arguments)
+    launch(plan("channel_gates", maps), x, partial, vectors, pooled, channel)
     out = empty_output(x, dtype)
-    size = _cut("combine", x)
-    launch("combine", x, size, (qkv, vectors, spatial, channel, out))
+    launch(plan("combine", maps), x, qkv, vectors, spatial, channel, out)
     return Mixed(out, spatial, pooled, channel)
 
 
@@ -258,11 +212,6 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 def _small_dtype(qkv: Tensor) -> torch.dtype:
     """Of the backward's maps of one channel: float16 would lack the range."""
     return torch.bfloat16 if qkv.dtype is torch.bfloat16 else torch.float32
-
-
-def _cut(kernel: str, x: Tensor) -> Cut:
-    b, c, height, width = x.shape
-    return cut(kernel, c, b, height, width)
 
 
 def _pixels_last(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .tuning import BLOCK, BLOCK_CHANNELS, BLOCK_IMAGES, HALO, cut, tile
+from .tuning import BLOCK, BLOCK_CHANNELS, BLOCK_IMAGES, HALO, MULTIPROCESSORS, Cut, cut, tile
 
 FLOAT = 4  # bytes of what is not a map
 
@@ -22,6 +22,7 @@ class Size(NamedTuple):
     width: int
     itemsize: int  # bytes of an element of a map
     small: int  # bytes of an element of e and es, the backward's maps of one channel
+    multiprocessors: int = MULTIPROCESSORS
 
     @property
     def unit(self) -> int:
@@ -61,20 +62,25 @@ def _lanes(kernel: str, size: Size) -> _Lanes:
     return _Lanes(*counts)
 
 
+def _cut(kernel: str, size: Size) -> Cut:
+    b, c, height, width = size[:4]
+    return cut(kernel, c, b, height, width, size.multiprocessors)
+
+
 def kernel_bytes(kernel: str, size: Size) -> int:
     """What one launch of a kernel reads and writes. kernel: a name in `launch.KERNELS`."""
-    b, c, height, width, item, small_item = size
+    b, c, height, _, item, small_item, _ = size
     blocks = -(-c // BLOCK)
     if kernel == "merge_statistics":
-        programs = cut("statistics", c, b, height, width).programs
+        programs = _cut("statistics", size).programs
         # The numbers twice by every program; the means twice and the deviations once; the result.
         return FLOAT * (2 * 2 * blocks * programs + 2 * 3 * programs * c + 4 * c)
     if kernel == "channel_gates":
-        parts = cut("gates", c, b, height, width).parts
+        parts = _cut("gates", size).parts
         means = 2 * parts * b * c * -(-c // BLOCK_CHANNELS)
         weights = 2 * c * c * -(-b // BLOCK_IMAGES)
         return FLOAT * (means + weights + 2 * 2 * b * c)
-    programs, rows, _, parts = cut(kernel, c, b, height, width)
+    programs, rows, _, parts = _cut(kernel, size)
     blocks = -(-c // tile(kernel, c).channels)
     lanes = _lanes(kernel, size)
     bands = -(-height // rows)
@@ -118,11 +124,11 @@ def kernel_bytes(kernel: str, size: Size) -> int:
 
 def outside_bytes(size: Size) -> dict[str, int]:
     """The sums of what programs and channel blocks wrote, which PyTorch adds up: read and written."""
-    b, c, height, width, _, small_item = size
-    first = cut("backward_combine", c, b, height, width)
+    b, c, height, width, _, small_item, _ = size
+    first = _cut("backward_combine", size)
     blocks = -(-c // tile("backward_combine", c).channels)
-    gate = cut("backward_gate", c, b, height, width)
-    last = cut("backward_depthwise", c, b, height, width)
+    gate = _cut("backward_gate", size)
+    last = _cut("backward_depthwise", size)
     pixels = 2 * b * height * width
     return {
         "backward_combine": (small_item * blocks + FLOAT) * pixels

@@ -1,7 +1,7 @@
 """How kernels are cut: tile sizes by kernel, channels, dtype and layout; rows and images by size.
 
-Fixed by these tables and rules, never measured at run time: the first call does not stall, processes
-that start together do not race, and equal inputs give equal bits. Imports no triton.
+Fixed by these tables and rules, never measured at run time: processes that start together do not race,
+and equal inputs give equal bits on GPUs with as many multiprocessors. Imports no triton.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import NamedTuple
 FEW_PROGRAMS = 256  # below it, images are cut into bands of rows
 SMALLEST_BAND = 8  # rows; a band reads up to four rows more than it owns
 # A program takes several groups of images, and reads weights and writes their gradients once for them,
-# until these are a small part of its traffic, or as long as programs for most multiprocessors remain.
-MANY_PROGRAMS = 80
+# until these are a small part of its traffic, but as evenly over the multiprocessors as may be.
+MULTIPROCESSORS = 132  # where there is no GPU to ask: those of an H100
 MOST_REPEATS = 8
 SMALL_PART = 40  # one of so many parts
+NEWEST = (3, 9)  # of the versions of Triton that tiles were chosen with
 
 
 class Tile(NamedTuple):
@@ -55,7 +56,7 @@ _FIXED = {
     "backward_gate": (16, 1),
     "backward_depthwise": (76, 5),
 }
-_PER_GATE = ("statistics", "gates", "backward_gate")  # q and k have programs of their own
+PER_GATE = ("statistics", "gates", "backward_gate")  # q and k have programs of their own
 # For kernels whose tile holds some of the channels.
 _BY_CHANNELS = {
     "statistics": Tile(32, 32, 128, 3),
@@ -65,31 +66,60 @@ _BY_CHANNELS = {
 }
 
 
-def tile(kernel: str, channels: int, pixels_last: bool = False) -> Tile:
-    """The tile of a kernel for maps of so many channels, NCHW where pixels_last."""
+def tile(
+    kernel: str,
+    channels: int,
+    pixels_last: bool = False,
+    itemsize: int = 2,
+    triton: tuple[int, int] = NEWEST,
+) -> Tile:
+    """The tile of a kernel for maps of so many channels, NCHW where pixels_last, of so many bytes each.
+
+    Its pixels and channels depend on the first two alone: cuts and buffers depend on them. triton: its
+    version.
+    """
+    # Triton 3.6 takes more registers: where it would spill, fewer rows are under way.
+    old = triton < (3, 7)
     if kernel in _BY_CHANNELS:
-        return _BY_CHANNELS[kernel]
+        found = _BY_CHANNELS[kernel]
+        if kernel == "combine" and pixels_last and old:
+            return found._replace(stages=1 if itemsize == 2 else 2)
+        return found
     padded = max(16, 1 << (channels - 1).bit_length())
     pixels = min(32, max(8, 4096 // padded))
-    threads = min(256 if kernel == "backward_gate" else 512, pixels * padded // 8)
+    # 512 threads have 128 registers each: too few in the backward, and in NCHW for Triton 3.6.
+    most = 256 if kernel == "backward_gate" or pixels_last else 512
+    threads = min(most, pixels * padded // 8)
     # Each row under way needs registers too; the largest tiles and the backward have few left.
-    stages = 3 if kernel == "gates" and threads < 512 else 1 if pixels_last else 2
+    stages = 1 if pixels_last else 2
+    if kernel == "gates" and pixels * padded < 4096:
+        stages = 3
+    if kernel == "backward_gate" and old and (padded == 256 or (padded == 512 and itemsize == 4)):
+        stages = 1
     return Tile(pixels, padded, threads, stages)
 
 
-def cut(kernel: str, channels: int, images: int, height: int, width: int) -> Cut:
+def cut(
+    kernel: str, channels: int, images: int, height: int, width: int, multiprocessors: int
+) -> Cut:
     """How many programs share B images of H x W pixels; as `tile.layout` counts them."""
     lanes, per_tile, *_ = tile(kernel, channels)
     halo = HALO[kernel]
     together = max((lanes + 1) // (width + 1), 1)
     tiles = 1 if width <= lanes else -(-width // (lanes - 2 * halo))
     groups = -(-images // together)
-    programs = groups * tiles * -(-channels // per_tile) * (2 if kernel in _PER_GATE else 1)
+    programs = groups * tiles * -(-channels // per_tile) * (2 if kernel in PER_GATE else 1)
     bands = min(-(-FEW_PROGRAMS // programs), -(-height // SMALLEST_BAND))
     rows = -(-height // bands)
     parts = tiles * -(-height // rows)
     fixed, maps = _FIXED[kernel]
     moved = maps * 2 * rows * (together * width if tiles == 1 else lanes)  # bytes, of 16 bits each
-    repeat = min(-(-SMALL_PART * 4 * fixed // moved), MOST_REPEATS)
-    repeat = max(1, min(repeat, programs * bands // MANY_PROGRAMS, groups))
+    most = min(-(-SMALL_PART * 4 * fixed // moved), MOST_REPEATS, groups)
+    each = parts * programs // (groups * tiles)  # programs of a group
+
+    def busiest(repeat: int) -> int:
+        """Bytes a channel that the multiprocessor with the most to do moves."""
+        return -(-(-(-groups // repeat) * each) // multiprocessors) * (4 * fixed + repeat * moved)
+
+    repeat = min(range(1, max(most, 1) + 1), key=busiest)
     return Cut(-(-groups // repeat) * parts, rows, repeat, parts)
