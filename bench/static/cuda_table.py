@@ -309,8 +309,9 @@ def _times(numbers: Numbers) -> list[str]:
 
 
 def _triton(triton: Mapping[str, Any], numbers: Numbers) -> list[str]:
+    latest = max((r[0] for r in triton["rows"]), key=lambda v: tuple(map(int, v.split("."))))
     lines = [
-        f"From [triton_kernels.md](triton_kernels.md) (Triton {triton['triton']}), channels_last, bf16.",
+        f"From [triton_kernels.md](triton_kernels.md) (Triton {latest}), channels_last, bf16.",
         "Barriers and shuffles stand in the text and run in loops over channels or taps. Nobody counted",
         f"the instructions that it executes: about {TRITON_INSTRUCTIONS} an output for gates + combine",
         "is an estimate made by hand.",
@@ -319,8 +320,9 @@ def _triton(triton: Mapping[str, Any], numbers: Numbers) -> list[str]:
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     channels = {s.channels for s in numbers.shapes}
-    for r in sorted(triton["rows"], key=lambda r: (r[4], r[0], r[1])):
+    for r in sorted(triton["rows"], key=lambda r: (r[5], r[1], r[2])):
         (
+            version,
             kernel,
             c,
             layout,
@@ -335,7 +337,7 @@ def _triton(triton: Mapping[str, Any], numbers: Numbers) -> list[str]:
             shuffles,
             _,
         ) = r
-        if (layout, dtype) != ("channels_last", "bf16") or kernel not in KERNELS:
+        if (version, layout, dtype) != (latest, "channels_last", "bf16") or kernel not in KERNELS:
             continue
         if c in channels and target.startswith("sm_"):
             moved = f"{registers} +{spilled}" if spilled else registers
