@@ -182,11 +182,12 @@ def _steps(plan: Plan, width: int, chunks: int, column: int, box: Box) -> tuple[
     found = [0, 0, 0]
     for warp in range(WARPS):
         first, last = (n // across for n in (warp * LANES, warp * LANES + LANES - 1))
+        rounds = up(chunks - warp * LANES, across) if chunks > across else 1
         for at in range(first, 2 * box.pairs if first < step else 0, step):
             x = column * 2 * plan.pairs - box.left + at
             count = min(last, step - 1, 2 * box.pairs - 1 - at + first) - first + 1
             there = _inside(x, count, width)
-            found[0 if there == count else 1 if there else 2] += up(chunks, across)
+            found[0 if there == count else 1 if there else 2] += rounds
     return found[0], found[1], found[2]
 
 
