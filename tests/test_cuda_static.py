@@ -116,7 +116,7 @@ def test_rows_are_of_the_plans_that_the_library_makes(document):
 
 @emulation
 def test_devices_without_clusters_take_no_launch_of_them():
-    shape = work.Shape(256, 56, 28, 28)
+    shape = work.Shape(256, 48, 56, 56)
     assert "single_pass" not in bench.plans(shape, "sm_80")[0]
     assert bench.plans(shape, "sm_90a")[0]["single_pass"].bands > 1
 
