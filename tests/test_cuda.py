@@ -256,6 +256,14 @@ def test_no_barrier_of_a_cluster_can_be_left_out(operators):
 
 
 @emulation
+def test_two_launches_without_their_buffers_are_refused(operators):
+    """A call lacks them where `launches` changes, in another thread, once it has asked how many."""
+    call = operators.call((1, 8, 4, 4), torch.bfloat16)
+    with pytest.raises(RuntimeError, match="expected buffers for two launches"):
+        call.mix(0, 0, 0, 0, 0, 0, 0, True)
+
+
+@emulation
 def test_nothing_chooses_it_and_it_says_what_it_cannot(operators):
     x = torch.randn(1, 8, 4, 4, dtype=torch.bfloat16)
     assert registry.select(None, Problem("cpu", torch.bfloat16)).name != NAME

@@ -145,6 +145,8 @@ const char* mix(const Problem& p, const void* qkv, const void* packed, float* su
                      : run_single_pass<Bf16>(p, of.single_pass, a);
   }
   if (const char* wrong = check(p, {&of.gates, &of.combine})) return wrong;
+  if (!sums || !spatial)  // `wanted_launches` may have changed since `is_single_pass`
+    return "expected buffers for two launches, got those for one: it changed during the call";
   const GatesArguments gates{m, of.gates.cut, maps_of_qkv, words, spatial, sums};
   if (const char* wrong =
           p.float16 ? run_gates<Fp16>(p, of.gates, gates) : run_gates<Bf16>(p, of.gates, gates))

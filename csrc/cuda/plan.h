@@ -66,7 +66,13 @@ constexpr bool sums_taps(Kernel k) {
   return k == Kernel::kBackwardCombine || k == Kernel::kBackwardDepthwise;
 }
 
-inline int divide_up(int a, int b) { return (a + b - 1) / b; }
+inline int divide_up(int a, int b) { return a / b + (a % b != 0); }
+
+// Of a tile, at least. Sizes of the shared memory have 32 bits: to be asked before these, which of
+// very wide maps or many channels would come out too small.
+inline double tile_bytes(const Cut& c, int rows) {
+  return static_cast<double>(c.images) * rows * c.pairs * c.chunks * kUnitBytes;
+}
 
 // Warp-instructions, counted from the machine code of sm_90 (bench/static). Of `walk`: a granule of
 // 8 bytes loaded, made into a, or stored, `each`; a thread's column of an image.
@@ -145,9 +151,10 @@ inline Plan plan(Kernel kernel, const Maps& m, const Device& device) {
       if (is_twofold(kernel) && halo && strips != 2) continue;
       // Pairs of their own in the end, which need the least shared memory.
       for (int columns = 1; columns <= half_width;
-           columns = columns < 8                                        ? columns + 1
-                     : columns < half_width && columns * 2 > half_width ? half_width
-                                                                        : columns * 2) {
+           columns = columns < 8                 ? columns + 1
+                     : columns <= half_width / 2 ? columns * 2
+                     : columns < half_width      ? half_width
+                                                 : half_width + 1) {
         const int pairs = divide_up(half_width, columns);
         if (strips * pairs > most || (sums_taps(kernel) && columns > 1)) continue;
         for (const int chunks : widths) {
@@ -163,6 +170,7 @@ inline Plan plan(Kernel kernel, const Maps& m, const Device& device) {
                   divide_up(m.height, own),
                   divide_up(half_width, pairs),
                   chunks | 1};
+            if (tile_bytes(c, own) > device.shared_per_block) break;
             const uint32_t shared = shared_bytes(kernel, m, c, rows, halo);
             if (shared > static_cast<uint32_t>(device.shared_per_block)) break;
             int together = device.shared_per_multiprocessor / static_cast<int>(shared + kReserved);
@@ -217,6 +225,7 @@ inline Plan plan_single_pass(const Maps& m, const Device& device, const SinglePa
           if (images > 1 && bands > 1) break;
           if (!only.allows(rows, strips, slices, images)) continue;
           const Cut c{images, strips, pairs, chunks, bands, 1, chunks | 1};
+          if (2 * tile_bytes(c, strips * rows) > device.shared_per_block) break;
           const uint32_t shared = SinglePassShared(m, c, rows).bytes;
           if (shared > static_cast<uint32_t>(device.shared_per_block)) break;
           int together = device.shared_per_multiprocessor / static_cast<int>(shared + kReserved);
