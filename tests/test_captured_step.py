@@ -8,6 +8,7 @@ import copy
 import json
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from torch import nn
 import casvit_kernels
 from casvit_kernels import FusedCATM, testing, use_backend
 from casvit_kernels.models import Config, RCViT
-from casvit_kernels.ops.mixer import kernels
+from casvit_kernels.ops.mixer import kernels, packed
 
 EXAMPLES = Path(casvit_kernels.__file__).parents[1] / "examples"
 if not EXAMPLES.is_dir():
@@ -259,3 +260,19 @@ def test_the_tape_refuses_what_a_capture_does(asks):
     leaf.register_hook(hook)
     with pytest.raises(tape.NotCapturable):  # in a backward, too
         tape.capture(lambda: (leaf * 2).sum().backward())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_capture_is_noted_when_a_compiled_step_runs_too(compiled, monkeypatch):
+    """Of what was compiled before the capture only the operators run in it."""
+    require_backend("cpu")
+    m = FusedCATM(8, backend="cpu").train()
+    run = torch.compile(m, backend="aot_eager", fullgraph=True) if compiled else m
+    x = torch.randn(2, 8, 4, 4)
+    noted = threading.Event()
+    monkeypatch.setattr(packed, "_unseen_writes", noted)
+    run(x).sum().backward()
+    assert not noted.is_set()
+    monkeypatch.setattr(packed, "capturing", lambda t: True)
+    run(x)
+    assert noted.is_set()

@@ -268,6 +268,7 @@ def test_plan_says_how_maps_are_cut(arch):
         "gates",
         "statistics",
         "combine",
+        "single_pass",
         "backward_combine",
         "backward_gate",
         "backward_depthwise",
@@ -285,7 +286,8 @@ def test_plan_says_which_kernels_refuse():
     status, out, _ = run("plan", "--dim", 48, "--size", 4, "--width", 2000, "--batch", 2)
     assert status == 0
     assert "backward_combine: none, a block of maps this wide" in out.replace("\n", " ")
-    assert "it is Triton's" in out
+    assert "single_pass: none, the shared memory of a cluster" in out.replace("\n", " ")
+    assert "none, it is Triton's" in out.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

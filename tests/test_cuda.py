@@ -26,7 +26,7 @@ from casvit_kernels import (
 )
 from casvit_kernels.backends import Problem, cuda, get, native
 from casvit_kernels.ops.mixer import cuda as mixer_on_cuda
-from casvit_kernels.ops.mixer import kernels
+from casvit_kernels.ops.mixer import kernels, plans
 from casvit_kernels.ops.mixer.cuda import padded_product
 from casvit_kernels.ops.mixer.schema import Settings
 from casvit_kernels.ops.mixer.structure import Structure
@@ -253,6 +253,14 @@ def test_no_barrier_of_a_cluster_can_be_left_out(operators):
                 noticed |= not all(map(torch.equal, got, expected))
         unnoticed += [] if noticed else [site]
     assert unnoticed == []
+
+
+@emulation
+def test_two_launches_without_their_buffers_are_refused(operators):
+    """A call lacks them where `launches` changes, in another thread, once it has asked how many."""
+    call = operators.call((1, 8, 4, 4), torch.bfloat16)
+    with pytest.raises(RuntimeError, match="expected buffers for two launches"):
+        call.mix(0, 0, 0, 0, 0, 0, 0, True)
 
 
 @emulation
@@ -713,6 +721,24 @@ def test_of_several_gpus_the_tensors_own_counts(gpu, monkeypatch):
 )
 def test_which_machine_code_runs_where(names, capability, runs):
     assert cuda.serves(names, *capability) is runs
+
+
+@pytest.mark.skipif(cuda.build() is None, reason="the library has no CUDA kernels ('make cuda')")
+def test_launches_are_asked_for_and_then_planned_again():
+    def taken():
+        kernels_of = plans.plan((256, 48, 56, 56), plans.DEVICES["sm_90"])
+        return {p["kernel"] for p in kernels_of if p.get("chosen")} & {"gates", "single_pass"}
+
+    planned = taken()
+    for count, kernel in ((1, "single_pass"), (2, "gates")):
+        with cuda.launches(count):
+            assert taken() == {kernel}
+    assert taken() == planned
+    with (
+        pytest.raises(ValueError, match="count: expected 1 or 2 launches, got 3"),
+        cuda.launches(3),
+    ):
+        pass
 
 
 def test_it_stands_before_triton_for_half_precision():

@@ -110,6 +110,29 @@ def test_one_launch_or_two(name):
     assert taken == {True, False}
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_whose_tiles_have_more_than_32_bits(name):
+    device = DEVICES[name]
+    for shape in (
+        (1, 4, 1, 2**29),
+        (1, 4, 1, 2**30),
+        (1, 8, 1, 2**28),
+        (1, 32, 4, 2**28),
+        (1, 4, 2**30, 1),
+        (2**30, 4, 1, 1),
+        (1, 2**20, 1, 1),
+        (1, 2**28, 1, 1),
+    ):
+        found = plans(shape, name)
+        for p in found.values():
+            if "reason" not in p:
+                assert 0 < p["shared_bytes"] <= device.shared_per_block, (shape, p)
+                assert p["blocks"] > 0, (shape, p)
+                assert p["warp_instructions"] > 0, (shape, p)
+        if 4 * shape[1] * shape[3] > device.cluster * device.shared_per_block:  # a row of q and k
+            assert "reason" in found["single_pass"], (shape, found)
+
+
 def test_a_shape_has_one_plan():
     """Also when what was looked up before is forgotten: it is, past 4096 shapes."""
     some = shapes()[:: len(shapes()) // 50]

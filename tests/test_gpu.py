@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from casvit_kernels import FusedCATM, backends, use_backend
+from casvit_kernels import FusedCATM, backends, testing, use_backend
+from casvit_kernels.backends import cuda
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DTYPE = torch.bfloat16
@@ -61,6 +62,26 @@ def test_the_current_stream(backend):
             found = mixer(x * 2) + 0
         stream.synchronize()
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("launches", [1, 2])
+@pytest.mark.parametrize(
+    "shape", [(33, 48, 56, 56), (9, 56, 28, 28), (7, 112, 14, 14), (5, 220, 7, 7)], ids=str
+)
+def test_parity_in_one_launch_and_in_two(shape, launches):
+    """Both at the sizes of RCViT-xs, whichever the planner takes."""
+    status = next(s for s in backends() if s.name == "cuda")
+    if not status.usable:
+        pytest.skip(status.reason)
+    with cuda.launches(launches):
+        for mode in ("eval", "train"):
+            case = testing.Case("cuda", DTYPE, "channels_last", mode, shape, device="cuda")
+            try:
+                row = testing.check(case)
+            except RuntimeError as error:
+                assert launches == 1
+                pytest.skip(str(error))
+            assert row.passed, row.failures
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

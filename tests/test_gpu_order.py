@@ -45,7 +45,7 @@ def test_without_a_measurement_the_static_model_decides(gpu, monkeypatch):
     assert choices() == ("cuda", ["cuda", "triton"])
     order = gpu_order.order((9, 0))
     assert not order.measured
-    assert "predicted by the static model for sm_90, not measured: 102 instruct" in order.why
+    assert "predicted by the static model for sm_90, not measured: 89 instruct" in order.why
     assert gpu_order.order((8, 9)) == gpu_order.order((8, 0))
     monkeypatch.setitem(gpu_order.PREDICTED, (9, 0), (171.0, 170.0))
     assert choices() == ("triton", ["triton", "cuda"])

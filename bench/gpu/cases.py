@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bench.gpu.store import ROOT
 from bench.harness.case import settings_for
 from bench.harness.stepwise import Watcher
 from casvit_kernels import testing
+from casvit_kernels.backends import cuda
 
 
 def run_behaviour(path: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -51,7 +53,17 @@ def run_sanitizer(tool: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_short(options: argparse.Namespace) -> int:
-    """Some small cases that take every kernel, for the sanitizer."""
+    """Some small cases that take every kernel, for the sanitizer; of `cuda` in one launch and in two."""
+    roads = [cuda.launches(n) for n in (1, 2)] if options.backend == "cuda" else [nullcontext()]
+    failures = []
+    for road in roads:
+        with road:
+            failures += _short_failures(options)
+    print("\n".join(failures) or "passed")
+    return 1 if failures else 0
+
+
+def _short_failures(options: argparse.Namespace) -> list[str]:
     computed = testing.BACKENDS[options.backend].dtypes
     other = torch.float32 if torch.float32 in computed else torch.float16
     failures = []
@@ -62,8 +74,7 @@ def run_short(options: argparse.Namespace) -> int:
                     testing.Case(options.backend, dtype, layout, mode, shape, device=options.device)
                 )
                 failures += row.failures
-    print("\n".join(failures) or "passed")
-    return 1 if failures else 0
+    return failures
 
 
 def run_speed(

@@ -1,7 +1,8 @@
 """Which of the backends `cuda` and `triton` comes first on a GPU: the numbers that the package ships.
 
 Measured: a GPU's timings with either, of the same sources and torch; two folders of `bench/gpu` under
-bench/results. Else the static model's: instructions of gates + combine at the first stage of rcvit_xs.
+bench/results. Else the static model's: instructions of the forward, gates + combine or single_pass as
+the planner takes them, at the first stage of rcvit_xs.
 Needs nothing but Python.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from bench.report.documents import Document
 
 PARTS = ("mixer", "training")
+FORWARD = ("gates", "combine", "single_pass")  # the first two or the last
 HALF = ("bfloat16", "float16")  # what both compute
 TRITON_INSTRUCTIONS = 170  # estimated by hand: nobody counts what Triton's code executes
 
@@ -36,7 +38,7 @@ def predicted(static: Document) -> dict[tuple[int, int], tuple[float, float]]:
     first = min(r["channels"] for r in rows)
     found: dict[tuple[int, int], float] = {}
     for r in rows:
-        if r["channels"] == first and r["kernel"] in ("gates", "combine"):
+        if r["channels"] == first and r["kernel"] in FORWARD and r["chosen"]:
             number = int(r["target"].removeprefix("sm_").rstrip("a"))
             n = sum(r["loops"].values()) + r["straight"]
             found[divmod(number, 10)] = found.get(divmod(number, 10), 0.0) + n

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from cuda_forward import a_box
 from cuda_work import (
     CHUNK,
     GRANULE,
     LANES,
     WARPS,
+    Box,
     Kernel,
     Launch,
     Plan,
@@ -26,8 +28,9 @@ _SUMS = Rule(("sums",), ("LDS", "FADD", "STG"))
 _EMPTY_SUMS = Rule((), ("STG",), ("LDS", "LDG"))  # some compilers' way for sums of nothing
 
 
-def _a_rows(plan: Plan) -> int:
-    return plan.own_rows + (4 if plan.halo else 2)
+def _wide_box(plan: Plan) -> Box:
+    """A row and a pixel more on each side."""
+    return Box(1, plan.own_rows + 2, 1, plan.pairs + 1)
 
 
 def _taps(plan: Plan, chunks: int, tiles: int) -> Rounds:
@@ -54,11 +57,11 @@ def _combine_rounds(launch: Launch, chunks: int) -> dict[str, Rounds]:
     rows = columns * plan.images * plan.own_rows
     sums = up(chunks * 16, LANES)
     return {
-        "copy v": walk(plan, chunks, plan.pairs + 1, plan.own_rows + 2),
-        "copy gradient": walk(plan, chunks, plan.pairs + 2, _a_rows(plan)),
+        "copy v": walk(launch, chunks, _wide_box(plan)),
+        "copy gradient": walk(launch, chunks, a_box(plan)),
         "gates": Rounds(up(2 * plan.images * plan.chunks * CHUNK, LANES), ()),
         **_zeros(plan),
-        "make a": walk(plan, chunks, plan.pairs + 2, _a_rows(plan)),
+        "make a": walk(launch, chunks, a_box(plan)),
         "sweep l, gu": sweep(plan, chunks, wide, u_rows, 6),
         "taps": _taps(plan, chunks, wide + own),  # of dwc, of proj
         "taps out": _taps_out(plan, chunks * 18 * CHUNK),
@@ -99,7 +102,7 @@ def _gate_rounds(launch: Launch, chunks: int) -> dict[str, Rounds]:
     pixels = up(plan.images * plan.own_rows * plan.pairs * 2, LANES)
     sums = up(2 * shape.padded, LANES)
     return {
-        "copy": walk(plan, chunks, plan.pairs + 1, plan.own_rows + 2),
+        "copy": walk(launch, chunks, _wide_box(plan)),
         "shift": Rounds(up(plan.images * shape.padded, LANES), ()),
         "pixels": Rounds(pixels * chunks, (pixels,)),
         "sweep": Rounds(tiles * chunks * plan.rows * 6, ()),
@@ -129,7 +132,7 @@ def _depthwise_rounds(launch: Launch, chunks: int) -> dict[str, Rounds]:
     sums = up(chunks * CHUNK, LANES)
     logits = plan.images * (plan.own_rows + 2) * 2 * (plan.pairs + 1)
     return {
-        "copy": walk(plan, chunks, plan.pairs + 2, _a_rows(plan)),
+        "copy": walk(launch, chunks, a_box(plan)),
         **_zeros(plan),
         "logits": Rounds(up(logits, LANES), ()),
         "sweep gd": sweep(plan, chunks, wide, plan.rows + 1 if plan.halo else plan.rows, 6),
@@ -172,12 +175,12 @@ BACKWARD_COMBINE = Kernel(
     units=6,
     maps=("qkv", "grad", "grad_qkv", "grad_sum"),
     rules=(
-        Rule(("copy v", "copy gradient"), ("LDGSTS",)),
+        Rule(("copy v", "copy gradient"), ("LDGSTS",), fork=True),
         Rule(("taps",), ("HMMA", "LDSM.MT88")),
         Rule(("sweep l, gu",), ("HMMA", "LDS")),  # products with v, which lies there
         Rule(("sweep ga",), ("HMMA",)),
         Rule(("store",), ("STG.64", "LDS")),
-        Rule(("make a",), ("STS.64", "LDG")),
+        Rule(("make a",), ("STS.64", "LDG"), fork=True),
         Rule(("gates",), ("STS", "LDG"), ("LDS",)),
         Rule(("zeros",), ("STS.128",), ("LDS", "LDG")),
         _TAPS_OUT,
@@ -195,7 +198,7 @@ BACKWARD_GATE = Kernel(
     units=2,
     maps=("qkv",),
     rules=(
-        Rule(("copy",), ("LDGSTS",)),
+        Rule(("copy",), ("LDGSTS",), fork=True),
         Rule(("sweep",), ("HMMA",)),
         Rule(("pixels",), ("LDS.64", "LDS.128", "STG", "STS")),
         Rule(("shift",), ("STS", "LDG"), ("LDS",)),
@@ -213,7 +216,7 @@ BACKWARD_DEPTHWISE = Kernel(
     units=5,
     maps=("qkv", "grad_sum", "grad_qkv"),
     rules=(
-        Rule(("copy",), ("LDGSTS",)),
+        Rule(("copy",), ("LDGSTS",), fork=True),
         Rule(("taps",), ("HMMA", "LDSM.MT88")),
         Rule(("sweep gd",), ("HMMA", "LDS")),  # the gradient at the logit lies there
         Rule(("sweep gz",), ("HMMA",)),

@@ -6,6 +6,7 @@ from cuda_work import (
     GRANULE,
     LANES,
     WARPS,
+    Box,
     Kernel,
     Launch,
     Plan,
@@ -22,8 +23,16 @@ def _units(plan: Plan) -> int:
     return up(plan.own_rows * (plan.pairs + 1), 32) * 32
 
 
-def _copy(plan: Plan, chunks: int) -> Rounds:
-    return walk(plan, chunks, plan.pairs + 1, plan.own_rows + 2)
+def _copy(launch: Launch, chunks: int) -> Rounds:
+    return walk(launch, chunks, Box(1, launch.plan.own_rows + 2, 1, launch.plan.pairs + 1))
+
+
+def a_box(plan: Plan) -> Box:
+    return (
+        Box(2, plan.own_rows + 4, 2, plan.pairs + 2)
+        if plan.halo
+        else Box(1, plan.own_rows + 2, 2, plan.pairs + 2)
+    )
 
 
 def _gates_rounds(launch: Launch, chunks: int) -> dict[str, Rounds]:
@@ -32,7 +41,7 @@ def _gates_rounds(launch: Launch, chunks: int) -> dict[str, Rounds]:
     pixels = up(plan.images * plan.own_rows * plan.pairs * 2, LANES)
     tasks = plan.images * up(chunks, 2)  # of two chunks; an mma sums 16 units of one
     return {
-        "copy": _copy(plan, chunks),
+        "copy": _copy(launch, chunks),
         "zeros": Rounds(up(plan.images * 2 * _units(plan), LANES), ()),
         "sweep": Rounds(tiles * chunks * plan.rows * 6, ()),
         "pixels": Rounds(pixels, (), pixels * (WARPS // tiles - 1)),
@@ -55,7 +64,7 @@ def _statistics_rounds(launch: Launch, chunks: int) -> dict[str, Rounds]:
     plan = launch.plan
     tiles = plan.tiles(plan.pairs)
     return {
-        "copy": _copy(plan, chunks),
+        "copy": _copy(launch, chunks),
         "sweep": Rounds(tiles * chunks * plan.rows * 6, (chunks,)),
     }
 
@@ -78,13 +87,13 @@ def _combine_rounds(launch: Launch, chunks: int) -> dict[str, Rounds]:
     words = lines * up(8 * steps, LANES)  # of two channels
     tasks = 2 * up(chunks, 2)  # of 8 channels of a gate
     return {
-        "copy": _copy(plan, chunks),
+        "copy": _copy(launch, chunks),
         "means": Rounds(words * parts, (lines, words)),
         "channel gates": Rounds(tasks * steps * 3, (tasks,)),
-        "make a": walk(plan, chunks, plan.pairs + 2, plan.own_rows + (4 if plan.halo else 2)),
+        "make a": walk(launch, chunks, a_box(plan)),
         "sweep u": sweep(plan, chunks, plan.tiles(plan.pairs + 1), u_rows, 3),
         "sweep out": sweep(plan, chunks, plan.tiles(plan.pairs), plan.rows, 3),
-        "store": walk(plan, chunks, plan.pairs, plan.own_rows),
+        "store": walk(launch, chunks, Box(0, plan.own_rows, 0, plan.pairs)),
     }
 
 
@@ -118,7 +127,7 @@ GATES = Kernel(
     units=2,
     maps=("qkv",),
     rules=(
-        Rule(("copy",), ("LDGSTS",)),
+        Rule(("copy",), ("LDGSTS",), fork=True),
         Rule(("pooled sums",), ("HMMA", "LDSM.MT88")),
         Rule(("sweep",), ("HMMA",)),
         Rule(("pixels",), ("MUFU.EX2",)),
@@ -134,7 +143,7 @@ STATISTICS = Kernel(
     gates=2,
     units=2,
     maps=("qkv",),
-    rules=(Rule(("copy",), ("LDGSTS",)), Rule(("sweep",), ("HMMA",))),
+    rules=(Rule(("copy",), ("LDGSTS",), fork=True), Rule(("sweep",), ("HMMA",))),
     rounds=_statistics_rounds,
     traffic=_statistics_traffic,
 )
@@ -146,13 +155,13 @@ COMBINE = Kernel(
     units=4,
     maps=("qkv", "out"),
     rules=(
-        Rule(("copy",), ("LDGSTS",)),
+        Rule(("copy",), ("LDGSTS",), fork=True),
         Rule(("channel gates",), ("HMMA", "MUFU.EX2")),
         Rule(("sweep u",), ("HMMA", "LDS")),  # u is a product with v, which lies there
         Rule(("sweep out",), ("HMMA",)),
-        Rule(("make a",), ("STS.64", "LDG")),
+        Rule(("make a",), ("STS.64", "LDG"), fork=True),
         Rule(("means",), ("LDG", "STS")),
-        Rule(("store",), ("STG.64", "LDS")),
+        Rule(("store",), ("STG.64", "LDS"), fork=True),
         Rule((), ("STG.U16",)),  # out as NCHW, or with channels that are no multiple of 4
     ),
     rounds=_combine_rounds,

@@ -11,7 +11,9 @@ made into a, exponentials (sigmoid), stores. A loop that no rule fits is an erro
 the body counts, not its remainders: its instructions over the pieces of work in one round, told by how
 many copies, mma, stores, ... it has. Times the pieces that a block has, from how the map is cut
 (`rounds` there); so a body of 35 instructions with 4 copies costs 8.75 a copy of 8 bytes. Loops around
-it count as often as they go round, without the remainders' work in them. What is in no loop counts once
+it count as often as they go round, without the remainders' work in them. Loops over rows of maps take
+several rows at once or one: either side counts as often as warps take it, and a warp takes both where
+its threads do. So do the rounds in which groups of warps take turns. What is in no loop counts once
 for each warp ("straight", in the table "rest"). Both sides of a branch count, there and around bodies,
 so the sum errs upwards; subroutines (divisions in rare cases) do not count. Then times the blocks and 32
 threads of a warp, over B C H W: thread-instructions for each output pixel and channel, q and k both
@@ -41,6 +43,9 @@ from cuda_table import table  # noqa: E402
 from cuda_work import Launch, Plan, Shape  # noqa: E402
 from sass import Function, functions  # noqa: E402
 
+from bench.report.gpu_order import FORWARD  # noqa: E402
+from casvit_kernels.ops.mixer.plans import DEVICES, Device  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results" / "cuda_kernels.json"
 TRITON = ROOT / "bench" / "results" / "triton_kernels.json"
 TABLE = ROOT / "docs" / "cuda_kernels.md"
@@ -53,14 +58,20 @@ class Target(NamedTuple):
     name: str  # of the GPU
     multiprocessors: int
     shared: int  # bytes that a block may ask for
+    cluster: int  # blocks that may share theirs
     threads: int  # of a multiprocessor
 
 
+def _target(architecture: str, device: Device) -> Target:
+    name, multiprocessors, shared, _, cluster = device
+    return Target(
+        name, multiprocessors, shared, cluster, 1536 if architecture == "sm_120" else 2048
+    )
+
+
+# By the name that nvcc is given.
 TARGETS = {
-    "sm_80": Target("A100", 108, 166912, 2048),
-    "sm_90a": Target("H100", 132, 232448, 2048),
-    "sm_100": Target("B200", 148, 232448, 2048),
-    "sm_120": Target("RTX 5090", 170, 101376, 1536),
+    {"sm_90": "sm_90a"}.get(name, name): _target(name, device) for name, device in DEVICES.items()
 }
 
 
@@ -120,16 +131,18 @@ def compiled(target: str) -> dict[str, Function]:
     return found
 
 
-def plans(shape: Shape, target: str) -> dict[str, Plan]:
-    """How the library cuts a shape on this GPU: asked of its own code, compiled for the host."""
+def plans(shape: Shape, target: str) -> tuple[dict[str, Plan], bool]:
+    """How the library cuts a shape on this GPU, and whether it takes the mixer in one launch: asked of
+    its own code, compiled for the host. A kernel without a plan does not fit."""
     from cuda_emulation import build
 
     t = TARGETS[target]
     call = build.module().MixerCall(
         list(shape), False, t.multiprocessors, t.shared, t.cluster, [0] * 4, 0, 0, False, "", []
     )
-    found = (Plan(*(p[field] for field in Plan._fields)) for p in call.plans())
-    return dict(zip(KERNELS, found, strict=False))  # what the table does not count comes last
+    found = zip(KERNELS, call.plans(), strict=True)
+    fit = {name: Plan(*(p[field] for field in Plan._fields)) for name, p in found if p["rows"] > 0}
+    return fit, call.prefers_single_pass()
 
 
 def shapes(target: str) -> Iterator[tuple[str, Shape]]:
@@ -144,7 +157,7 @@ def rows(target: str) -> list[dict[str, Any]]:
     """Of one architecture, a row for each type, stage and kernel."""
     of, found = compiled(target), []
     for dtype, shape in shapes(target):
-        cuts = plans(shape, target)
+        cuts, one_launch = plans(shape, target)
         parts = cuts["gates"].bands * cuts["gates"].columns
         for name, plan in cuts.items():
             kernel, launch = KERNELS[name], Launch(shape, plan, parts)
@@ -159,6 +172,7 @@ def rows(target: str) -> list[dict[str, Any]]:
                     "channels": shape.channels,
                     "kernel": name,
                     "plan": list(plan),
+                    "chosen": name not in FORWARD or one_launch == (name == "single_pass"),
                     "registers": function.registers,
                     "spilled": function.spilled,
                     "phases": [list(p) for p in phases.values()],

@@ -27,7 +27,7 @@ class Pass(NamedTuple):
     name: str
     kernels: tuple[str, ...]
     least_units: int  # of maps, once each
-    most_instructions: float  # an output, at the first stage
+    most_instructions: float | None  # an output, at the first stage
     most_maps: float  # units that they ask for
     shares: tuple[float, ...]  # of the least time there could be, by stage
 
@@ -35,6 +35,7 @@ class Pass(NamedTuple):
 PASSES = (
     # 4 units: q and k once.
     Pass("gates + combine", ("gates", "combine"), 4, 60.0, 6.3, (0.6, 0.6, 0.4, 0.4)),
+    Pass("one launch", ("single_pass",), 4, None, 4.2, (0.75,)),
     Pass(
         "B1 + B2 + B3",
         ("backward_combine", "backward_gate", "backward_depthwise"),
@@ -91,7 +92,10 @@ class Numbers:
         )
 
     def together(self, of: Pass, target: str, shape: Shape) -> list[Row]:
-        """A row for each kernel of a pass."""
+        """A row for each kernel of a pass; none where one does not fit."""
+        there = {(r["target"], r["channels"], r["kernel"]) for r in self.rows}
+        if not all((target, shape.channels, kernel) in there for kernel in of.kernels):
+            return []
         return [self.row(target, shape.channels, kernel) for kernel in of.kernels]
 
     def seconds(self, of: Pass, shape: Shape) -> tuple[float, float]:
@@ -107,9 +111,10 @@ class Numbers:
         for of in PASSES:
             first = self.shapes[0]
             n = sum(total(r) for r in self.together(of, JUDGED, first))
-            asked = f"{of.name}: at most {of.most_instructions:.0f} instructions an output"
-            where = f"C = {first.channels}"
-            found.append((asked, where, f"{n:.1f}", n <= of.most_instructions))
+            if of.most_instructions is not None:
+                asked = f"{of.name}: at most {of.most_instructions:.0f} instructions an output"
+                where = f"C = {first.channels}"
+                found.append((asked, where, f"{n:.1f}", n <= of.most_instructions))
             for shape in self.shapes:
                 units = sum(r["maps"] for r in self.together(of, JUDGED, shape))
                 asked = f"{of.name}: at most {of.most_maps:g} units of maps asked for"
@@ -158,8 +163,11 @@ def table(
         "",
         "## Goals",
         "",
-        f"On {JUDGED} ({judged}), bf16. gates + combine are the forward of inference, B1 + B2 + B3 the",
-        "backward: backward_combine, backward_gate and backward_depthwise.",
+        f"On {JUDGED} ({judged}), bf16. gates + combine are the forward of inference, or one launch,",
+        "single_pass, is; B1 + B2 + B3 are the backward: backward_combine, backward_gate and",
+        "backward_depthwise. Single_pass has a barrier beside its mma by design: where groups of warps",
+        "share the channels of a tile, they take turns to add up its logits, and the loop over turns,",
+        "with the barrier, lies in the loop over tiles behind the loop with the mma.",
         "",
         "| goal | where | is | |",
         "|---|---|---:|---|",
@@ -168,12 +176,36 @@ def table(
             for goal, where, n, met in numbers.goals()
         ),
     ]
+    lines += ["", "## One launch or two", "", *_choices(numbers)]
     for name, target in targets.items():
         lines += ["", f"## {name} ({target.name})", "", *_launches(numbers, name, target)]
     lines += ["", f"## Where they are spent, on {JUDGED}", "", *_phases(numbers)]
     lines += ["", f"## Predicted time, {judged}", "", *_times(numbers)]
     lines += ["", "## Triton's kernels beside them", "", *_triton(triton, numbers)]
     return "\n".join(lines) + "\n"
+
+
+def _choices(numbers: Numbers) -> list[str]:
+    two, one = PASSES[:2]
+    lines = [
+        "What the planner takes after the qkv product, by its own estimate of either",
+        f"(csrc/cuda/plan.h), and in brackets instructions an output: of {two.name}, of one launch.",
+        "",
+        "| target | " + " | ".join(f"C = {s.channels}" for s in numbers.shapes) + " |",
+        "|---|" + "---|" * len(numbers.shapes),
+    ]
+    for target in numbers.targets:
+        cells = []
+        for shape in numbers.shapes:
+            both, single = (numbers.together(of, target, shape) for of in (two, one))
+            if single:
+                taken = "one launch" if single[0]["chosen"] else two.name
+                n = f"{sum(map(total, both)):.1f}, {sum(map(total, single)):.1f}"
+            else:
+                taken, n = two.name, f"{sum(map(total, both)):.1f}, does not fit"
+            cells.append(f"{taken} ({n})")
+        lines.append(f"| {target} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _launches(numbers: Numbers, name: str, target: Any) -> list[str]:
@@ -203,10 +235,12 @@ def _launches(numbers: Numbers, name: str, target: Any) -> list[str]:
         each = []
         for shape in numbers.shapes:
             rows = numbers.together(of, name, shape)
-            each.append(
-                f"{sum(map(total, rows)):.1f} instructions and {sum(r['maps'] for r in rows):.2f} units "
-                f"at C = {shape.channels}"
+            n = (
+                f"{sum(map(total, rows)):.1f} instructions and {sum(r['maps'] for r in rows):.2f} units"
+                if rows
+                else "does not fit"
             )
+            each.append(f"{n} at C = {shape.channels}")
         sums.append(f"{of.name}: {', '.join(each)}.")
     return [
         f"Cut: images x rows x columns x channels, by {WARPS * LANES} threads.",
@@ -253,7 +287,8 @@ def _times(numbers: Numbers) -> list[str]:
         f"{ISSUED:.1f} of a warp each cycle and multiprocessor (80 % of what can be issued) at",
         f"{CLOCK / 1e9:.1f} GHz; an mma in {MMA_CYCLES:.0f} cycles of a multiprocessor. These rates are",
         "assumed, not measured; launches, the last blocks of a grid and waiting at barriers cost",
-        f"nothing here. The least: {', '.join(least)}, at the same bandwidth.",
+        "nothing here. The least, at the same bandwidth:",
+        f"{', '.join(least)}.",
         "Microseconds.",
         "",
         "| C | kernel | memory | instructions | mma | predicted | together | least | share |",
@@ -274,8 +309,9 @@ def _times(numbers: Numbers) -> list[str]:
 
 
 def _triton(triton: Mapping[str, Any], numbers: Numbers) -> list[str]:
+    latest = max((r[0] for r in triton["rows"]), key=lambda v: tuple(map(int, v.split("."))))
     lines = [
-        f"From [triton_kernels.md](triton_kernels.md) (Triton {triton['triton']}), channels_last, bf16.",
+        f"From [triton_kernels.md](triton_kernels.md) (Triton {latest}), channels_last, bf16.",
         "Barriers and shuffles stand in the text and run in loops over channels or taps. Nobody counted",
         f"the instructions that it executes: about {TRITON_INSTRUCTIONS} an output for gates + combine",
         "is an estimate made by hand.",
@@ -284,8 +320,9 @@ def _triton(triton: Mapping[str, Any], numbers: Numbers) -> list[str]:
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     channels = {s.channels for s in numbers.shapes}
-    for r in sorted(triton["rows"], key=lambda r: (r[4], r[0], r[1])):
+    for r in sorted(triton["rows"], key=lambda r: (r[5], r[1], r[2])):
         (
+            version,
             kernel,
             c,
             layout,
@@ -300,7 +337,7 @@ def _triton(triton: Mapping[str, Any], numbers: Numbers) -> list[str]:
             shuffles,
             _,
         ) = r
-        if (layout, dtype) != ("channels_last", "bf16") or kernel not in KERNELS:
+        if (version, layout, dtype) != (latest, "channels_last", "bf16") or kernel not in KERNELS:
             continue
         if c in channels and target.startswith("sm_"):
             moved = f"{registers} +{spilled}" if spilled else registers

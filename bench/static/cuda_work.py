@@ -85,11 +85,13 @@ class Launch(NamedTuple):
 
 
 class Rounds(NamedTuple):
-    """How often the warps of one block, taken together, do the work of a phase."""
+    """How often the warps of one block, taken together, do the work of a phase; on average, where
+    blocks differ."""
 
-    items: int  # of the instruction that stands for the phase's work
-    around: tuple[int, ...]  # rounds of the loops around that work, the outermost first
-    inside: int = 0  # rounds of a loop inside of it
+    items: float  # of the instruction that stands for the phase's work
+    around: tuple[float, ...]  # rounds of the loops around that work, the outermost first
+    inside: float = 0  # rounds of a loop inside of it
+    other: float = 0  # rounds on the other side of the loop's fork
 
 
 Traffic = dict[str, tuple[int, int]]  # bytes read and written, by buffer
@@ -101,6 +103,8 @@ class Rule(NamedTuple):
     names: tuple[str, ...]  # of several such loops in this order; none: such a loop does not run
     has: tuple[str, ...]  # all of these; the first stands for its work
     lacks: tuple[str, ...] = ()
+    fork: bool = False  # a round does several pieces of the work, or on its other side one
+    beside: tuple[str, str] | None = None  # the phase that loops beside the work are, and its work
 
 
 class Kernel(NamedTuple):
@@ -116,14 +120,75 @@ class Kernel(NamedTuple):
     rounds: Callable[[Launch, int], dict[str, Rounds]]  # by phase, of a block with so many chunks
     traffic: Callable[[Launch], Traffic]  # also where a cache serves it
 
+    @property
+    def forks(self) -> list[str]:
+        """Phases whose rounds take several rows or one."""
+        return [name for rule in self.rules if rule.fork for name in rule.names]
+
 
 def up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def walk(plan: Plan, chunks: int, pairs: int, rows: int) -> Rounds:
-    columns = up(2 * pairs * chunks, LANES)
-    return Rounds(columns * plan.images * rows, (columns, columns * plan.images))
+class Box(NamedTuple):
+    """What a block visits: from its own first row and pixel so many further, and how many."""
+
+    above: int
+    rows: int
+    left: int
+    pairs: int
+
+
+def walk(launch: Launch, chunks: int, box: Box) -> Rounds:
+    """Threads keep a chunk and step over columns, images, rows: all rows of a sweep at once where they
+    lie in the maps, else one. A warp takes both ways where its threads do."""
+    shape, plan, _ = launch
+    inside = outside = 0  # images of a block
+    for first in range(0, shape.batch, plan.images):
+        inside += min(plan.images, shape.batch - first)
+        outside += max(0, first + plan.images - shape.batch)
+    ways = [_ways_down(plan, shape.height, band, box) for band in range(plan.bands)]
+    fast, alone = (sum(n) for n in zip(*ways, strict=True))
+    one_by_one = plan.bands * box.rows
+    steps = [_steps(plan, shape.width, chunks, column, box) for column in range(plan.columns)]
+    only_in, mixed, only_out = (sum(s[i] for s in steps) for i in range(3))
+    both, every = only_in + mixed, only_in + mixed + only_out
+    singles = inside * (only_in * alone + (mixed + only_out) * one_by_one)
+    blocks = plan.blocks(shape)
+    images = plan.bands * (inside + outside)
+    return Rounds(
+        inside * both * fast * plan.rows / blocks,
+        (WARPS * up(chunks, WARPS * LANES), every / plan.columns, every * images / blocks),
+        other=(singles + outside * every * one_by_one) / blocks,
+    )
+
+
+def _ways_down(plan: Plan, height: int, band: int, box: Box) -> tuple[int, int]:
+    """Of a column in the maps: rounds of several rows, and of one."""
+    row = band * plan.own_rows - box.above
+    end = row + box.rows
+    fast = alone = 0
+    while row < end:
+        whole = 0 <= row <= min(end, height) - plan.rows
+        fast, alone = fast + whole, alone + (not whole)
+        row += plan.rows if whole else 1
+    return fast, alone
+
+
+def _steps(plan: Plan, width: int, chunks: int, column: int, box: Box) -> tuple[int, int, int]:
+    """A block's warps over columns: steps in the maps with all threads, with some, with none."""
+    across = min(chunks, WARPS * LANES)
+    step = WARPS * LANES // across
+    found = [0, 0, 0]
+    for warp in range(WARPS):
+        first, last = (n // across for n in (warp * LANES, warp * LANES + LANES - 1))
+        rounds = up(chunks - warp * LANES, across) if chunks > across else 1
+        for at in range(first, 2 * box.pairs if first < step else 0, step):
+            x = column * 2 * plan.pairs - box.left + at
+            count = min(last, step - 1, 2 * box.pairs - 1 - at + first) - first + 1
+            there = _inside(x, count, width)
+            found[0 if there == count else 1 if there else 2] += rounds
+    return found[0], found[1], found[2]
 
 
 def sweep(plan: Plan, chunks: int, tiles: int, rows: int, each: int) -> Rounds:

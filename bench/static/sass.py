@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+BYTES = 16  # of an instruction
+
 
 class Instruction(NamedTuple):
     address: int
@@ -75,6 +77,37 @@ def named(code: Sequence[Instruction], *names: str) -> int:
             kind, *wanted = name.split(".")
             found += options[0] == kind and all(w in options for w in wanted)
     return found
+
+
+def ways(loop: Loop, name: str) -> dict[int, tuple[int, int]]:
+    """Of the ways once round a loop, by how many instructions with this name they have: the fewest and
+    the most instructions."""
+    if loop.inner:
+        raise ValueError(f"a way round the loop at {loop.first:#x} may go round others")
+    found: dict[int, dict[int, tuple[int, int]]] = {i.address: {} for i in loop.code}
+    around: dict[int, tuple[int, int]] = {}
+    found[loop.first][0] = 0, 0
+    changed = True
+    while changed:
+        changed = False
+        for i in loop.code:
+            for to in _leads(i) & found.keys():
+                there = around if to == loop.first else found[to]
+                for n, (fewest, most) in found[i.address].items():
+                    have = n + named([i], name)
+                    known = there.get(have, (fewest + 1, most + 1))
+                    new = min(known[0], fewest + 1), max(known[1], most + 1)
+                    changed |= there.get(have) != new
+                    there[have] = new
+    return around
+
+
+def _leads(i: Instruction) -> set[int]:
+    """Addresses of what may come next."""
+    jumps = i.target is not None and ".DIV" not in i.name
+    ends = i.kind in ("EXIT", "RET") and not i.predicate
+    found = set() if ends or (jumps and not i.conditional) else {i.address + BYTES}
+    return found | ({i.target} if jumps and i.target is not None else set())
 
 
 _LINE = re.compile(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -70,6 +71,29 @@ def library() -> ctypes.CDLL:
     if found is None or (reason := _not_built(found)) is not None:
         raise BackendUnavailable(f"backend='cuda': {reason}")
     return found
+
+
+@contextmanager
+def launches(count: int) -> Iterator[None]:
+    """Within the context the mixer takes one launch or two after its product, whatever is planned.
+
+    For tests and measurements: of the whole process, and not of graphs captured before.
+
+    Args:
+        count: 1, by clusters of blocks, or 2. A call whose maps do not fit into one raises.
+
+    Raises:
+        ValueError: the count is another.
+        BackendUnavailable: the library has no CUDA kernels.
+    """
+    if count not in (1, 2):
+        raise ValueError(f"count: expected 1 or 2 launches, got {count!r}")
+    found = library()
+    found.casvit_cuda_launches(count)
+    try:
+        yield
+    finally:
+        found.casvit_cuda_launches(0)
 
 
 def build() -> str | None:

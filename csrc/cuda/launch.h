@@ -26,6 +26,14 @@ inline const char* what(cudaError_t error) {
   return text;
 }
 
+inline cudaLaunchAttribute cluster_of(int blocks) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = blocks;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+
 // cluster: blocks along x that share their memory; they divide the grid's.
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), Grid grid, int threads, uint32_t shared, void* stream,
@@ -47,10 +55,7 @@ const char* launch(void (*kernel)(Arguments), Grid grid, int threads, uint32_t s
     kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(a);
     return what(cudaGetLastError());
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attribute = cluster_of(cluster);
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = dim3(threads);

@@ -85,11 +85,28 @@ const char* look_at_device(int device, Problem* p) {
   }
   // By the code that runs there, not by the device: it may be compiled by the driver from older
   // PTX.
+  const auto kernel = single_pass_kernel<Bf16, 7>;
   cudaFuncAttributes of{};
-  const cudaError_t error =
-      cudaFuncGetAttributes(&of, reinterpret_cast<const void*>(single_pass_kernel<Bf16, 7>));
+  const cudaError_t error = cudaFuncGetAttributes(&of, reinterpret_cast<const void*>(kernel));
   if (error != cudaSuccess) return what(error);
   p->cluster = most_cluster(of.ptxVersion);
+  // Not where a part of a device (MIG) has no room for so many of the largest blocks together.
+  for (; p->cluster > 1; p->cluster /= 2) {
+    cudaLaunchAttribute attribute = cluster_of(p->cluster);
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(p->cluster);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = p->shared_per_block;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int together = 0;
+    if (cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             p->shared_per_block) == cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&together, kernel, &config) == cudaSuccess && together > 0)
+      break;
+    cudaGetLastError();  // nobody else's
+  }
   return nullptr;
 }
 #endif
@@ -145,6 +162,8 @@ const char* mix(const Problem& p, const void* qkv, const void* packed, float* su
                      : run_single_pass<Bf16>(p, of.single_pass, a);
   }
   if (const char* wrong = check(p, {&of.gates, &of.combine})) return wrong;
+  if (!sums || !spatial)  // `wanted_launches` may have changed since `is_single_pass`
+    return "expected buffers for two launches, got those for one: it changed during the call";
   const GatesArguments gates{m, of.gates.cut, maps_of_qkv, words, spatial, sums};
   if (const char* wrong =
           p.float16 ? run_gates<Fp16>(p, of.gates, gates) : run_gates<Bf16>(p, of.gates, gates))

@@ -41,6 +41,7 @@ struct Plan {
   bool halo;  // of combine
   uint32_t shared;
   double cost;  // estimated warp-instructions of a multiprocessor; infinite where nothing fits
+  bool whole_image = false;  // of a cluster
 };
 
 enum class Kernel {
@@ -65,42 +66,57 @@ constexpr bool sums_taps(Kernel k) {
   return k == Kernel::kBackwardCombine || k == Kernel::kBackwardDepthwise;
 }
 
-inline int divide_up(int a, int b) { return (a + b - 1) / b; }
+inline int divide_up(int a, int b) { return a / b + (a % b != 0); }
 
-// Warp-instructions of one block, counted from the machine code of sm_90 (bench/static): the mma
-// sweeps, a granule of 8 bytes loaded, made into a, or stored.
+// Of a tile, at least. Sizes of the shared memory have 32 bits: to be asked before these, which of
+// very wide maps or many channels would come out too small.
+inline double tile_bytes(const Cut& c, int rows) {
+  return static_cast<double>(c.images) * rows * c.pairs * c.chunks * kUnitBytes;
+}
+
+// Warp-instructions, counted from the machine code of sm_90 (bench/static). Of `walk`: a granule of
+// 8 bytes loaded, made into a, or stored, `each`; a thread's column of an image.
+inline double granules(const Cut& c, int pairs, int rows, double each) {
+  const int across = c.chunks < kThreads ? kThreads / c.chunks : 1;
+  return divide_up(2 * pairs, across) * kWarps * static_cast<double>(c.images) * (rows * each + 40);
+}
+// Of `convolve`, a sweep's row and its start.
+inline double sweeps(const Cut& c, int positions, double rows, double row, double start) {
+  const int tiles = divide_up(positions, kPositions), groups = tiles < kWarps ? kWarps / tiles : 1;
+  return divide_up(c.chunks, groups) * divide_up(tiles * groups, kWarps) * kWarps *
+         (rows * row + start);
+}
+// Of the sums of z s, for one of q and k.
+inline double pooled_sums(const Cut& c, int own_rows) {
+  return c.images * divide_up(c.chunks, 2) * (divide_up(own_rows * (c.pairs + 1), 32) * 25.0 + 128);
+}
+// Of the channels' gates and the means that they take.
+inline double channel_gates_cost(const Maps& m, const Cut& c) {
+  return c.chunks * (m.channels / 16.0 * 20 + 40) + c.images * m.channels * 2.0;
+}
+
+// Of one block of a kernel, with what stands outside of loops.
 inline double block_cost(Kernel kernel, const Maps& m, const Cut& c, int rows, bool halo) {
-  const int lines = c.images * c.strips * rows;
-  const auto sweeps = [&](int positions, int sweep_rows, double row, double start) {
-    const int tiles = divide_up(positions, kPositions);
-    const int groups = tiles < kWarps ? kWarps / tiles : 1;
-    return divide_up(c.chunks, groups) * divide_up(tiles * groups, kWarps) * kWarps *
-           (sweep_rows * row + start);
-  };
-  const auto granules = [&](int pairs, int extra_rows, double each) {
-    return divide_up(2 * pairs * c.chunks, kThreads) * (kThreads / 32) *
-           (lines + c.images * extra_rows) * each;
-  };
-  const int positions = c.images * c.strips * c.pairs;
+  const int own = c.strips * rows, positions = c.images * c.strips * c.pairs;
+  const int wide = c.images * c.strips * (c.pairs + 1);
+  const int extra = halo ? 4 : 2, u_rows = halo ? rows + 1 : rows;
   if (sums_taps(kernel)) {
     const bool combine = kernel == Kernel::kBackwardCombine;
-    const int extra = halo ? 4 : 2, u_rows = halo ? rows + 1 : rows,
-              wide = c.images * c.strips * (c.pairs + 1);
-    return granules(c.pairs + 2, extra, combine ? 45 : 8) +
-           (combine ? granules(c.pairs + 2, extra, 8) + granules(c.pairs + 1, 2, 8) : 0) +
-           sweeps(wide, u_rows, combine ? 45 : 50, 60) + sweeps(wide, rows, combine ? 20 : 10, 60) +
-           sweeps(positions, rows, 12, 30) + granules(c.pairs, 0, combine ? 70 : 45) + 4000;
+    return granules(c, c.pairs + 2, own + extra, combine ? 45 : 8) +
+           (combine
+                ? granules(c, c.pairs + 2, own + extra, 8) + granules(c, c.pairs + 1, own + 2, 8)
+                : 0) +
+           sweeps(c, wide, u_rows, combine ? 45 : 50, 60) +
+           sweeps(c, wide, rows, combine ? 20 : 10, 60) + sweeps(c, positions, rows, 12, 30) +
+           granules(c, c.pairs, own, combine ? 105 : 50) + 5000;
   }
-  if (kernel == Kernel::kCombine) {
-    const int extra = halo ? 4 : 2, u_rows = halo ? rows + 1 : rows;
-    return granules(c.pairs + 1, 2, 8) + granules(c.pairs + 2, extra, 45) +
-           granules(c.pairs, 0, 8) + sweeps(c.images * c.strips * (c.pairs + 1), u_rows, 24, 30) +
-           sweeps(positions, rows, 12, 30) + c.chunks * (m.channels / 16.0) * 14 +
-           c.images * m.channels + 3000;
-  }
-  return granules(c.pairs + 1, 2, 8) +
-         sweeps(positions, rows, kernel == Kernel::kGates ? 18 : 26, 40) +
-         (kernel == Kernel::kGates ? c.chunks * lines * (c.pairs + 1) / 32.0 * 12 + 2000 : 1000);
+  if (kernel == Kernel::kCombine)
+    return granules(c, c.pairs + 1, own + 2, 8) + granules(c, c.pairs + 2, own + extra, 30) +
+           granules(c, c.pairs, own, 8) + sweeps(c, wide, u_rows, 28, 30) +
+           sweeps(c, positions, rows, 15, 30) + channel_gates_cost(m, c) + 4500;
+  const bool gates = kernel == Kernel::kGates;
+  return granules(c, c.pairs + 1, own + 2, 8) + sweeps(c, positions, rows, gates ? 19 : 26, 40) +
+         (gates ? pooled_sums(c, own) + 4500 : 1500);
 }
 
 inline uint32_t shared_bytes(Kernel kernel, const Maps& m, const Cut& c, int rows, bool halo) {
@@ -135,9 +151,10 @@ inline Plan plan(Kernel kernel, const Maps& m, const Device& device) {
       if (is_twofold(kernel) && halo && strips != 2) continue;
       // Pairs of their own in the end, which need the least shared memory.
       for (int columns = 1; columns <= half_width;
-           columns = columns < 8                                        ? columns + 1
-                     : columns < half_width && columns * 2 > half_width ? half_width
-                                                                        : columns * 2) {
+           columns = columns < 8                 ? columns + 1
+                     : columns <= half_width / 2 ? columns * 2
+                     : columns < half_width      ? half_width
+                                                 : half_width + 1) {
         const int pairs = divide_up(half_width, columns);
         if (strips * pairs > most || (sums_taps(kernel) && columns > 1)) continue;
         for (const int chunks : widths) {
@@ -153,6 +170,7 @@ inline Plan plan(Kernel kernel, const Maps& m, const Device& device) {
                   divide_up(m.height, own),
                   divide_up(half_width, pairs),
                   chunks | 1};
+            if (tile_bytes(c, own) > device.shared_per_block) break;
             const uint32_t shared = shared_bytes(kernel, m, c, rows, halo);
             if (shared > static_cast<uint32_t>(device.shared_per_block)) break;
             int together = device.shared_per_multiprocessor / static_cast<int>(shared + kReserved);
@@ -178,28 +196,23 @@ inline Plan plan(Kernel kernel, const Maps& m, const Device& device) {
 // Warp-instructions of one block of a single pass.
 inline double single_pass_cost(const Maps& m, const Cut& c, int rows) {
   const int tiles = divide_up(c.images * c.strips * c.pairs, kPositions);
-  const int out_tiles = divide_up(c.images * c.strips * ((m.width + 2) / 2), kPositions);
   const int groups = 2 * tiles < kWarps ? kWarps / (2 * tiles) : 1;
-  const int own_rows = c.strips * rows, units = own_rows * (c.pairs + 1);
-  const double granules = divide_up(2 * (c.pairs + 1) * c.chunks, kThreads) * kWarps *
-                          static_cast<double>(c.images) * (own_rows + (c.bands > 1 ? 0 : 2));
-  const auto sweeps = [&](int positions, double row, double start) {
-    const int shared = positions < kWarps ? kWarps / positions : 1;
-    return divide_up(c.chunks, shared) * divide_up(positions * shared, kWarps) * kWarps *
-           (rows * row + start);
-  };
+  const int own = c.strips * rows, units = own * (c.pairs + 1);
+  const int slices = divide_up(m.chunks(), c.chunks);
   const double logits = divide_up(c.chunks, groups) * divide_up(2 * tiles * groups, kWarps) *
-                        kWarps * (rows * 18.0 + 40);
-  return granules * 36 + logits + sweeps(tiles, 24, 30) + sweeps(out_tiles, 12, 30) +
-         c.images * divide_up(units, kThreads / c.chunks) * kWarps * 60.0 +
-         c.images * divide_up(4 * units, kThreads) * kWarps * 40.0 +
-         2 * c.images * c.chunks * units / 32.0 * 12 + c.chunks * (m.channels / 16.0) * 14 +
-         c.images * m.channels + (c.bands > 1 ? 6 * (c.pairs + 1) * c.chunks * 0.6 : 0) + 5000;
+                        kWarps * (rows * 19.0 + 40);
+  return 4 * granules(c, c.pairs + 1, own + (c.bands > 1 ? 0 : 2), 8) + logits + 2500 * groups / 2 +
+         (slices > 1 ? 4 * c.images * divide_up(units, 32) * (100.0 + 25 * slices) : 0) +
+         2 * pooled_sums(c, own) + channel_gates_cost(m, c) +
+         c.images * divide_up(units, kThreads / c.chunks) * kWarps * 64.0 +
+         sweeps(c, c.images * c.strips * c.pairs, rows, 30, 40) +
+         sweeps(c, c.images * c.strips * ((m.width + 2) / 2), rows, 17, 40) +
+         (c.bands > 1 ? (c.pairs + 1) * c.unit_stride * 3.0 : 0) + 8500;
 }
 
 // The cheapest cut of a cluster whose blocks hold whole images together.
 inline Plan plan_single_pass(const Maps& m, const Device& device, const SinglePassCut& only) {
-  Plan best{{}, 0, false, 0, 1e300};
+  Plan best{{}, 0, false, 0, 1e300, true};
   const int all = m.chunks(), pairs = divide_up(m.width, 2);
   for (const int rows : {7, 4}) {
     for (int strips = 1; strips <= 16 && (strips - 1) * rows < m.height; ++strips) {
@@ -212,6 +225,7 @@ inline Plan plan_single_pass(const Maps& m, const Device& device, const SinglePa
           if (images > 1 && bands > 1) break;
           if (!only.allows(rows, strips, slices, images)) continue;
           const Cut c{images, strips, pairs, chunks, bands, 1, chunks | 1};
+          if (2 * tile_bytes(c, strips * rows) > device.shared_per_block) break;
           const uint32_t shared = SinglePassShared(m, c, rows).bytes;
           if (shared > static_cast<uint32_t>(device.shared_per_block)) break;
           int together = device.shared_per_multiprocessor / static_cast<int>(shared + kReserved);
@@ -222,7 +236,7 @@ inline Plan plan_single_pass(const Maps& m, const Device& device, const SinglePa
                                          device.multiprocessors * together);
           const double cost =
               turns * together * single_pass_cost(m, c, rows) / (together > 1 ? 0.9 : 0.65);
-          if (cost < best.cost) best = {c, rows, bands > 1, shared, cost};
+          if (cost < best.cost) best = {c, rows, bands > 1, shared, cost, true};
         }
       }
     }
@@ -311,7 +325,9 @@ const char* run(void (*kernel)(Arguments), const Problem& p, const Plan& plan, i
 // Why these plans cannot run, or null.
 inline const char* check(const Problem& p, std::initializer_list<const Plan*> found) {
   for (const Plan* plan : found)
-    if (!plan->rows)
+    if (!plan->rows && plan->whole_image)
+      return "the shared memory of a cluster does not hold an image of this size";
+    else if (!plan->rows)
       return "a block of maps this wide, with this many channels, does not fit into the device's "
              "shared memory";
   if (static_cast<double>(p.images) * p.height * p.width >= 2147483648.0)

@@ -109,6 +109,8 @@ void bind_mixer(py::module_& m) {
                                     description(p.backward_gate), description(p.backward_depthwise),
                                     description(p.single_pass));
            })
+      .def("prefers_single_pass",
+           [](Call& c) { return cuda::plans(c.problem).prefers_single_pass; })
       .def("pack",
            [](Call& c, const std::vector<std::pair<uintptr_t, int>>& w, uintptr_t statistics,
               float eps_q, float eps_k, uintptr_t packed) {

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..tracing import is_opaque
 from . import kernels, reference, schema, training
 from .kernels import WholeStep
+from .packed import watch_capture
 from .reference import formula_norm
 from .schema import Saved, Settings, output_memory_format
 from .weights import COUNT, MixerWeights, flatten, unflatten
@@ -33,6 +34,7 @@ def mix_training(x: Tensor, w: MixerWeights, settings: Settings) -> tuple[Tensor
 
 
 def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    watch_capture(x)  # here: of a compiled step nothing else in Python runs in a capture
     w, s = unflatten(rest[:COUNT]), Settings(*rest[COUNT:])
     phases = kernels.phases(s.backend)
     if x.shape[0] and not s.group and isinstance(phases, WholeStep):

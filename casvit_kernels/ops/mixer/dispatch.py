@@ -14,7 +14,6 @@ from .autograd import mix_training
 from .cpu import CpuKernels
 from .cuda import CudaKernels, Native
 from .kernels import MixerKernels
-from .packed import watch_capture
 from .schema import Settings, output_memory_format
 from .training import update_running
 from .triton import TritonKernels
@@ -80,8 +79,6 @@ def train(
             raise ValueError(
                 f"weights.{name}: expected both running statistics or none, got no {missing}"
             )
-    if not torch.compiler.is_compiling():
-        watch_capture(x)
     settings = Settings(*eps, *batch, dtype, chosen.name, group)
     out, saved = mix_training(x, w, settings)
     if b > 0 or group:

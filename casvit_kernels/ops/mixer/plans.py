@@ -52,8 +52,8 @@ def plan(shape: tuple[int, int, int, int], device: Device) -> list[dict[str, Any
         BackendUnavailable: the library has no CUDA kernels.
     """
     for name, size in zip(("batch", "dim", "height", "width"), shape, strict=True):
-        if not 1 <= size < 2**31:
-            raise ValueError(f"shape: expected {name} of 1 to 2^31 - 1, got {size}")
+        if not 1 <= size <= 2**30:
+            raise ValueError(f"shape: expected {name} of 1 to 2^30, got {size}")
     numbers = (ctypes.c_int * 8)(*shape, *device[1:])
     found: list[dict[str, Any]] = json.loads(cuda.library().casvit_cuda_plan(numbers))
     return found

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -25,6 +25,7 @@ from ..weights import GateWeights, MixerWeights, flatten
 if TYPE_CHECKING:
     from .launch import Launch
 
+T = TypeVar("T")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MEMORY_FORMATS = (torch.channels_last, torch.contiguous_format)
 
@@ -74,7 +75,13 @@ def precompile(
         BackendUnavailable: triton is missing or interprets (``TRITON_INTERPRET``), or there is no GPU
             and no ``target``.
     """
-    wanted = list(product(_each(channels, "channels"), dtypes, memory_formats))
+    wanted = list(
+        product(
+            _each(channels, "channels", "integers"),
+            _each(dtypes, "dtypes", "an iterable of them"),
+            _each(memory_formats, "memory_formats", "an iterable of them"),
+        )
+    )
     for c, dtype, memory_format in wanted:
         if isinstance(c, bool) or not isinstance(c, int):
             raise TypeError(f"channels: expected integers, got {c!r}")
@@ -84,8 +91,12 @@ def precompile(
         _check("memory_formats", memory_format, MEMORY_FORMATS)
     if target is not None and device is not None:
         raise ValueError(f"device: expected None with target={target!r}, got {device!r}")
+    if target is not None and not isinstance(target, str):
+        raise TypeError(f"target: expected a string, got {target!r}")
     if target is not None and not re.fullmatch(r"sm_\d+|gfx\w+", target):
         raise ValueError(f"target: expected 'sm_90', 'gfx942' or the like, got {target!r}")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
+        raise TypeError(f"threads: expected an integer, got {threads!r}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads: expected at least 1, got {threads}")
     place = None if device is None else torch.device(device)
@@ -204,12 +215,12 @@ def compile_for(it: Launch, target: str) -> Any:
     return triton.compile(ASTSource(kernel, *source), target=backend.target, options=options)
 
 
-def _each(values: Iterable[int], name: str) -> list[int]:
+def _each(values: Iterable[T], name: str, what: str) -> list[T]:
     if not isinstance(values, Iterable):
-        raise TypeError(f"{name}: expected integers, got {values!r}")
+        raise TypeError(f"{name}: expected {what}, got {values!r}")
     return list(values)
 
 
 def _check(name: str, value: object, known: tuple[object, ...]) -> None:
     if value not in known:
-        raise ValueError(f"{name}: expected of {', '.join(map(str, known))}, got {value!r}")
+        raise ValueError(f"{name}: expected some of {', '.join(map(str, known))}, got {value!r}")
