@@ -318,3 +318,23 @@ def test_a_model_without_patch_embedding_is_told_its_size():
     expedite(model, 1, (2, 2), blocks=model.blocks)
     with pytest.raises(ValueError, match=r"blocks\[1\]: height and width of the map of 12 tokens"):
         model(x)
+
+
+def test_with_the_residual_blocks_that_change_nothing_lose_nothing():
+    """Blocks that add 0: the tokens come back as they were clustered, whatever the grid."""
+    torch.manual_seed(0)
+    model = timm_model("vit_tiny_patch16_224", img_size=(64, 96)).eval()
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        for block in model.blocks[2:]:
+            for layer in (block.attn.proj, block.mlp.fc2):
+                layer.weight.zero_()
+                layer.bias.zero_()
+        expected = model.forward_features(x)
+        expedite(model, at=2, grid=(2, 3), norm="sum", residual=True)
+        torch.testing.assert_close(model.forward_features(x), expected)
+        unexpedite(model)
+        expedite(model, at=2, grid=(2, 3), norm="sum")
+        assert (model.forward_features(x) - expected).abs().max() > 0.1
+    with pytest.raises(TypeError, match="residual: expected True or False, got 1"):
+        expedite(timm_model("vit_tiny_patch16_224"), at=2, grid=(2, 3), residual=1)

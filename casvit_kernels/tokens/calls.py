@@ -100,6 +100,7 @@ class Plan:
         neighbours: int,
         norm: str,
         reconstruction_window: int | None,
+        residual: bool,
         relative: bool,
         checkpointing: tuple[nn.Module, ...],
     ) -> None:
@@ -107,7 +108,8 @@ class Plan:
         self.grid, self.size, self.prefix = grid, size, prefix
         self.iterations, self.window, self.temperature = iterations, window, temperature
         self.neighbours, self.norm = neighbours, norm
-        self.reconstruction_window, self.relative = reconstruction_window, relative
+        self.reconstruction_window, self.residual = reconstruction_window, residual
+        self.relative = relative
         self.checkpointing = checkpointing  # modules with a switch for it, of timm
         self.call = Call()
         self.handles: list[Any] = []
@@ -140,7 +142,12 @@ class Plan:
         if self.prefix:
             tokens = torch.cat((x[:, : self.prefix], tokens), 1)
         rebuilding = Rebuilding(
-            clusters, self.prefix, self.neighbours, self.norm, self.reconstruction_window
+            clusters,
+            self.prefix,
+            self.neighbours,
+            self.norm,
+            self.reconstruction_window,
+            self.residual,
         )
         return tokens, Clustered(rebuilding, self.relative)
 

@@ -186,9 +186,7 @@ def reconstruct_tokens(
         )
     if temperature is None:
         temperature = clusters.temperature
-    check_reconstruction(neighbours, temperature, norm, window)
-    if not isinstance(residual, bool):
-        raise TypeError(f"residual: expected True or False, got {residual!r}")
+    check_reconstruction(neighbours, temperature, norm, window, residual)
     tokens = clusters.checked_tokens()
     given = (neighbours, temperature, norm, window)
     with reference.full_precision(y.device.type):
@@ -237,7 +235,7 @@ def check(size: Size, grid: Size, iterations: int, window: int, temperature: flo
 
 
 def check_reconstruction(
-    neighbours: int, temperature: float, norm: str, window: int | None
+    neighbours: int, temperature: float, norm: str, window: int | None, residual: bool
 ) -> None:
     """Raises as `reconstruct_tokens` does, for what is known without tokens."""
     _whole("neighbours", neighbours, 1)
@@ -246,6 +244,8 @@ def check_reconstruction(
         raise ValueError(f"norm: expected 'l2' or 'sum', got {norm!r}")
     if window is not None:
         _odd("window", window)
+    if not isinstance(residual, bool):
+        raise TypeError(f"residual: expected True or False, got {residual!r}")
 
 
 def _whole(name: str, value: int, least: int) -> None:

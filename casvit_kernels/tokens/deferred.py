@@ -16,10 +16,17 @@ class Rebuilding:
     """How the outputs of a call's clustered blocks become dense maps; one for each clustering."""
 
     def __init__(
-        self, clusters: Clusters, prefix: int, neighbours: int, norm: str, window: int | None
+        self,
+        clusters: Clusters,
+        prefix: int,
+        neighbours: int,
+        norm: str,
+        window: int | None,
+        residual: bool,
     ) -> None:
         self.clusters, self.prefix = clusters, prefix
         self.neighbours, self.norm, self.window = neighbours, norm, window
+        self.residual = residual
 
     def dense(self, tokens: Tensor) -> Tensor:
         """``(B, P + N, C)`` of ``(B, P + K, C)``: P class and register tokens pass by."""
@@ -29,6 +36,7 @@ class Rebuilding:
                 self.clusters,
                 neighbours=self.neighbours,
                 norm=self.norm,
+                residual=self.residual,
                 window=self.window,
             )
         return torch.cat((tokens[:, : self.prefix], maps), 1) if self.prefix else maps

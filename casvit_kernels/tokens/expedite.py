@@ -32,6 +32,7 @@ def expedite(
     neighbours: int = 20,
     norm: str = "l2",
     reconstruction_window: int | None = None,
+    residual: bool = False,
 ) -> Report:
     """Cluster the tokens of a plain ViT after its first ``at`` blocks (arXiv 2210.01035).
 
@@ -58,7 +59,7 @@ def expedite(
             tokens.
         prefix: class and register tokens; None: as the model has them.
         iterations, window, temperature: as of `cluster_tokens`.
-        neighbours, norm: as of `reconstruct_tokens`. reconstruction_window: its ``window``.
+        neighbours, norm, residual: as of `reconstruct_tokens`. reconstruction_window: its ``window``.
 
     Returns:
         `Report`: which blocks, how many tokens and multiply-accumulates.
@@ -88,7 +89,7 @@ def expedite(
             f"got {at} and {until}"
         )
     check(grid if size is None else size, grid, iterations, window, temperature)
-    check_reconstruction(neighbours, temperature, norm, reconstruction_window)
+    check_reconstruction(neighbours, temperature, norm, reconstruction_window, residual)
     if prefix is None:
         prefix = models.prefix_tokens(model, path)
     elif not isinstance(prefix, int) or isinstance(prefix, bool) or prefix < 0:
@@ -118,6 +119,7 @@ def expedite(
         neighbours=neighbours,
         norm=norm,
         reconstruction_window=reconstruction_window,
+        residual=residual,
         relative=bool(biased),
         checkpointing=tuple(m for m in model.modules() if hasattr(m, "grad_checkpointing")),
     )
