@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..kernels import ReconstructionKernels
+
 
 class TritonTokenKernels:
     name = "triton"
-    reconstruct = None  # by the formulas: two products of the library
+    reconstruction: ReconstructionKernels | None = None  # two products of the library's
 
     def cluster(
         self,
