@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench.report import tokens
+from bench.report import token_speed, tokens
 from bench.report.accuracy import coreml_tables
 from bench.report.complete import complete_tables
 from bench.report.documents import ReportError
@@ -24,6 +24,7 @@ from bench.report.load import (
     load_coreml,
     load_gpu,
     load_kept,
+    load_token_vits,
     load_tokens,
 )
 from bench.report.performance import performance
@@ -77,6 +78,9 @@ def outputs(root: Path) -> dict[Path, str]:
         tables = "\n".join(coreml_tables(coreml))
         name = "docs/coreml.md"
         found[page] = with_table(page.read_text(encoding="utf-8"), tables, name, COREML_MARKS)
+    vits = load_token_vits(results)
+    if vits is not None:
+        found[root / "docs" / "token_speed.md"] = token_speed.page(vits)
     clustering = load_tokens(results)
     if clustering is not None:
         found[root / "docs" / "token_clustering.md"] = tokens.page(clustering)

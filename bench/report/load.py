@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.report import token_speed
 from bench.report.accuracy import coreml_tables, onnx_table
 from bench.report.documents import SPEED, Document, ReportError
 from bench.report.gate import gated
@@ -16,6 +17,7 @@ GATED = {*SPEED, "counters"}
 KEPT = "saved_bytes.json"  # written by static/saved_bytes.py
 ACCURACY = "int8_accuracy.json"  # written by accuracy/int8.py
 COREML = "coreml_accuracy.json"  # written by accuracy/coreml.py
+TOKEN_VITS = "token_vits.json"  # written by accuracy/token_vits.py
 TOKENS = "token_clustering.json"  # written by accuracy/tokens.py
 
 
@@ -90,6 +92,11 @@ def load_coreml(folder: Path) -> Document | None:
 def load_tokens(folder: Path) -> Document | None:
     """mIoU and speed of token clustering; None where that was not measured."""
     return _load_one(folder / TOKENS, "bench/accuracy/tokens.py", page)
+
+
+def load_token_vits(folder: Path) -> Document | None:
+    """Speed of expedited ViTs; None where that was not measured."""
+    return _load_one(folder / TOKEN_VITS, "bench/accuracy/token_vits.py", token_speed.page)
 
 
 def _load_one(path: Path, writer: str, table: Callable[[Document], object]) -> Document | None:
