@@ -320,9 +320,8 @@ def test_nan_stays_in_its_windows(road):
         wrong = clusters.centres[0].isnan().any(1).view(grid)
         assert wrong[3, 3]
         assert wrong.sum() == 1
-    assert torch.equal(
-        clusters.centres[1:], cluster_tokens(x[1:], size, grid, window=window).centres
-    )
+    alone = cluster_tokens(x[1:], size, grid, window=window).centres
+    torch.testing.assert_close(clusters.centres[1:], alone)
     # Where no window reaches nothing is held up: centres moved from the average.
     first = cluster_tokens(x, size, grid, window=window, iterations=0).centres
     stayed = torch.isclose(clusters.centres[0], first[0]).all(1).view(grid)
