@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=0.02, help="of distances (0.02)")
     parser.add_argument("--scenes", type=int, default=64, help="test scenes (64)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=3, default=Recipe.steps, help="of training")
+    parser.add_argument("--steps", type=int, nargs=5, default=Recipe.steps, help="of training")
     parser.add_argument("--models", type=Path, default=Path("build/token_clustering"))
     options = parser.parse_args(argv)
     if not 0 <= options.at <= Recipe.depth:

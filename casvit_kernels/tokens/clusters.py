@@ -33,6 +33,7 @@ class Clusters:
     window: int
     temperature: float
     _version: int | None = field(repr=False, default=None)
+    _affinity: Tensor | None = field(repr=False, default=None)  # None: the adaptive average
 
     def labels(self) -> Tensor:
         """``(B, N)`` int64: for each token the nearest of all centres, not of its window's alone.
@@ -48,6 +49,26 @@ class Clusters:
                 some = reference.wide(tokens[:, first : first + step])
                 found.append(reference.distances(some, centres).nan_to_num(torch.inf).argmin(2))
         return torch.cat(found, 1)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """``(B, K, D)``: each centre's means of ``values``, ``(B, N, D)``, by its tokens' affinities.
+
+        Of positions: where a centre is, for models with rotary or relative ones; it may be far from the
+        middle of its cell. Sums are float32 (float64 of float64) and so is the result,
+        differentiable. Of a centre without tokens the adaptive average.
+
+        Raises:
+            TypeError, ValueError: ``values`` is no floating tensor of that shape.
+        """
+        if not isinstance(values, Tensor) or not values.dtype.is_floating_point:
+            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"values: expected a floating torch.Tensor, got {got}")
+        b, n, _ = self.tokens.shape
+        if values.dim() != 3 or values.shape[:2] != (b, n):
+            raise ValueError(f"values: expected shape ({b}, {n}, D), got {tuple(values.shape)}")
+        if self._affinity is None:
+            return reference.pooled(values, self.size, self.grid)
+        return local.mean(values, self._affinity, self.size, self.grid, self.window)
 
     def checked_tokens(self) -> Tensor:
         """The tokens.
@@ -110,9 +131,10 @@ def cluster_tokens(
             f"class or register tokens, got shape {tuple(x.shape)}"
         )
     size, grid = (size[0], size[1]), (grid[0], grid[1])
-    centres, _ = dispatch.cluster(x, size, grid, iterations, window, temperature)
+    centres, affinity = dispatch.cluster(x, size, grid, iterations, window, temperature)
     version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
-    return Clusters(centres, x, size, grid, window, temperature, version)
+    weights = affinity if iterations else None
+    return Clusters(centres, x, size, grid, window, temperature, version, weights)
 
 
 def reconstruct_tokens(

@@ -35,6 +35,19 @@ def cluster(
     return centres.to(x.dtype), weights.flatten(1, 2)[:, at.slot]
 
 
+def mean(values: Tensor, affinity: Tensor, size: Size, grid: Size, window: int) -> Tensor:
+    """Of (B, N, D) the means of cells, (B, K, D), by affinities of `cluster`; wide.
+
+    Of a cell that no token has any affinity to, the adaptive average.
+    """
+    at = cells(size, grid, window, values.device)
+    weights = affinity[:, at.tokens] * at.filled[..., None]
+    total = fold(weights.sum(2)[..., None], at)
+    own = wide(values)[:, at.tokens].to(weights.dtype)
+    found = fold(weights.transpose(2, 3) @ own, at) / total.where(total > 0, 1)
+    return torch.where(total > 0, found, pooled(values, size, grid))
+
+
 def affinities(own: Tensor, centres: Tensor, at: Cells, temperature: float) -> Tensor:
     """(B, K, m, J) of cells' tokens (B, K, m, C); 0 where there is no token or no cell."""
     # Around the home centre, whose distance the softmax takes out: large tokens do not cancel.
