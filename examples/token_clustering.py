@@ -47,7 +47,8 @@ def clustered(
     for block in model.blocks[:at]:
         x = block(x, places)
     clusters = cluster(x, size)
-    y = rest(model, at, clusters.centres, averaged(places, size, grid))
+    where = clusters.mean(places.expand(len(images), -1, -1))
+    y = rest(model, at, clusters.centres, where)
     return model.scores(reconstruct(y, clusters), size, (images.shape[2], images.shape[3]))
 
 
@@ -69,7 +70,7 @@ def rest(model: SegmentationViT, at: int, y: Tensor, places: Tensor) -> Tensor:
 
 
 def averaged(x: Tensor, size: Size, grid: Size) -> Tensor:
-    """Means of the grid's cells; of places: where a centre is."""
+    """Means of the grid's cells."""
     maps = x.transpose(1, 2).unflatten(2, size)
     return F.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
 
