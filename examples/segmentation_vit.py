@@ -7,6 +7,7 @@ bilinear upsampling. No class token; rotary positions, so that one set of weight
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,14 +25,15 @@ PATCH = 4  # pixels across for each token
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a trained model depends on; phases of ever larger scenes."""
+    """Everything that a trained model depends on; phases of ever larger scenes, then again."""
 
     width: int = 64
     depth: int = 10
     heads: int = 2
-    sizes: tuple[int, ...] = (40, 72, 112)
-    steps: tuple[int, ...] = (320, 200, 60)
-    batches: tuple[int, ...] = (16, 6, 4)
+    sizes: tuple[int, ...] = (40, 72, 112, 72, 112)
+    steps: tuple[int, ...] = (320, 200, 60, 200, 80)
+    batches: tuple[int, ...] = (16, 6, 4, 6, 4)
+    restarts: tuple[int, ...] = (0, 3)  # the phases at which rates and optimizers start anew
     rate: float = 2e-3  # AdamW's, of vectors, stem and head
     matrix_rate: float = 0.02  # Muon's, of the blocks' matrices
     seed: int = 0
@@ -116,9 +118,33 @@ def train(recipe: Recipe, told: Callable[[str], object] = lambda _: None) -> Seg
     """The trained model in eval mode; the same for the same recipe, torch and thread count."""
     torch.manual_seed(recipe.seed)
     model = SegmentationViT(recipe)
+    index = step = 0
+    for first, last in itertools.pairwise((*recipe.restarts, len(recipe.sizes))):
+        optimizers, schedules = _optimizers(model, recipe, sum(recipe.steps[first:last]))
+        for phase in range(first, last):
+            batch = recipe.batches[phase]
+            scenes = scenes_of("train", recipe.sizes[phase], recipe.seed)
+            for _ in range(recipe.steps[phase]):
+                x, labels = scenes.batch(index, batch)
+                index, step = index + batch, step + 1
+                loss = F.cross_entropy(model(x), labels)
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    schedule.step()
+                if step % 50 == 0:
+                    told(f"step {step} of {sum(recipe.steps)}: loss {loss.item():.3f}")
+    return model.eval()
+
+
+def _optimizers(
+    model: SegmentationViT, recipe: Recipe, total: int
+) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LambdaLR]]:
+    """Muon for the blocks' matrices, AdamW for the rest; rates rise for 30 steps, then fall to 0."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    total = sum(recipe.steps)
     optimizers = [
         torch.optim.Muon(matrices, recipe.matrix_rate, weight_decay=0.01),
         torch.optim.AdamW(others, recipe.rate, betas=(0.9, 0.98), weight_decay=0.01),
@@ -127,22 +153,7 @@ def train(recipe: Recipe, told: Callable[[str], object] = lambda _: None) -> Seg
         torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / 30, 1 - s / total))
         for o in optimizers
     ]
-    index = step = 0
-    for size, steps, batch in zip(recipe.sizes, recipe.steps, recipe.batches, strict=True):
-        scenes = scenes_of("train", size, recipe.seed)
-        for _ in range(steps):
-            x, labels = scenes.batch(index, batch)
-            index, step = index + batch, step + 1
-            loss = F.cross_entropy(model(x), labels)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer, schedule in zip(optimizers, schedules, strict=True):
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-            if step % 50 == 0:
-                told(f"step {step} of {total}: loss {loss.item():.3f}")
-    return model.eval()
+    return optimizers, schedules
 
 
 def scenes_of(part: str, size: int = 112, seed: int = 0) -> Scenes:

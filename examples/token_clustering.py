@@ -47,7 +47,8 @@ def clustered(
     for block in model.blocks[:at]:
         x = block(x, places)
     clusters = cluster(x, size)
-    y = rest(model, at, clusters.centres, averaged(places, size, grid))
+    where = clusters.mean(places.expand(len(images), -1, -1))
+    y = rest(model, at, clusters.centres, where)
     return model.scores(reconstruct(y, clusters), size, (images.shape[2], images.shape[3]))
 
 
@@ -69,7 +70,7 @@ def rest(model: SegmentationViT, at: int, y: Tensor, places: Tensor) -> Tensor:
 
 
 def averaged(x: Tensor, size: Size, grid: Size) -> Tensor:
-    """Means of the grid's cells; of places: where a centre is."""
+    """Means of the grid's cells."""
     maps = x.transpose(1, 2).unflatten(2, size)
     return F.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
 
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=0.02, help="of distances (0.02)")
     parser.add_argument("--scenes", type=int, default=64, help="test scenes (64)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=3, default=Recipe.steps, help="of training")
+    parser.add_argument("--steps", type=int, nargs=5, default=Recipe.steps, help="of training")
     parser.add_argument("--models", type=Path, default=Path("build/token_clustering"))
     options = parser.parse_args(argv)
     if not 0 <= options.at <= Recipe.depth:

@@ -1,7 +1,8 @@
 """What token clustering is compared with, at an equal number of tokens: pooling, subsampling, ToMe.
 
-A method makes of the tokens ``(B, N, C)`` after some block the fewer ones ``(B, K, C)`` of the remaining
-blocks, and a function that rebuilds the dense map of what these return.
+A method makes of the tokens ``(B, N, C)`` after some block and their places ``(1, N, 2)`` the fewer ones
+``(B, K, C)`` of the remaining blocks, theirs, and a function that rebuilds the dense map of what these
+blocks return.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 Size = tuple[int, int]
 Rebuild = Callable[[Tensor], Tensor]
-Method = Callable[[Tensor, Size, Size], tuple[Tensor, Rebuild]]
+Method = Callable[[Tensor, Tensor, Size, Size], tuple[Tensor, Tensor, Rebuild]]
 
 
 def maps(x: Tensor, size: Size) -> Tensor:
@@ -42,19 +43,21 @@ def upsampled(y: Tensor, grid: Size, size: Size, mode: str) -> Tensor:
 def pooling(mode: str, residual: bool = False) -> Method:
     """Adaptive average pooling, rebuilt by interpolation; residual: the tokens and their change."""
 
-    def method(x: Tensor, size: Size, grid: Size) -> tuple[Tensor, Rebuild]:
-        small = averaged(x, size, grid)
+    def method(x: Tensor, places: Tensor, size: Size, grid: Size) -> tuple[Tensor, Tensor, Rebuild]:
+        small, where = averaged(x, size, grid), averaged(places, size, grid)
         if residual:
-            return small, lambda y: x + upsampled(y - small, grid, size, mode)
-        return small, lambda y: upsampled(y, grid, size, mode)
+            return small, where, lambda y: x + upsampled(y - small, grid, size, mode)
+        return small, where, lambda y: upsampled(y, grid, size, mode)
 
     return method
 
 
-def striding(x: Tensor, size: Size, grid: Size) -> tuple[Tensor, Rebuild]:
+def striding(x: Tensor, places: Tensor, size: Size, grid: Size) -> tuple[Tensor, Tensor, Rebuild]:
     """The token in the middle of each cell, as nearest interpolation picks it, and back."""
-    small = tokens(F.interpolate(maps(x, size), grid, mode="nearest-exact"))
-    return small, lambda y: tokens(F.interpolate(maps(y, grid), size, mode="nearest-exact"))
+    small, where = (
+        tokens(F.interpolate(maps(t, size), grid, mode="nearest-exact")) for t in (x, places)
+    )
+    return small, where, lambda y: upsampled(y, grid, size, "nearest-exact")
 
 
 class Merged(NamedTuple):
@@ -97,7 +100,8 @@ def merged(x: Tensor, key: Tensor, weight: Tensor, count: int) -> Merged:
 def tome(blocks: nn.ModuleList, x: Tensor, places: Tensor, count: int) -> Tensor:
     """The blocks with merging between attention and MLP until `count` tokens are left; dense again.
 
-    Merging begins in the first block and takes at most half of the tokens of each; attention is
+    Merging begins in the first block and takes at most a quarter of the tokens of each, as half would
+    leave no choice; attention is
     proportional to size; a merged token is at the mean place; a token gets a copy of its merged one.
     """
     weight = x.new_ones(x.shape[0], x.shape[1], 1)
@@ -107,7 +111,7 @@ def tome(blocks: nn.ModuleList, x: Tensor, places: Tensor, count: int) -> Tensor
         bias = weight.log()[:, None].transpose(2, 3) if x.shape[1] < group.shape[1] else None
         added, key = block.attend(x, places, bias)
         x = x + added
-        fewer = min(x.shape[1] // 2, x.shape[1] - count)
+        fewer = min(x.shape[1] // 4, x.shape[1] - count)
         if fewer:
             both, weight, at = merged(torch.cat([x, places], 2), key, weight, fewer)
             x, places = both[..., :c], both[..., c:]

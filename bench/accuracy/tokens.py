@@ -51,14 +51,20 @@ RESIDUAL: dict[str, Any] = {"norm": "sum", "window": 5, "residual": True}
 FULL, TOME = "full", "ToMe"
 
 
-def clustering(temperature: float, iterations: int = 5, **settings: Any) -> rivals.Method:
-    """The library's functions as a method."""
+def clustering(
+    temperature: float, iterations: int = 5, at_means: bool = False, **settings: Any
+) -> rivals.Method:
+    """The library's functions; centres are in the middle of cells, or where their tokens are."""
 
     def method(
-        x: Tensor, size: rivals.Size, grid: rivals.Size
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        x: Tensor, places: Tensor, size: rivals.Size, grid: rivals.Size
+    ) -> tuple[Tensor, Tensor, rivals.Rebuild]:
         found = cluster_tokens(x, size, grid, iterations=iterations, temperature=temperature)
-        return found.centres, partial(reconstruct_tokens, clusters=found, **settings)
+        if at_means:
+            where = found.mean(places.expand(x.shape[0], -1, -1))
+        else:
+            where = rivals.averaged(places, size, grid)
+        return found.centres, where, partial(reconstruct_tokens, clusters=found, **settings)
 
     return method
 
@@ -69,7 +75,11 @@ def methods(temperature: float) -> dict[str, rivals.Method]:
         "clustering, sum": clustering(temperature, norm="sum"),
         "clustering, sum, window 5": clustering(temperature, norm="sum", window=5),
         "clustering, residual": clustering(temperature, **RESIDUAL),
-        "clustering, 1 iteration, residual": clustering(temperature, iterations=1, **RESIDUAL),
+        "clustering, at means": clustering(temperature, at_means=True),
+        "clustering, residual, at means": clustering(temperature, at_means=True, **RESIDUAL),
+        "clustering, residual, at means, 2 iterations": clustering(
+            temperature, 2, at_means=True, **RESIDUAL
+        ),
         "average pooling, nearest": rivals.pooling("nearest"),
         "average pooling, bilinear": rivals.pooling("bilinear"),
         "average pooling, bilinear, residual": rivals.pooling("bilinear", residual=True),
@@ -117,8 +127,7 @@ def rest(
     def run(x: Tensor) -> Tensor:
         if method is None:
             return rivals.tome(model.blocks[at:], x, places, grid[0] * grid[1])
-        y, rebuild = method(x, size, grid)
-        fewer = rivals.averaged(places, size, grid)
+        y, fewer, rebuild = method(x, places, size, grid)
         for block in model.blocks[at:]:
             y = block(y, fewer)
         return rebuild(y)

@@ -59,9 +59,34 @@ class Clusters:
         exactly the tokens' own.
         """
         with torch.no_grad():
-            return local.positions(
-                reference.wide(self.tokens), self._affinity, self.size, self.grid, self.window
-            )
+            lines = [
+                torch.arange(
+                    n, dtype=reference.wide(self.tokens[:0]).dtype, device=self.tokens.device
+                )
+                for n in self.size
+            ]
+            places = torch.stack(torch.meshgrid(*lines, indexing="ij"), 2).view(1, -1, 2)
+            return self.mean(places.expand(self.tokens.shape[0], -1, -1))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """``(B, K, D)``: each centre's means of ``values``, ``(B, N, D)``, by its tokens' affinities.
+
+        Of positions: where a centre is, for models with rotary or relative ones; it may be far from the
+        middle of its cell. Sums are float32 (float64 of float64) and so is the result,
+        differentiable. Of a centre without tokens the adaptive average.
+
+        Raises:
+            TypeError, ValueError: ``values`` is no floating tensor of that shape.
+        """
+        if not isinstance(values, Tensor) or not values.dtype.is_floating_point:
+            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"values: expected a floating torch.Tensor, got {got}")
+        b, n, _ = self.tokens.shape
+        if values.dim() != 3 or values.shape[:2] != (b, n):
+            raise ValueError(f"values: expected shape ({b}, {n}, D), got {tuple(values.shape)}")
+        if self._affinity is None:
+            return reference.pooled(values, self.size, self.grid)
+        return local.mean(values, self._affinity, self.size, self.grid, self.window)
 
     def checked_tokens(self) -> Tensor:
         """The tokens.

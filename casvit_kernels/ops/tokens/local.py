@@ -36,6 +36,19 @@ def cluster(
     return centres.to(x.dtype), weights.flatten(1, 2)[:, at.slot]
 
 
+def mean(values: Tensor, affinity: Tensor, size: Size, grid: Size, window: int) -> Tensor:
+    """Of (B, N, D) the means of cells, (B, K, D), by affinities of `cluster`; wide.
+
+    Of a cell that no token has any affinity to, the adaptive average.
+    """
+    at = cells(size, grid, window, values.device)
+    weights = affinity[:, at.tokens].where(at.filled[..., None], 0)
+    total = fold(weights.sum(2)[..., None], at)
+    own = wide(values)[:, at.tokens].to(weights.dtype)
+    found = fold(weights.transpose(2, 3) @ own, at) / total.where(total > 0, 1)
+    return torch.where(total > 0, found, pooled(values, size, grid))
+
+
 def affinities(own: Tensor, centres: Tensor, at: Cells, temperature: float) -> Tensor:
     """(B, K, m, J) of cells' tokens (B, K, m, C); 0 where there is no token or no cell."""
     # Around the home centre, whose distance the softmax takes out: large tokens do not cancel.
@@ -52,20 +65,6 @@ def fold(parts: Tensor, at: Cells) -> Tensor:
     # What the cell at place j of the window has for this one is at the opposite place of its own.
     opposite = torch.arange(at.around.shape[1] - 1, -1, -1, device=parts.device)
     return parts[:, at.around, opposite].where(at.inside[..., None], 0).sum(2)
-
-
-def positions(x: Tensor, affinity: Tensor | None, size: Size, grid: Size, window: int) -> Tensor:
-    """(B, K, 2) of x (B, N, C): mean row and column, by affinities (B, N, J); None: pooled."""
-    lines = [torch.arange(n, dtype=x.dtype, device=x.device) for n in size]
-    own = torch.stack(torch.meshgrid(*lines, indexing="ij"), 2).reshape(1, -1, 2)
-    first = pooled(own, size, grid).expand(x.shape[0], -1, -1)
-    if affinity is None:
-        return first
-    at = cells(size, grid, window, x.device)
-    weights = affinity[:, at.tokens] * at.filled[..., None]  # (B, K, m, J)
-    total = fold(weights.sum(2)[..., None], at)
-    found = fold(weights.transpose(2, 3) @ own[0][at.tokens], at) / total.where(total > 0, 1)
-    return torch.where(total > 0, found, first)
 
 
 def cluster_backward(grad: Tensor, affinity: Tensor, size: Size, grid: Size, window: int) -> Tensor:
