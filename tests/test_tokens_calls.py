@@ -1,5 +1,7 @@
 """Token clustering: arguments, modules, backends, and PyTorch's machinery around the operators."""
 
+import copy
+import pickle
 import re
 
 import pytest
@@ -58,6 +60,7 @@ BAD_CLUSTERING = [
     ({"iterations": True}, TypeError, "iterations: expected a whole number, got True"),
     ({"temperature": 0}, ValueError, "temperature: expected a finite number above 0, got 0"),
     ({"temperature": float("nan")}, ValueError, "temperature: expected a finite number above 0"),
+    ({"temperature": 1e39}, ValueError, "temperature: expected a finite number in float32, got 1e"),
     ({"temperature": "warm"}, TypeError, "temperature: expected a number, got 'warm'"),
 ]
 
@@ -164,6 +167,66 @@ def test_the_operator_checks_what_it_is_given(require_native):
 def both(x, y):
     clusters = cluster_tokens(x, (7, 6), (4, 3))
     return clusters.centres, reconstruct_tokens(y, clusters, neighbours=4), clusters.labels()
+
+
+@pytest.mark.parametrize("window", [11, 2**31 + 1, 2**63 - 1, 2**70 + 1])
+def test_a_window_beyond_the_grid_changes_no_bit(window, road):
+    x = tokens((7, 6), 8)
+    enough = cluster_tokens(x, (7, 6), (4, 3), window=7)
+    clusters = cluster_tokens(x, (7, 6), (4, 3), window=window)
+    assert torch.equal(clusters.centres, enough.centres)
+    assert torch.equal(clusters.positions(), enough.positions())
+    y = torch.randn(2, 12, 5)
+    expected = reconstruct_tokens(y, clusters, window=7)
+    assert torch.equal(reconstruct_tokens(y, clusters, window=window), expected)
+
+
+def test_more_neighbours_than_centres_are_all(road):
+    clusters, y = cluster_tokens(tokens((7, 6), 8), (7, 6), (4, 3)), torch.randn(2, 12, 5)
+    expected = reconstruct_tokens(y, clusters, neighbours=12)
+    assert torch.equal(reconstruct_tokens(y, clusters, neighbours=2**70), expected)
+
+
+def test_centres_written_to_are_noticed(road):
+    clusters = cluster_tokens(tokens((7, 6), 8), (7, 6), (4, 3))
+    y = clusters.centres
+    y += 1  # as a residual block may
+    for call in (lambda: reconstruct_tokens(y, clusters), clusters.labels):
+        with pytest.raises(RuntimeError, match=r"their centres as they were made.* written to"):
+            call()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+@pytest.mark.parametrize("writes", [0, 3])  # to the tokens, before they are clustered
+def test_copies_of_clusters(writes, copied):
+    x, y = tokens((7, 6), 8), torch.randn(2, 12, 5)
+    for _ in range(writes):
+        x += 1
+    clusters = cluster_tokens(x, (7, 6), (4, 3))
+    other = copied(clusters)
+    assert torch.equal(reconstruct_tokens(y, other), reconstruct_tokens(y, clusters))
+    other.tokens.add_(1)
+    with pytest.raises(RuntimeError, match=r"tokens .* written to"):
+        reconstruct_tokens(y, other)
+    x += 1
+    with pytest.raises(RuntimeError, match=r"tokens .* written to"):  # and a copy would not know
+        copied(clusters)
+
+
+def test_clusters_of_outside_in_a_compiled_function(road):
+    clusters, y = cluster_tokens(tokens((7, 6), 8), (7, 6), (4, 3)), torch.randn(2, 12, 5)
+    compiled = torch.compile(
+        lambda y: reconstruct_tokens(y, clusters), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(y), reconstruct_tokens(y, clusters))
+
+
+def test_shapes_on_the_meta_device():
+    x = torch.empty(2, 42, 8, device="meta", dtype=torch.bfloat16)
+    clusters = cluster_tokens(x, (7, 6), (4, 3))
+    rebuilt = reconstruct_tokens(torch.empty(2, 12, 5, device="meta"), clusters)
+    assert (clusters.centres.shape, clusters.centres.dtype) == ((2, 12, 8), torch.bfloat16)
+    assert (rebuilt.shape, rebuilt.device.type) == ((2, 42, 5), "meta")
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,29 @@ def test_what_changes_between_blocks_is_refused():
             model(x)
 
 
+def test_blocks_that_add_in_place():
+    """To centres, of which the map is rebuilt: with no class token they were given those themselves."""
+
+    class Block(nn.Linear):
+        def forward(self, x):
+            x += super().forward(x)
+            return x
+
+    class Copying(Block):
+        def forward(self, x):
+            return super().forward(x.clone())
+
+    results = []
+    for kind in (Block, Copying):
+        torch.manual_seed(0)
+        blocks = nn.Sequential(*(kind(8, 8) for _ in range(3)))
+        model = nn.Sequential(blocks)
+        expedite(model, 1, (3, 4), blocks=blocks, size=(5, 6), prefix=0)
+        with torch.no_grad():
+            results.append(model(torch.randn(2, 30, 8)))
+    assert torch.equal(*results)
+
+
 def test_masks_of_the_full_map_are_refused():
     model, x, _ = made("vit")
     expedite(model, 1, (3, 4))
@@ -339,6 +362,8 @@ def test_bad_order_and_bad_calls():
         unexpedite(model)
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got str"):
         expedite("vit")
+    with pytest.raises(TypeError, match="model: expected a module that is not compiled, got"):
+        expedite(torch.compile(model), 1, (3, 4))
     expedite(model, 1, (3, 4), prefix=2)
     with pytest.raises(RuntimeError, match="model: it is expedited already: call unexpedite"):
         expedite(model, 2, (2, 2))

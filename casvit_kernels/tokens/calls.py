@@ -129,18 +129,16 @@ class Plan:
                 "block again without what came before: call set_grad_checkpointing(False)"
             )
         size = self._size(x.shape[1] - self.prefix, x.shape[1])
-        with torch.autocast(x.device.type, enabled=False):  # distances are float32
-            clusters = cluster_tokens(
-                x[:, self.prefix :],
-                size,
-                self.grid,
-                iterations=self.iterations,
-                window=self.window,
-                temperature=self.temperature,
-            )
-        tokens = clusters.centres
-        if self.prefix:
-            tokens = torch.cat((x[:, : self.prefix], tokens), 1)
+        clusters = cluster_tokens(
+            x[:, self.prefix :],
+            size,
+            self.grid,
+            iterations=self.iterations,
+            window=self.window,
+            temperature=self.temperature,
+        )
+        # Always a copy: blocks may add to it in place, and the map is rebuilt from the centres.
+        tokens = torch.cat((x[:, : self.prefix], clusters.centres), 1)
         rebuilding = Rebuilding(
             clusters,
             self.prefix,

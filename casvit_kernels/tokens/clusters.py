@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops.tokens import dispatch, local, reference
+from ..ops.tokens.cells import reaching
 
 Size = tuple[int, int]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -21,7 +23,7 @@ class Clusters:
     Attributes:
         centres: ``(B, K, C)``, K = h w, rows first; of the tokens' dtype.
         tokens: ``(B, N, C)``, those that were clustered: reconstruction compares them with the centres.
-            They must not be written to meanwhile.
+            Neither must be written to meanwhile.
         size: ``(H, W)`` of the tokens. grid: ``(h, w)`` of the centres.
         window, temperature: as given.
     """
@@ -35,7 +37,9 @@ class Clusters:
     _affinity: Tensor | None = field(
         repr=False, default=None
     )  # (B, N, window**2); None: means of cells
-    _version: int | None = field(repr=False, default=None)
+    _versions: tuple[int | None, int | None] = field(
+        repr=False, default=(None, None)
+    )  # write counters of tokens and centres; None: not known
 
     def labels(self) -> Tensor:
         """``(B, N)`` int64: for each token the nearest of all centres, not of its window's alone.
@@ -86,20 +90,36 @@ class Clusters:
             raise ValueError(f"values: expected shape ({b}, {n}, D), got {tuple(values.shape)}")
         if self._affinity is None:
             return reference.pooled(values, self.size, self.grid)
-        return local.mean(values, self._affinity, self.size, self.grid, self.window)
+        window = reaching(self.window, self.grid)
+        return local.mean(values, self._affinity, self.size, self.grid, window)
 
     def checked_tokens(self) -> Tensor:
-        """The tokens.
+        """The tokens. Under torch.compile, where write counters are not known, unchecked.
 
         Raises:
-            RuntimeError: they were written to since.
+            RuntimeError: they or the centres were written to since.
         """
-        if self._version is not None and self.tokens._version != self._version:
-            raise RuntimeError(
-                "clusters: expected the tokens as they were clustered, they were written to in place "
-                "since: give cluster_tokens a copy"
-            )
+        if torch.compiler.is_compiling():
+            return self.tokens
+        for name, before in zip(("tokens", "centres"), self._versions, strict=True):
+            if before is not None and getattr(self, name)._version != before:
+                raise RuntimeError(
+                    f"clusters: expected their {name} as they were made, they were written to in place "
+                    "since: write to a copy of them"
+                )
         return self.tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.checked_tokens()
+        return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A tensor's copy counts its writes anew.
+        vars(self).update(state, _versions=(_version(state["tokens"]), _version(state["centres"])))
+
+
+def _version(x: Tensor) -> int | None:
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def cluster_tokens(
@@ -125,7 +145,7 @@ def cluster_tokens(
         size: ``(H, W)`` of the map. grid: ``(h, w)``, at most that.
         iterations: of the centres, at least 0.
         window: cells across, odd; cells outside of the grid do not count.
-        temperature: of the distances; above 0.
+        temperature: of the distances; above 0, finite in float32.
 
     Returns:
         `Clusters`. No result depends on other maps of the batch. Differentiable by the last weighted
@@ -151,10 +171,12 @@ def cluster_tokens(
         )
     size, grid = (size[0], size[1]), (grid[0], grid[1])
     with reference.full_precision(x.device.type):
-        centres, affinity = dispatch.cluster(x, size, grid, iterations, window, temperature)
-    version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
+        centres, affinity = dispatch.cluster(
+            x, size, grid, iterations, reaching(window, grid), temperature
+        )
     kept = affinity if iterations else None
-    return Clusters(centres, x, size, grid, window, temperature, kept, version)
+    versions = _version(x), _version(centres)
+    return Clusters(centres, x, size, grid, window, temperature, kept, versions)
 
 
 def reconstruct_tokens(
@@ -195,7 +217,7 @@ def reconstruct_tokens(
 
     Raises:
         TypeError, ValueError: an argument is not as above.
-        RuntimeError: the clusters' tokens were written to since.
+        RuntimeError: the clusters' tokens or centres were written to since.
     """
     if not isinstance(y, Tensor) or not y.dtype.is_floating_point:
         got = y.dtype if isinstance(y, Tensor) else type(y).__name__
@@ -235,12 +257,12 @@ def _rebuilt(
     norm: str,
     window: int | None,
 ) -> Tensor:
-    given = (neighbours, temperature, norm)
+    given = (min(neighbours, y.shape[1]), temperature, norm)
     if window is None:
         return dispatch.reconstruct(y, tokens, clusters.centres, *given)
-    return local.reconstruct(
-        y, tokens, clusters.centres, clusters.size, clusters.grid, window, *given
-    )
+    size, grid = clusters.size, clusters.grid
+    near = reaching(window, grid)
+    return local.reconstruct(y, tokens, clusters.centres, size, grid, near, *given)
 
 
 def check(size: Size, grid: Size, iterations: int, window: int, temperature: float) -> None:
@@ -291,3 +313,5 @@ def _positive(name: str, value: float) -> None:
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+    if value > torch.finfo(torch.float32).max:  # infinite there: times a distance of 0 it is NaN
+        raise ValueError(f"{name}: expected a finite number in float32, got {value}")

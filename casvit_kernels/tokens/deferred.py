@@ -30,15 +30,14 @@ class Rebuilding:
 
     def dense(self, tokens: Tensor) -> Tensor:
         """``(B, P + N, C)`` of ``(B, P + K, C)``: P class and register tokens pass by."""
-        with torch.autocast(tokens.device.type, enabled=False):  # distances are float32
-            maps = reconstruct_tokens(
-                tokens[:, self.prefix :],
-                self.clusters,
-                neighbours=self.neighbours,
-                norm=self.norm,
-                residual=self.residual,
-                window=self.window,
-            )
+        maps = reconstruct_tokens(
+            tokens[:, self.prefix :],
+            self.clusters,
+            neighbours=self.neighbours,
+            norm=self.norm,
+            residual=self.residual,
+            window=self.window,
+        )
         return torch.cat((tokens[:, : self.prefix], maps), 1) if self.prefix else maps
 
 

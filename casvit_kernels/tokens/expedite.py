@@ -73,6 +73,11 @@ def expedite(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            f"model: expected a module that is not compiled, got a {type(model).__name__}: "
+            "expedite what it was made of, and compile that afterwards"
+        )
     for name, module in model.named_modules():
         if _plans(module):
             raise RuntimeError(

@@ -19,12 +19,14 @@ std::tuple<Tensor, Tensor> cluster_tokens(const Tensor& x, IntHeaderOnlyArrayRef
   STD_TORCH_CHECK(size.size() == 2, "size: expected (H, W), got ", size.size(), " numbers");
   STD_TORCH_CHECK(grid.size() == 2, "grid: expected (h, w), got ", grid.size(), " numbers");
   for (size_t i = 0; i < 2; ++i)
-    STD_TORCH_CHECK(0 < grid[i] && grid[i] <= size[i], "grid: expected 1 to ", size[i], ", got ",
-                    grid[i]);
+    STD_TORCH_CHECK(0 < grid[i] && grid[i] <= size[i] && size[i] <= x.size(1),
+                    "grid, size: expected 1 to ", size[i], " cells of at most ", x.size(1),
+                    " tokens, got ", grid[i]);
   STD_TORCH_CHECK(x.size(1) == size[0] * size[1], "x: expected ", size[0] * size[1],
                   " tokens in dimension 1, got ", x.size(1));
   STD_TORCH_CHECK(iterations > 0, "iterations: expected at least 1, got ", iterations);
-  STD_TORCH_CHECK(window > 0 && window % 2 == 1, "window: expected an odd number, got ", window);
+  STD_TORCH_CHECK(window > 0 && window % 2 == 1 && window <= 2 * x.size(1) + 1,
+                  "window: expected an odd number up to ", 2 * x.size(1) + 1, ", got ", window);
   const int64_t B = x.size(0), C = x.size(2);
   const casvit::TokenMap map{C, 0, {size[0], size[1]}, {grid[0], grid[1]}, window / 2};
   const int64_t centres_shape[] = {B, map.cells(), C};

@@ -14,6 +14,11 @@ from torch import Tensor
 Size = tuple[int, int]
 
 
+def reaching(window: int, grid: Size) -> int:
+    """The smallest window of the same cells: a larger one has more outside of the grid alone."""
+    return min(window, 2 * max(grid) - 1)
+
+
 class Cells(NamedTuple):
     """K cells of at most m tokens each, J = window**2 cells around each. Of static shapes."""
 

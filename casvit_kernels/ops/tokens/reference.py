@@ -13,7 +13,7 @@ from .cells import Size, cells
 
 def full_precision(device: str) -> AbstractContextManager[object]:
     """Within the context autocast leaves products as they are: distances and sums are float32."""
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 

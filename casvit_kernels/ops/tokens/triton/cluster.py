@@ -39,7 +39,7 @@ def affinity_kernel(
     J_BLOCK: tl.constexpr,
     C_BLOCK: tl.constexpr,
 ):
-    cell, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    cell, image = tl.program_id(0) % K, (tl.program_id(0) // K).to(tl.int64)
     m, j = tl.arange(0, M_BLOCK), tl.arange(0, J_BLOCK)
     token = tl.load(tokens + cell * M + m, mask=m < M, other=0)
     there = tl.load(filled + cell * M + m, mask=m < M, other=0) != 0
@@ -93,8 +93,8 @@ def centres_kernel(
     J: tl.constexpr,
     C_BLOCK: tl.constexpr,
 ):
-    centre, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    c = tl.program_id(2) * C_BLOCK + tl.arange(0, C_BLOCK)
+    centre, image = tl.program_id(0) % K, (tl.program_id(0) // K).to(tl.int64)
+    c = tl.program_id(1) * C_BLOCK + tl.arange(0, C_BLOCK)
     m = tl.arange(0, M_BLOCK)
     in_row = c < C
     total = 0.0
@@ -147,11 +147,11 @@ def cluster(
     device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
     with device:
         for _ in range(iterations):
-            affinity_kernel[(k, b)](
+            affinity_kernel[(k * b,)](
                 x, centres, *tables, affinity, *x.stride(), temperature, n, k,
                 C=channels, M=m, M_BLOCK=m_block, J=j, J_BLOCK=j_block, C_BLOCK=c_block,
             )  # fmt: skip
-            centres_kernel[(k, b, triton.cdiv(channels, wide_block))](
+            centres_kernel[(k * b, triton.cdiv(channels, wide_block))](
                 x, affinity, *tables, centres, *x.stride(), n, k,
                 C=channels, M=m, M_BLOCK=m_block, J=j, C_BLOCK=wide_block,
             )  # fmt: skip
