@@ -155,7 +155,9 @@ def test_the_operator_checks_what_it_is_given(require_native):
         ((x, [2, 4], [1, 2], 1, 3, 0.02), "x: expected 8 tokens"),
         ((x, [2, 3], [3, 2], 1, 3, 0.02), "grid: expected 1 to 2, got 3"),
         ((x, [2, 3], [1, 2], 0, 3, 0.02), "iterations: expected at least 1"),
-        ((x, [2, 3], [1, 2], 1, 2, 0.02), "window: expected an odd number, got 2"),
+        ((x, [2, 3], [1, 2], 1, 2, 0.02), "window: expected an odd number up to 13, got 2"),
+        ((x, [2, 3], [1, 2], 1, 2**63 - 1, 0.02), "window: expected an odd number up to 13"),
+        ((x, [2**32, 3], [1, 2], 1, 3, 0.02), "size: expected less than 2^31, got 4294967296"),
     ):
         with pytest.raises(RuntimeError, match=re.escape(message)):
             op(*given)

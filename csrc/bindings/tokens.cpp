@@ -18,10 +18,11 @@ std::tuple<Tensor, Tensor> cluster_tokens(const Tensor& x, IntHeaderOnlyArrayRef
   const casvit::DType dtype = dtype_of(x, "x");
   STD_TORCH_CHECK(size.size() == 2, "size: expected (H, W), got ", size.size(), " numbers");
   STD_TORCH_CHECK(grid.size() == 2, "grid: expected (h, w), got ", grid.size(), " numbers");
-  for (size_t i = 0; i < 2; ++i)
-    STD_TORCH_CHECK(0 < grid[i] && grid[i] <= size[i] && size[i] <= x.size(1),
-                    "grid, size: expected 1 to ", size[i], " cells of at most ", x.size(1),
-                    " tokens, got ", grid[i]);
+  for (size_t i = 0; i < 2; ++i) {
+    STD_TORCH_CHECK(0 < grid[i] && grid[i] <= size[i], "grid: expected 1 to ", size[i], ", got ",
+                    grid[i]);
+    STD_TORCH_CHECK(size[i] < int64_t{1} << 31, "size: expected less than 2^31, got ", size[i]);
+  }
   STD_TORCH_CHECK(x.size(1) == size[0] * size[1], "x: expected ", size[0] * size[1],
                   " tokens in dimension 1, got ", x.size(1));
   STD_TORCH_CHECK(iterations > 0, "iterations: expected at least 1, got ", iterations);
