@@ -42,6 +42,47 @@ struct GatesShared {
   }
 };
 
+// Sums of z s of two chunks over an image's units, by a warp on tensor cores. Rows of A are s of a
+// pair's first and second pixels, and what rounding left over of these; its columns and B's rows
+// are units; B's columns are two pixels x four channels. spatial(unit): this lane's word of A, of
+// its units from `unit` on, zero behind the last. at(which chunk, channels 2 lane and the next) in
+// lanes 0 and 1.
+template <class T, class Spatial, class At>
+CASVIT_DEVICE void sum_two_chunks(const Cut& c, uint32_t first_unit, int units, bool two,
+                                  Spatial&& spatial, At&& at) {
+  const int lane = thread_index() % 32;
+  // Row of A, and pixel of the row and of the column.
+  const bool counts = lane / 4 < 4 && (lane / 4 & 1) == (lane >> 1 & 1);
+  const uint32_t last_unit = first_unit + (units - 1) * pair_bytes(c);
+  const uint32_t next_chunk = two ? kUnitBytes : 0;
+  uint32_t mine = first_unit + lane * pair_bytes(c);
+  float d[2][4] = {};
+#pragma unroll 2
+  for (int unit = 0; unit < units; unit += 32) {
+    uint32_t b[2][4];
+    const uint32_t address = mine < last_unit ? mine : last_unit;  // behind it s is zero
+    ldmatrix_x4_transposed(b[0], address);
+    ldmatrix_x4_transposed(b[1], address + next_chunk);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      const uint32_t s[4] = {spatial(unit + step * 16), 0u, spatial(unit + step * 16 + 8), 0u};
+      mma<T>(d[0], s, b[0] + 2 * step);
+      mma<T>(d[1], s, b[1] + 2 * step);
+    }
+    mine += 32 * pair_bytes(c);
+  }
+#pragma unroll
+  for (int which = 0; which < 2; ++which) {
+    float first = counts ? d[which][0] : 0.0f, second = counts ? d[which][1] : 0.0f;
+#pragma unroll
+    for (int mask = 2; mask <= 8; mask *= 2) {
+      first += shuffle_xor(first, mask);
+      second += shuffle_xor(second, mask);
+    }
+    if (lane < 2 && (which == 0 || two)) at(which, float2{first, second});
+  }
+}
+
 template <class T, int ROWS>
 CASVIT_DEVICE void gates_block(const GatesArguments& a) {
   const Maps& m = a.maps;
@@ -132,58 +173,25 @@ CASVIT_DEVICE void gates_block(const GatesArguments& a) {
   }
   sync_threads();
 
-  // Rows of A: s of a pair's first and second pixels, and what rounding left over of these; its
-  // columns and B's rows are units; B's columns are two pixels x four channels. An image at a time:
-  // a NaN of another one would not vanish times zero.
-  const int source = lane / 4;  // row of A
-  const bool counts =
-      source < 4 && (source & 1) == (lane >> 1 & 1);  // pixel of the row and of the column
+  // An image at a time: a NaN of another one would not vanish times zero.
   const int pairs_of_chunks = (chunks + 1) / 2;
   const Divisor by_pairs(pairs_of_chunks);
 #pragma unroll 1
   for (int task = warp; task < c.images * pairs_of_chunks; task += kWarps) {
     const int image = by_pairs.quotient(task), chunk = by_pairs.remainder(task, image) * 2;
     if (box.image + image >= m.images) continue;
-    const uint32_t first_unit =
-        shared_base() + (image * box.rows + 1) * row_bytes + chunk * kUnitBytes;
-    const uint32_t last_unit = first_unit + (shared.units - 1) * pair_bytes(c);
-    const uint32_t next_chunk = chunk + 1 < chunks ? kUnitBytes : 0;
-    uint32_t mine = first_unit + lane * pair_bytes(c);
-    uint32_t from =
-        shared.gates + ((image * 4 + (source & 3)) * shared.units_padded + lane % 4 * 2) * 2;
-    float d[2][4] = {};
-#pragma unroll 2
-    for (int unit = 0; unit < shared.units; unit += 32) {
-      uint32_t b[2][4];
-      const uint32_t address = mine < last_unit ? mine : last_unit;  // behind it s is zero
-      ldmatrix_x4_transposed(b[0], address);
-      ldmatrix_x4_transposed(b[1], address + next_chunk);
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        const uint32_t s[4] = {load_shared<uint32_t>(from + step * 32), 0u,
-                               load_shared<uint32_t>(from + step * 32 + 16), 0u};
-        mma<T>(d[0], s, b[0] + 2 * step);
-        mma<T>(d[1], s, b[1] + 2 * step);
-      }
-      mine += 32 * pair_bytes(c);
-      from += 64;
-    }
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      float first = counts ? d[which][0] : 0.0f, second = counts ? d[which][1] : 0.0f;
-#pragma unroll
-      for (int mask = 2; mask <= 8; mask *= 2) {
-        first += shuffle_xor(first, mask);
-        second += shuffle_xor(second, mask);
-      }
-      if (lane < 2 && chunk + which < chunks)
-        store_global(reinterpret_cast<float2*>(
-                         a.sums +
-                         (static_cast<int64_t>(block_x() * 2 + z) * m.images + box.image + image) *
-                             m.padded +
-                         (chunk + which) * kChunk + lane * 2),
-                     float2{first, second});
-    }
+    const uint32_t from =
+        shared.gates + ((image * 4 + (lane / 4 & 3)) * shared.units_padded + lane % 4 * 2) * 2;
+    float* sums =
+        a.sums +
+        (static_cast<int64_t>(block_x() * 2 + z) * m.images + box.image + image) * m.padded +
+        chunk * kChunk + lane * 2;
+    sum_two_chunks<T>(
+        c, shared_base() + (image * box.rows + 1) * row_bytes + chunk * kUnitBytes, shared.units,
+        chunk + 1 < chunks, [&](int unit) { return load_shared<uint32_t>(from + unit * 2); },
+        [&](int which, float2 two) {
+          store_global(reinterpret_cast<float2*>(sums + which * kChunk), two);
+        });
   }
 }
 

@@ -222,63 +222,33 @@ CASVIT_DEVICE void gates_of_slices(const SinglePassArguments& a, const SinglePas
   }
 }
 
-// Sums of z s over the block's pixels: floats (2, images, channels of the cut). As the gates'
-// kernel makes them; rows of A are s of a pair's first and second pixels, and what rounding left
-// over of these.
+// Sums of z s over the block's pixels: floats (2, images, channels of the cut).
 template <class T>
 CASVIT_DEVICE void sum_channels(const SinglePassArguments& a, const SinglePassShared& shared,
                                 int image0, int chunks) {
   const Cut& c = a.cut;
   const int lane = thread_index() % 32, warp = thread_index() / 32, source = lane / 4 & 3;
-  const bool counts = lane / 4 < 4 && (source & 1) == (lane >> 1 & 1);
   const uint32_t halves = source & 2 ? 0x7632u : 0x5410u;
-  const int units = shared.own_rows * shared.pairs, pairs_of_chunks = (chunks + 1) / 2;
+  const int pairs_of_chunks = (chunks + 1) / 2;
   const Divisor by_pairs(pairs_of_chunks);
 #pragma unroll 1
   for (int task = warp; task < 2 * c.images * pairs_of_chunks; task += kWarps) {
     const int line = by_pairs.quotient(task), chunk = by_pairs.remainder(task, line) * 2;
     const int z = line >= c.images, image = line - z * c.images;
     if (image0 + image >= a.maps.images) continue;
-    const uint32_t first_unit = shared_base() + z * shared.u +
-                                (image * shared.tile_rows + 1) * shared.row_bytes +
-                                chunk * kUnitBytes;
-    const uint32_t last_unit = first_unit + (units - 1) * pair_bytes(c);
-    const uint32_t next_chunk = chunk + 1 < chunks ? kUnitBytes : 0;
-    uint32_t mine = first_unit + lane * pair_bytes(c);
-    uint32_t from =
+    const uint32_t from =
         shared.spatial + ((line * 2 + (source & 1)) * shared.units_padded + lane % 4 * 2) * 4;
-    float d[2][4] = {};
-#pragma unroll 2
-    for (int unit = 0; unit < units; unit += 32) {
-      uint32_t b[2][4];
-      const uint32_t address = mine < last_unit ? mine : last_unit;  // behind it s is zero
-      ldmatrix_x4_transposed(b[0], address);
-      ldmatrix_x4_transposed(b[1], address + next_chunk);
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        const uint2 low = load_shared<uint2>(from + step * 64);
-        const uint2 high = load_shared<uint2>(from + step * 64 + 32);
-        const uint32_t s[4] = {permute_bytes(low.x, low.y, halves), 0u,
-                               permute_bytes(high.x, high.y, halves), 0u};
-        mma<T>(d[0], s, b[0] + 2 * step);
-        mma<T>(d[1], s, b[1] + 2 * step);
-      }
-      mine += 32 * pair_bytes(c);
-      from += 128;
-    }
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      float first = counts ? d[which][0] : 0.0f, second = counts ? d[which][1] : 0.0f;
-#pragma unroll
-      for (int mask = 2; mask <= 8; mask *= 2) {
-        first += shuffle_xor(first, mask);
-        second += shuffle_xor(second, mask);
-      }
-      if (lane < 2 && chunk + which < chunks)
-        store_shared(
-            shared.sums + (line * c.chunks * kChunk + (chunk + which) * kChunk + lane * 2) * 4,
-            float2{first, second});
-    }
+    const uint32_t sums = shared.sums + ((line * c.chunks + chunk) * kChunk + lane * 2) * 4;
+    sum_two_chunks<T>(
+        c,
+        shared_base() + z * shared.u + (image * shared.tile_rows + 1) * shared.row_bytes +
+            chunk * kUnitBytes,
+        shared.own_rows * shared.pairs, chunk + 1 < chunks,
+        [&](int unit) {
+          const uint2 words = load_shared<uint2>(from + unit * 4);
+          return permute_bytes(words.x, words.y, halves);
+        },
+        [&](int which, float2 two) { store_shared(sums + which * kChunk * 4, two); });
   }
 }
 
