@@ -222,12 +222,16 @@ def test_without_the_native_library_it_says_so_once_and_computes():
     assert done.stderr.count("reference path") == 1
 
 
-def test_an_unknown_instruction_set_is_refused():
+@pytest.mark.parametrize(
+    "call",
+    [
+        "casvit_kernels.FusedCATM(4).eval()(torch.randn(1, 4, 3, 3))",
+        "casvit_kernels.tokens.cluster_tokens(torch.randn(1, 9, 4), (3, 3), (2, 2))",
+    ],
+)
+def test_an_unknown_instruction_set_is_refused(call):
     require_native()
-    script = (
-        "import torch, casvit_kernels\n"
-        "casvit_kernels.FusedCATM(4).eval()(torch.randn(1, 4, 3, 3))\n"
-    )
+    script = f"import torch, casvit_kernels, casvit_kernels.tokens\n{call}\n"
     done = python(script, CASVIT_KERNELS_CPU_ISA="mmx")
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]

@@ -11,7 +11,6 @@ from .registry import (
     check_name,
     first_choice,
     get,
-    requested,
     select,
     use_backend,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "check_name",
     "first_choice",
     "get",
-    "requested",
     "select",
     "use_backend",
 ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -96,8 +96,17 @@ def get(name: str) -> Backend:
     return _REGISTRY[name]
 
 
-def select(requested: str | None, problem: Problem) -> Backend:
+def select(
+    requested: str | None,
+    problem: Problem,
+    among: Container[str] | None = None,
+    operation: str = "",
+) -> Backend:
     """The backend that serves `problem`; see the module docstring for the order.
+
+    Args:
+        among: the backends that have the operation, "reference" among them; None: all.
+        operation: its name, for the error.
 
     Raises:
         ValueError: the environment variable names no known backend.
@@ -106,6 +115,11 @@ def select(requested: str | None, problem: Problem) -> Backend:
     name, origin = _asked(requested)
     check_name(name, origin)
     if name is not None:
+        if among is not None and name not in among:
+            able = ", ".join(n for n in _REGISTRY if n in among)
+            raise BackendUnavailable(
+                f"{origin}={name!r} has no kernels for {operation}; those that do: {able}"
+            )
         backend = _REGISTRY[name]
         reason = backend.why_not(problem)
         if reason is not None:
@@ -115,22 +129,13 @@ def select(requested: str | None, problem: Problem) -> Backend:
             )
         return backend
     for backend in _in_order(problem.device, problem.ordinal):
+        if among is not None and backend.name not in among:
+            continue
         if backend.why_not(problem) is None:
             if backend.name == "reference":
                 _say_once(problem)
             return backend
     raise AssertionError("the reference backend serves every problem")
-
-
-def requested() -> str | None:
-    """The backend that `use_backend` or the environment asks for, None where the choice is automatic.
-
-    Raises:
-        ValueError: the environment variable names no known backend.
-    """
-    name, origin = _asked(None)
-    check_name(name, origin)
-    return name
 
 
 def first_choice(requested: str | None) -> str:

@@ -80,6 +80,13 @@ def add_model(parser: argparse.ArgumentParser, checkpoint: bool = True) -> None:
         )
 
 
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """--images."""
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="photographs of your own (default: shipped ones)"
+    )
+
+
 def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=positive, metavar="N",

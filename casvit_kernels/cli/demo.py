@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import demo
 from ..demo import terminal
-from .arguments import Outcome, add_model, add_seed, add_threads, add_verb, refusing
+from .arguments import Outcome, add_images, add_model, add_seed, add_threads, add_verb, refusing
 
 
 def add(verbs: Any) -> None:
@@ -25,9 +25,7 @@ def add(verbs: Any) -> None:
         "casvit-kernels demo --images ~/Pictures --checkpoint rcvit_xs.pth",
     )
     add_model(verb)
-    verb.add_argument(
-        "--images", type=Path, metavar="DIR", help="photographs of your own (default: shipped ones)"
-    )
+    add_images(verb)
     verb.add_argument(
         "--output", type=Path, metavar="PATH", default=Path("casvit_report.html"),
         help="the report, replaced if it exists (default: %(default)s)",

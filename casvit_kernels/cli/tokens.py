@@ -9,7 +9,7 @@ from typing import Any
 
 from ..demo import tokens
 from ..demo.tokens import page
-from .arguments import Outcome, add_seed, add_threads, add_verb, positive, refusing
+from .arguments import Outcome, add_images, add_seed, add_threads, add_verb, positive, refusing
 
 
 def add(verbs: Any) -> None:
@@ -34,9 +34,7 @@ def add(verbs: Any) -> None:
         "--checkpoint", type=Path, metavar="PATH",
         help="trained weights of it (default: random ones)",
     )  # fmt: skip
-    verb.add_argument(
-        "--images", type=Path, metavar="DIR", help="photographs of your own (default: shipped ones)"
-    )
+    add_images(verb)
     verb.add_argument(
         "--size", type=positive, metavar="PIXELS",
         help="height and width of the model's input (default: what it was made for)",

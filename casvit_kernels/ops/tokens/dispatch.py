@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends import BackendUnavailable, Problem, get, requested, select
+from ...backends import Problem, select
 from ..tracing import exporting, formulas_only
 from . import kernels, local, reference, schema
 from .cells import Size
@@ -54,16 +54,8 @@ def reconstruct(
 
 
 def _choose(device: str, dtype: torch.dtype, index: int | None) -> str:
-    problem = Problem(device, dtype, 0, index)
     able = (*kernels.known(), "reference")
-    asked = requested()
-    if asked is None:
-        return next(name for name in able if get(name).why_not(problem) is None)
-    if asked not in able:
-        raise BackendUnavailable(
-            f"backend {asked!r} has no kernels for token clustering; those that do: {', '.join(able)}"
-        )
-    return select(asked, problem).name
+    return select(None, Problem(device, dtype, 0, index), able, "token clustering").name
 
 
 # A compiled function keeps the choice it was compiled with, as of the mixer.
