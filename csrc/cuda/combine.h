@@ -67,14 +67,34 @@ CASVIT_DEVICE uint2 gated(uint2 q, uint2 k, const float (&gq)[4], const float (&
   return {two(q.x, k.x, 0), two(q.y, k.y, 2)};
 }
 
-// Channel means as the product below takes them, two of a word: rounded, and what that leaves over
-// in the `mean_words` behind. word: of the image's means.
-template <class T>
-CASVIT_DEVICE void store_means(uint32_t to, int word, int mean_words, float first, float second) {
-  const uint32_t rounded = pack2<T>(first, second);
-  store_shared(to + word * 4, rounded);
-  store_shared(to + (mean_words + word) * 4,
-               pack2<T>(first - low2<T>(rounded), second - high2<T>(rounded)));
+// Means of all channels as the product below takes them, two of a word: rounded, and what that
+// leaves over in the `mean_words` behind; also out to `pooled` unless it is null. sum(z, image of
+// the block's, channel): the sums over the pixels of that channel and the next.
+template <class T, class Sum>
+CASVIT_DEVICE void make_means(const Maps& m, const Cut& c, uint32_t means, int mean_words,
+                              float* pooled, int image0, int images, Sum&& sum) {
+  const int lane = thread_index() % 32, warp = thread_index() / 32;
+  const int words = PackedLayout(m.channels, m.padded).channel_steps * 8;
+  const float scale = 1.0f / (static_cast<float>(m.height) * static_cast<float>(m.width));
+  for (int line = warp; line < 2 * images; line += kWarps) {
+    const int z = line >= images, image = line - z * images;
+    const uint32_t to = means + (z * c.images + image) * 2 * mean_words * 4;
+    for (int word = lane; word < words; word += 32) {
+      float2 two{0.0f, 0.0f};
+      if (2 * word < m.padded) two = sum(z, image, 2 * word);
+      const float first = two.x * scale, second = two.y * scale;
+      const uint32_t rounded = pack2<T>(first, second);
+      store_shared(to + word * 4, rounded);
+      store_shared(to + (mean_words + word) * 4,
+                   pack2<T>(first - low2<T>(rounded), second - high2<T>(rounded)));
+      if (pooled) {
+        float* out =
+            pooled + (static_cast<int64_t>(z) * m.images + image0 + image) * m.channels + 2 * word;
+        if (2 * word < m.channels) store_global(out, first);
+        if (2 * word + 1 < m.channels) store_global(out + 1, second);
+      }
+    }
+  }
 }
 
 // The gates of the block's channels and images from these means, (2, images of the cut, 2,
@@ -132,37 +152,22 @@ CASVIT_DEVICE void gates_of_sums(const CombineArguments& a, const CombineShared&
                                  int chunk0, int chunks, bool first_tile, bool first_slice) {
   const Maps& m = a.maps;
   const Cut& c = a.cut;
-  const int lane = thread_index() % 32, warp = thread_index() / 32;
   const int images = m.images - image0 < c.images ? m.images - image0 : c.images;
-  const int steps = PackedLayout(m.channels, m.padded).channel_steps;
-  const float scale = 1.0f / (static_cast<float>(m.height) * static_cast<float>(m.width));
-  for (int line = warp; line < 2 * images; line += kWarps) {
-    const int z = line >= images, image = line - z * images;
-    const float* sums = a.sums + (static_cast<int64_t>(z) * m.images + image0 + image) * m.padded;
-    const uint32_t to = shared.means + (z * c.images + image) * 2 * shared.mean_words * 4;
-    for (int word = lane; word < steps * 8; word += 32) {
-      float first = 0.0f, second = 0.0f;
-      if (2 * word < m.padded) {
-        const float* from = sums + 2 * word;
+  make_means<T>(
+      m, c, shared.means, shared.mean_words, first_tile && first_slice ? a.pooled : nullptr, image0,
+      images, [&](int z, int image, int channel) {
+        const float* from =
+            a.sums + (static_cast<int64_t>(z) * m.images + image0 + image) * m.padded + channel;
+        float2 sum{0.0f, 0.0f};
 #pragma unroll 4
         for (int part = 0; part < a.parts; ++part) {
           const float2 two = load_constant(reinterpret_cast<const float2*>(from));
-          first += two.x;
-          second += two.y;
+          sum.x += two.x;
+          sum.y += two.y;
           from += static_cast<int64_t>(2 * m.images) * m.padded;
         }
-      }
-      first *= scale, second *= scale;
-      store_means<T>(to, word, shared.mean_words, first, second);
-      if (a.pooled && first_tile && first_slice) {
-        float* pooled = a.pooled +
-                        (static_cast<int64_t>(z) * m.images + image0 + image) * m.channels +
-                        2 * word;
-        if (2 * word < m.channels) store_global(pooled, first);
-        if (2 * word + 1 < m.channels) store_global(pooled + 1, second);
-      }
-    }
-  }
+        return sum;
+      });
   sync_threads();
   channel_gates<T>(m, c, a.packed, shared.means, shared.mean_words, shared.gates,
                    first_tile ? a.channel : nullptr, image0, images, chunk0, chunks);

@@ -42,6 +42,31 @@ struct GatesShared {
   }
 };
 
+// Adds chunks [first, last) of a gate to a warp's logits of one tile of positions; `index`: of the
+// gate's chunk 0 among the packed ones. address: as `depthwise`, of chunk 0. logits[row][i]: of
+// positions lane / 4 and lane / 4 + 8 the pixel (lane % 4) / 2, over two of each chunk's channels.
+template <class T, int ROWS>
+CASVIT_DEVICE void add_logits(float (&logits)[ROWS][2], const uint4* packed,
+                              const PackedLayout& layout, int index, int first, int last,
+                              uint32_t address, uint32_t row_bytes) {
+  const int lane = thread_index() % 32;
+#pragma unroll 1
+  for (int chunk = first; chunk < last; ++chunk) {
+    uint32_t taps[12];
+    load_exact_taps(taps, packed, index + chunk, lane);
+    const float4 of = load_constant(reinterpret_cast<const float4*>(packed) + layout.gate_rows +
+                                    (index + chunk) * 2 + (lane & 1));
+    const float bias[4] = {of.x, of.z, of.x, of.z};
+    depthwise<T, ROWS, true>(
+        address + chunk * kUnitBytes, row_bytes, taps, bias, [&](int row, const float (&d)[4]) {
+          logits[row][0] = fused_multiply_add(relu(d[0]), of.y, logits[row][0]);
+          logits[row][1] = fused_multiply_add(relu(d[2]), of.y, logits[row][1]);
+          logits[row][0] = fused_multiply_add(relu(d[1]), of.w, logits[row][0]);
+          logits[row][1] = fused_multiply_add(relu(d[3]), of.w, logits[row][1]);
+        });
+  }
+}
+
 // Sums of z s of two chunks over an image's units, by a warp on tensor cores. Rows of A are s of a
 // pair's first and second pixels, and what rounding left over of these; its columns and B's rows
 // are units; B's columns are two pixels x four channels. spatial(unit): this lane's word of A, of
@@ -117,22 +142,8 @@ CASVIT_DEVICE void gates_block(const GatesArguments& a) {
 
   if (group < shared.groups) {
     const Divisor by_groups(shared.groups);
-    const int last = by_groups.quotient((group + 1) * chunks);
-#pragma unroll 1
-    for (int chunk = by_groups.quotient(group * chunks); chunk < last; ++chunk) {
-      uint32_t taps[12];
-      load_exact_taps(taps, a.packed, z * chunks + chunk, lane);
-      const float4 of = load_constant(reinterpret_cast<const float4*>(a.packed) + layout.gate_rows +
-                                      (z * chunks + chunk) * 2 + (lane & 1));
-      const float bias[4] = {of.x, of.z, of.x, of.z};
-      depthwise<T, ROWS, true>(
-          address + chunk * kUnitBytes, row_bytes, taps, bias, [&](int row, const float (&d)[4]) {
-            logits[row][0] = fused_multiply_add(relu(d[0]), of.y, logits[row][0]);
-            logits[row][1] = fused_multiply_add(relu(d[2]), of.y, logits[row][1]);
-            logits[row][0] = fused_multiply_add(relu(d[1]), of.w, logits[row][0]);
-            logits[row][1] = fused_multiply_add(relu(d[3]), of.w, logits[row][1]);
-          });
-    }
+    add_logits<T, ROWS>(logits, a.packed, layout, z * chunks, by_groups.quotient(group * chunks),
+                        by_groups.quotient((group + 1) * chunks), address, row_bytes);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Position mine = positions.at(tile * kPositions + half * 8 + lane / 4);

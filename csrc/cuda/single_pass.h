@@ -155,23 +155,8 @@ CASVIT_DEVICE void logits_of_slice(const SinglePassArguments& a, const SinglePas
     float logits[ROWS][2];
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) logits[row][0] = logits[row][1] = 0.0f;
-#pragma unroll 1
-    for (int chunk = first; chunk < last; ++chunk) {
-      const int index = z * all + chunk0 + chunk;
-      uint32_t taps[12];
-      load_exact_taps(taps, a.packed, index, lane);
-      const float4 of = load_constant(reinterpret_cast<const float4*>(a.packed) + layout.gate_rows +
-                                      index * 2 + (lane & 1));
-      const float bias[4] = {of.x, of.z, of.x, of.z};
-      depthwise<T, ROWS, true>(
-          address + chunk * kUnitBytes, shared.row_bytes, taps, bias,
-          [&](int row, const float (&d)[4]) {
-            logits[row][0] = fused_multiply_add(relu(d[0]), of.y, logits[row][0]);
-            logits[row][1] = fused_multiply_add(relu(d[2]), of.y, logits[row][1]);
-            logits[row][0] = fused_multiply_add(relu(d[1]), of.w, logits[row][0]);
-            logits[row][1] = fused_multiply_add(relu(d[3]), of.w, logits[row][1]);
-          });
-    }
+    add_logits<T, ROWS>(logits, a.packed, layout, z * all + chunk0, first, last, address,
+                        shared.row_bytes);
     // A pixel's channels lie in two lanes: the even one goes on with the first of their positions,
     // the odd one with the second. Pixel 0 of a position is the second of its input pair, pixel 1
     // the first of the next.
@@ -258,36 +243,23 @@ CASVIT_DEVICE void gates_of_cluster(const SinglePassArguments& a, const SinglePa
                                     const Rank& rank, int image0, int chunk0, int chunks) {
   const Maps& m = a.maps;
   const Cut& c = a.cut;
-  const int lane = thread_index() % 32, warp = thread_index() / 32;
   const int images = m.images - image0 < c.images ? m.images - image0 : c.images;
-  const int steps = PackedLayout(m.channels, m.padded).channel_steps;
-  const float scale = 1.0f / (static_cast<float>(m.height) * static_cast<float>(m.width));
   const Divisor by_slice(c.chunks * kChunk);
-  for (int line = warp; line < 2 * images; line += kWarps) {
-    const int z = line >= images, local = line - z * images, row = z * c.images + local;
-    for (int word = lane; word < steps * 8; word += 32) {
-      float first = 0.0f, second = 0.0f;
-      if (2 * word < m.padded) {
-        const int slice = by_slice.quotient(2 * word);
+  make_means<T>(
+      m, c, shared.means, shared.mean_words, rank.band == 0 && rank.slice == 0 ? a.pooled : nullptr,
+      image0, images, [&](int z, int image, int channel) {
+        const int slice = by_slice.quotient(channel);
         const uint32_t from =
-            shared.sums + (row * c.chunks * kChunk + by_slice.remainder(2 * word, slice)) * 4;
+            shared.sums +
+            ((z * c.images + image) * c.chunks * kChunk + by_slice.remainder(channel, slice)) * 4;
+        float2 sum{0.0f, 0.0f};
         for (int band = 0; band < rank.bands; ++band) {
           const float2 two = load_cluster_shared<float2>(rank.of(band, slice), from);
-          first += two.x;
-          second += two.y;
+          sum.x += two.x;
+          sum.y += two.y;
         }
-      }
-      first *= scale, second *= scale;
-      store_means<T>(shared.means + row * 2 * shared.mean_words * 4, word, shared.mean_words, first,
-                     second);
-      if (a.pooled && rank.band == 0 && rank.slice == 0) {
-        float* to = a.pooled + (static_cast<int64_t>(z) * m.images + image0 + local) * m.channels +
-                    2 * word;
-        if (2 * word < m.channels) store_global(to, first);
-        if (2 * word + 1 < m.channels) store_global(to + 1, second);
-      }
-    }
-  }
+        return sum;
+      });
   sync_threads();
   channel_gates<T>(m, c, a.packed, shared.means, shared.mean_words, shared.gates,
                    rank.band == 0 ? a.channel : nullptr, image0, images, chunk0, chunks);
