@@ -1,5 +1,5 @@
-// Written by gelu_table.py. GELU(x) - ReLU(x) = sum of COEFFICIENT[k][i] (|x| - i STEP)^k on the
-// interval i nearest to |x| / STEP.
+// Written by gelu_table.py. GELU(x) - ReLU(x) = sum of COEFFICIENT[k][i] (|x| - i STEP)^k, on
+// the interval i nearest to |x| / STEP.
 // clang-format off
 #pragma once
 

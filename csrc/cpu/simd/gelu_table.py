@@ -17,8 +17,8 @@ import numpy as np
 INTERVALS = 16
 TABLES = {"FINE": (5, 5.5), "COARSE": (2, 4.5)}  # degree, range: for float32, for bf16
 TARGET = Path(__file__).with_name("gelu_table.h")
-HEAD = """// Written by gelu_table.py. GELU(x) - ReLU(x) = sum of COEFFICIENT[k][i] (|x| - i STEP)^k on the
-// interval i nearest to |x| / STEP.
+HEAD = """// Written by gelu_table.py. GELU(x) - ReLU(x) = sum of COEFFICIENT[k][i] (|x| - i STEP)^k, on
+// the interval i nearest to |x| / STEP.
 // clang-format off
 #pragma once
 """
