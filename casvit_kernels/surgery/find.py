@@ -5,7 +5,7 @@ May import: fold.py, recording.py, graph.py, reading.py, ops/network.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +15,17 @@ from ..ops.mixer.norms import eps_of, is_frozen
 from ..ops.mixer.structure import is_parametrized
 from ..ops.network import reference
 from ..ops.network.fold import flat
+from ..ops.network.packed import Found
 from .fold import plain_copy
 from .graph import Graph
-from .reading import Found, NetworkUnsupported, read
+from .reading import NetworkUnsupported, read
 from .recording import SAME, Recording
 
 # Images, height, width: of odd sides the second time, so that nothing fits by chance.
 _PROBE, _SECOND = (2, 64, 96), (3, 77, 45)
 
 
-class Network(NamedTuple):
-    """What was found: the network, and how the model hands out its outputs."""
-
-    found: Found
-    spec: Any  # tree of the model's result
-
-
-def find(model: nn.Module, shape: tuple[int, ...] | None = None) -> Network:
+def find(model: nn.Module, shape: tuple[int, ...] | None = None) -> Found:
     """The network that ``model`` computes in eval mode.
 
     Neither the model nor a random number generator is touched.
@@ -70,7 +64,7 @@ def find(model: nn.Module, shape: tuple[int, ...] | None = None) -> Network:
         _prove(found, weights, first)
         second = (_SECOND[0], found.plan.in_chans, *_SECOND[1:])
         _prove(found, weights, _record(probe, second, scopes, generator))
-    return Network(found, spec)
+    return found._replace(spec=spec)
 
 
 def _check_plain(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, NoReturn
 
 from ..ops.network.fold import Block, Gate, Layer, Norm, Sources, StageSources
+from ..ops.network.packed import Found
 from ..ops.network.plan import LOGITS, MAP, MAPS, POOLED, Plan, Stage
 from .graph import Graph, Node
 
@@ -44,17 +45,6 @@ class NetworkUnsupported(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.layer, self.reason)
-
-
-class Found(NamedTuple):
-    """A network that was read.
-
-    order: for each tensor that the model returns its place among the outputs of the plan.
-    """
-
-    plan: Plan
-    sources: Sources
-    order: tuple[int, ...]
 
 
 class _Output(NamedTuple):
@@ -120,7 +110,7 @@ def read(graph: Graph, bare: bool) -> Found:
         else len(places)
         for o in outputs
     )
-    return Found(plan, sources, order)
+    return Found(plan, sources, order, bare)
 
 
 def _refuse(node: Node | None, reason: str) -> NoReturn:
