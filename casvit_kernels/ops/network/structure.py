@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 _BASE = frozenset(vars(nn.Module()))
 _SIMPLE = (bool, int, float, str, type(None))
@@ -57,8 +58,8 @@ class Watch:
         self._moded = [
             vars(m) for m in modules if type(m) not in _WITHOUT_MODE and "training" in vars(m)
         ]
-        self._hooks = [vars(m)[key] for m in modules for key in _HOOKS]
-        self._names = [name for name, _ in model.named_modules()]
+        self._names: list[str] = [name for name, _ in model.named_modules()]
+        self._hooks_until = -1  # number of the last handle when there were no hooks
         # The dictionaries that hold tensors, and of each tensor of the model where it is.
         self.registered: list[dict[str, Tensor | None]] = [
             d  # type: ignore[misc]
@@ -92,8 +93,18 @@ class Watch:
         return any(map(_training, self._moded))
 
     def hooked(self) -> bool:
-        """Whether somebody waits for the call of a module."""
-        return any(self._hooks)
+        """Whether somebody waits for the call of a module.
+
+        Every hook that is registered takes a number from one counter: where that stands still since
+        there were none, there are none. (To look at all of them takes as long as to look for changes.)
+        """
+        until = RemovableHandle.next_id
+        if until == self._hooks_until:
+            return False
+        if any(vars(m)[key] for m in self._modules for key in _HOOKS):
+            return True
+        self._hooks_until = until
+        return False
 
     def hooked_module(self) -> str:
         """The path of the first module with hooks, "" for the model itself."""
