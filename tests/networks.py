@@ -60,7 +60,7 @@ def assert_right(net: nn.Module, model: nn.Module, x: Tensor, wide: Tensor | Non
         owns.append(
             list(map(torch.cat, zip(*(flat(model(each)) for each in plain.split(1)), strict=True)))
         )
-    assert type(got) is type(model(plain))
+        assert type(got) is type(model(plain))
     assert len(flat(got)) == len(expected)
     for g, t, *own in zip(flat(got), expected, *owns, strict=True):
         assert g.shape == t.shape
