@@ -325,6 +325,16 @@ def test_computed_weights_are_refused_by_name() -> None:
     fuse_network(model)
 
 
+def test_compiled_models_are_refused() -> None:
+    model = tiny()
+    traced = torch.jit.trace(model, torch.zeros(1, 3, 64, 64), check_trace=False)
+    for other, reason in ((traced, "is TorchScript"), (torch.compile(model), "is compiled")):
+        with pytest.raises(NetworkUnsupported, match=reason):
+            fuse_network(other)
+        with pytest.raises(NetworkUnsupported, match=f"1: {reason}"):
+            fuse_network(nn.Sequential(nn.Identity(), other).eval())
+
+
 def test_a_replaced_forward_is_refused() -> None:
     model = tiny()
     layer = model.network[0][0].mlp

@@ -20,7 +20,7 @@ from ..ops.network.packed import Entry, Found, Memory, PackedNetwork, Reading
 from ..ops.network.plan import Plan
 from ..ops.network.structure import in_training
 from ..ops.tracing import exporting
-from .find import find
+from .find import check_plain, find
 from .fuse import StandIn
 from .reading import NetworkUnsupported
 
@@ -76,6 +76,7 @@ def fuse_network(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     precision = dispatch.check_precision(precision)
+    check_plain(model)
     shape = _example_shape(example_input)
     training = in_training(model)
     if training is not None:

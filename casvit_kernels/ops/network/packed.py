@@ -218,7 +218,7 @@ class PackedNetwork:
         if scratch is None or scratch.numel() < size:
             del scratch  # first: both at a time may be too much
             with torch.inference_mode(False):
-                scratch = torch.empty(size, dtype=torch.uint8)
+                scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
         kernels.infer(x, packed, reading.ints, self._precision, threads, scratch, outs)
         self._scratch.append(scratch)
 
