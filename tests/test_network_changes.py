@@ -256,6 +256,16 @@ def test_structures_that_kernels_compute(
     assert len(readings) == 2
 
 
+def test_other_channels(served, x) -> None:
+    model, net = fused(x)
+    model.patch_embed[0] = nn.Conv2d(4, 4, 3, 2, 1)
+    model.in_chans = 4
+    assert_right(net, model, torch.randn(2, 4, 40, 48))
+    assert served.calls == 2
+    with pytest.raises(ValueError, match="expected 4 channels"):
+        net(x)
+
+
 def test_mixers_fused_and_unfused(served, x) -> None:
     model, net = fused(x)
     fuse(model)

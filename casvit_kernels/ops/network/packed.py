@@ -142,6 +142,12 @@ class PackedNetwork:
         watch = Watch(self._model, self._caching)  # first: what changes meanwhile is seen later
         found = self._find(self._model)
         if self._normalize is not None:
+            channels, got = found.plan.in_chans, len(self._normalize[0])
+            if got != channels:
+                raise ValueError(
+                    f"normalize: expected {channels} means and deviations, one for each channel of the "
+                    f"model, got {got}"
+                )
             found = found._replace(plan=found.plan._replace(normalized=True))
         self._sizes = {}
         self._known = found
