@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from casvit_kernels import benchmark, fuse
+from casvit_kernels import benchmark
 from casvit_kernels.benchmark import network_speed, peak, processes
 from casvit_kernels.benchmark.network import candidate, names_for
 from casvit_kernels.models import CONFIGS, Config, RCViT, rcvit_xs
@@ -297,9 +297,7 @@ def by_hand(layers, dims, classes, size):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_multiply_adds_are_those_counted_by_hand(fused):
-    model = rcvit_xs()
-    if fused:
-        fuse(model)
+    model = rcvit_xs(fused=fused)
     before = [p.data_ptr() for p in model.parameters()]
     expected = by_hand(*CONFIGS["rcvit_xs"], 1000, 224)
     assert benchmark.macs(model, (1, 3, 224, 224)) == expected
