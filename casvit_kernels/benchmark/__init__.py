@@ -26,7 +26,7 @@ from .candidates import (
 from .environment import environment
 from .gpu import CudaStopwatch, call_time, graphed
 from .macs import macs
-from .network import NETWORK_NAMES, QUICK_NETWORK_NAMES, names_for
+from .network import NETWORK_NAMES, QUICK_NETWORK_NAMES, names_for, precisions
 from .network_speed import Exactness, NetworkSpeed, time_network
 from .peak import fma_peak
 from .processes import Race, race
@@ -78,6 +78,7 @@ __all__ = [
     "model_training_candidates",
     "names_for",
     "output_gradient",
+    "precisions",
     "race",
     "ratio_to_best",
     "summary",

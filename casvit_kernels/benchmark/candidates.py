@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..backends import BackendUnavailable, Problem, select
 from ..module import FusedCATM, mixer_weights
 from ..ops.mixer import kernels
-from ..surgery import fuse
+from ..ops.network import dispatch
+from ..surgery import fuse, fuse_network
 from .gpu import graphed
 from .timer import BF16, Call, Unavailable, is_bf16
 
@@ -137,10 +138,11 @@ def network_of(plain: nn.Module, bf16: bool = False) -> nn.Module:
     Raises:
         Unavailable: this CPU or this build has no such kernels.
     """
-    from .. import fuse_network
-
     try:
-        return fuse_network(plain, precision="bf16" if bf16 else "fp32")
+        found = fuse_network(plain, precision="bf16" if bf16 else "fp32")
+        if dispatch.chosen() is None:
+            raise Unavailable("there are no kernels for whole networks here")
+        return found
     except BackendUnavailable as error:
         raise Unavailable(str(error)) from error
 

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops.network import cpu
+from ..ops.network.kernels import PRECISIONS
 from .candidates import NETWORK, compiled, fused_model, network_of
 from .timer import BF16, Unavailable, is_bf16
 
@@ -46,6 +48,11 @@ class Candidate(NamedTuple):
     prepare: Callable[[Tensor], Any]  # images to what `run` takes: not timed
     run: Callable[[Any], Any]  # what is timed; gives a tensor or an array
     facts: dict[str, str]  # what is worth knowing of it, such as the precision it chose
+
+
+def precisions() -> list[str]:
+    """Those in which a whole network runs here; none where the native library is missing."""
+    return [name for name in PRECISIONS if cpu.has_precision(name)]
 
 
 def names_for(precision: str, quick: bool = False) -> list[str]:

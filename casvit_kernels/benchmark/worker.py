@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
+from ..module import UnfusedWarning
 from .network import candidate
 from .processes import IMAGES, MODEL, ONE_LINE, ONNX, output_of
 from .timer import Unavailable, WallStopwatch, enough_calls
@@ -23,6 +25,7 @@ from .timer import Unavailable, WallStopwatch, enough_calls
 
 def main(arguments: list[str]) -> None:
     folder, name, threads, *backend = arguments
+    warnings.simplefilter("error", UnfusedWarning)  # it would be timed as what it is not
     with _private_stdout() as answers:
 
         def answer(found: dict[str, Any]) -> None:
