@@ -181,5 +181,3 @@ def _prove(found: Found, weights: Tensor, recording: Recording) -> None:
             )
     if len(recording.outputs) != len(found.order):
         raise NetworkUnsupported("", "it returns another number of tensors at another size")
-
-

@@ -18,7 +18,7 @@ __all__ = ["FuseReport", "Refusal", "UnfuseReport", "fuse", "refusal", "share", 
 
 
 class StandIn(nn.Module):
-    """A module that shares the dictionaries of another one and stands for it; `unfuse` gives that back."""
+    """A module that shares the dictionaries of another one, which `unfuse` gives back."""
 
     def original(self) -> nn.Module:
         """The other one."""
@@ -142,7 +142,7 @@ def fuse(model: nn.Module, backend: str | None = None) -> FuseReport:
 
 
 @overload
-def unfuse(model: StandIn) -> nn.Module: ...
+def unfuse(model: StandIn) -> nn.Module: ...  # type: ignore[overload-overlap]
 @overload
 def unfuse(model: nn.Module) -> UnfuseReport: ...
 def unfuse(model: nn.Module) -> UnfuseReport | nn.Module:
@@ -178,9 +178,7 @@ def unfuse(model: nn.Module) -> UnfuseReport | nn.Module:
     for site in sites:
         child = site.child
         if id(child) not in plain:
-            plain[id(child)] = (
-                child.original() if isinstance(child, StandIn) else unfused(child)
-            )
+            plain[id(child)] = child.original() if isinstance(child, StandIn) else unfused(child)
         site.put(plain[id(child)])
     return UnfuseReport(tuple(site.name for site in sites), tuple(kept))
 

@@ -39,7 +39,12 @@ class Node:
     """
 
     def __init__(
-        self, kind: str, call: Call | None, shape: Sequence[int], inputs: Sequence[Node], **facts: Any
+        self,
+        kind: str,
+        call: Call | None,
+        shape: Sequence[int],
+        inputs: Sequence[Node],
+        **facts: Any,
     ) -> None:
         self.kind, self.shape, self.inputs, self.facts = kind, tuple(shape), tuple(inputs), facts
         self.scope = "" if call is None else call.scope
@@ -111,7 +116,9 @@ class Graph:
             f = _bound(_CONV[:3], args, kwargs, bias=None)
             return self._layer("linear", call, out, x, f)
         if call.function is F.batch_norm:
-            f = _bound(_NORM, args, kwargs, weight=None, bias=None, training=False, momentum=0, eps=1e-5)
+            f = _bound(
+                _NORM, args, kwargs, weight=None, bias=None, training=False, momentum=0, eps=1e-5
+            )
             keys = ("running_mean", "running_var", "weight", "bias")
             tensors = {key: None if f[key] is None else self.of(f[key]) for key in keys}
             return Node(
@@ -121,7 +128,11 @@ class Graph:
             return Node("relu", call, out.shape, [x])
         if name == "gelu":
             exact = kwargs.get("approximate", "none") == "none" and len(args) < 2
-            return Node("gelu", call, out.shape, [x]) if exact else None
+            if exact:
+                return Node("gelu", call, out.shape, [x])
+            approximate = self._other(call, out)
+            approximate.label = "gelu, approximated"
+            return approximate
         if name == "sigmoid":
             return Node("sigmoid", call, out.shape, [x])
         if name in _SAME:
@@ -171,13 +182,12 @@ class Graph:
                 or (t.shape[0], *t.shape[2:]) != (whole.shape[0], *whole.shape[2:])
             ):
                 return None
-            index, rest = divmod(t.storage_offset() - whole.storage_offset(), channels * t.stride(1))
+            offset = int(t.storage_offset()) - int(whole.storage_offset())
+            index, rest = divmod(offset, channels * t.stride(1))
             if rest:
                 return None
             of = whole.shape[1] // channels
-            found.append(
-                (t, Node("part", call, t.shape, [self.of(whole)], index=index, of=of))
-            )
+            found.append((t, Node("part", call, t.shape, [self.of(whole)], index=index, of=of)))
         return found
 
 

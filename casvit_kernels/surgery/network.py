@@ -1,4 +1,4 @@
-"""`fuse_network`: a whole CAS-ViT in one call on the CPU, found by structure; the model itself for the rest."""
+"""`fuse_network`: a whole CAS-ViT in one call on the CPU, and the model itself for all else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch.utils import _pytree
 from ..module import FusedCATM, UnfusedWarning
 from ..ops.network import dispatch, schema
 from ..ops.network.fold import Normalize
-from ..ops.network.packed import Found, Memory, PackedNetwork
+from ..ops.network.kernels import NetworkKernels
+from ..ops.network.packed import Entry, Found, Memory, PackedNetwork, Reading
 from ..ops.network.plan import Plan
 from ..ops.tracing import exporting
 from .find import find
@@ -112,7 +113,12 @@ class FusedNetwork(StandIn):
     """
 
     _model: nn.Module
+    _precision: str
+    _normalize: Normalize | None
+    _channels: int
     _packed: PackedNetwork
+    _handle: int
+    _warned: frozenset[str]
 
     def __init__(
         self,
@@ -183,27 +189,34 @@ class FusedNetwork(StandIn):
         kernels = dispatch.chosen()
         if kernels is None:
             return None
-        packed = self._packed
-        entry = None
-        while entry is None:
-            reading = packed.look()
-            found = reading.found
+        ready = self._ready(kernels)
+        if ready is None:
+            return None
+        reading, found, entry = ready
+        if entry.packed is None or (grad and entry.needs_grad()):
+            return None
+        outs = schema.outputs_like(x, found.plan)
+        if x.shape[0]:
+            threads = dispatch.thread_count()
+            self._packed.infer(kernels, x, reading, entry.packed, threads, outs)
+        return found, outs
+
+    def _ready(self, kernels: NetworkKernels) -> tuple[Reading, Found, Entry] | None:
+        """What the model is now and its packed weights, or None where it computes itself."""
+        while True:
+            reading = self._packed.look()
+            found, watch = reading.found, reading.watch
             if found is None:
                 self._warn_once(reading.refusal)
                 return None
-            watch = reading.watch
             if watch.training():
                 return None
             if watch.hooked():
                 self._warn_once(f"{watch.hooked_module() or 'the model'}: {_HOOKED}")
                 return None
-            entry = packed.entry(reading, kernels)
-        if entry.packed is None or (grad and entry.needs_grad()):
-            return None
-        outs = schema.outputs_like(x, found.plan)
-        if x.shape[0]:
-            packed.infer(kernels, x, reading, entry.packed, dispatch.thread_count(), outs)
-        return found, outs
+            entry = self._packed.entry(reading, kernels)
+            if entry is not None:
+                return reading, found, entry
 
     def _plain(self, x: Tensor) -> Any:
         """The model itself."""
@@ -312,7 +325,7 @@ class FusedNetwork(StandIn):
         """Why `casvit_kernels.unfuse` leaves it in a larger model, or None."""
         return None if self._normalize is None else "it normalises its input, the model does not"
 
-    @property  # type: ignore[override]
+    @property
     def training(self) -> bool:
         """The model's."""
         return self._model.training
@@ -361,10 +374,13 @@ class FusedNetwork(StandIn):
             delattr(self._model, name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(self._model)})
+        return sorted({*object.__dir__(self), *dir(self._model)})
 
     def extra_repr(self) -> str:
-        parts = [f"{type(self._model).__name__} in one call on the CPU", f"precision={self._precision!r}"]
+        parts = [
+            f"{type(self._model).__name__} in one call on the CPU",
+            f"precision={self._precision!r}",
+        ]
         if self._normalize is not None:
             parts.append(f"normalize={self._normalize!r}")
         return ", ".join(parts)
@@ -383,8 +399,8 @@ class FusedNetwork(StandIn):
         if reason is not None and reason not in self._warned:
             vars(self)["_warned"] = self._warned | {reason}
             warnings.warn(
-                f"a fused network runs its model, unfused: {reason}. It is right and slower; to run fused, "
-                "undo the change, or call fuse_network again",
+                f"a fused network runs its model, unfused: {reason}. It is right and slower; to run "
+                "fused, undo the change",
                 UnfusedWarning,
                 stacklevel=5,
             )
@@ -408,7 +424,9 @@ def _serves(network: FusedNetwork) -> bool:
         network._warn_once(reading.refusal)
         return False
     return (
-        not reading.watch.hooked() and not reading.watch.training() and dispatch.chosen() is not None
+        not reading.watch.hooked()
+        and not reading.watch.training()
+        and dispatch.chosen() is not None
     )
 
 

@@ -81,7 +81,9 @@ def read(graph: Graph, bare: bool) -> Found:
         elif index == len(ends) - 1 and (head is None or head == output):
             head = output
         else:
-            _refuse(node, "the model returns more of a stage than its map, or of an early one a mean")
+            _refuse(
+                node, "the model returns more of a stage than its map, or of an early one a mean"
+            )
     planned, found = [], []
     for index, (channels, embedding, blocks) in enumerate(stages):
         hidden = tuple(hidden for _, hidden in blocks)
@@ -193,7 +195,8 @@ _Blocks = list[tuple[Block, int]]
 
 def _trunk(node: Node, x: Node) -> tuple[list[Node], Any, list[tuple[int, Layer | None, _Blocks]]]:
     """Back from a map to the input: the maps behind the stages, the stem, and the stages."""
-    ends, stages = [node], []
+    ends = [node]
+    stages: list[tuple[int, Layer | None, _Blocks]] = []
     blocks: _Blocks = []
     while True:
         if node.kind == "add":
@@ -216,7 +219,7 @@ def _trunk(node: Node, x: Node) -> tuple[list[Node], Any, list[tuple[int, Layer 
 
 def _stem(node: Node, x: Node) -> tuple[Any, int]:
     channels = node.shape[1]
-    found = []
+    found: list[tuple[Layer, int, int]] = []
     for place in ("second", "first"):
         _expect(node, "relu", f"behind the {place} convolution of the stem")
         inner = node.inputs[0]

@@ -67,7 +67,8 @@ class Entry:
         self._copies = [dict(d) for d in watch.registered]
         self.tensors = [watch.tensor(name) for name in names]
         self.obstacle = next(
-            (f"{name}: {reason}" for name in names if (reason := _obstacle(watch.tensor(name)))), None
+            (f"{name}: {reason}" for name in names if (reason := _obstacle(watch.tensor(name)))),
+            None,
         )
         # `==` of dictionaries compares identities first, and values where they differ: of one element
         # an equal value is not enough.

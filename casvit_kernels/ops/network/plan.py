@@ -1,4 +1,4 @@
-"""What a network is beside its weights: stages, channels, what it returns; and how many weights it takes.
+"""What a network is beside its weights: stages, channels, outputs; and how many weights it takes.
 
 May import: nothing of this package.
 """
@@ -45,9 +45,7 @@ class Plan(NamedTuple):
         stages = []
         for _ in range(count):
             channels, depth, returned = (next(left) for _ in range(3))
-            stages.append(
-                Stage(channels, tuple(next(left) for _ in range(depth)), bool(returned))
-            )
+            stages.append(Stage(channels, tuple(next(left) for _ in range(depth)), bool(returned)))
         return cls(in_chans, stem, bool(normalized), tuple(stages), next(left), next(left))
 
     def output_shapes(self, batch: int, height: int, width: int) -> list[tuple[int, ...]]:

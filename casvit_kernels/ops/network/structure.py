@@ -1,4 +1,4 @@
-"""Whether the modules of a network are still those that were read: asked in every call, so in C throughout.
+"""Whether the modules of a network are those that were read: asked in every call, so in C throughout.
 
 May import: torch.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 _BASE = frozenset(vars(nn.Module()))
 _SIMPLE = (bool, int, float, str, type(None))
@@ -52,17 +53,19 @@ class Watch:
         self._caching = [vars(m) for m, own in zip(modules, caches, strict=True) if own]
         self._children = [m._modules for m in modules if m._modules]
         self._contents = [dict(c) for c in self._children]
+        self._were_replaced = self._replaced()
         self._settings = _settings(modules, caches)
         self._moded = [
-            vars(m)
-            for m in modules
-            if type(m) not in _WITHOUT_MODE and "training" in vars(m)
+            vars(m) for m in modules if type(m) not in _WITHOUT_MODE and "training" in vars(m)
         ]
-        self._hooks = [vars(m)[key] for m in modules for key in _HOOKS]
-        self._names = [name for name, _ in model.named_modules()]
+        self._names: list[str] = [name for name, _ in model.named_modules()]
+        self._hooks_until = -1  # number of the last handle when there were no hooks
         # The dictionaries that hold tensors, and of each tensor of the model where it is.
         self.registered: list[dict[str, Tensor | None]] = [
-            d for m in modules for d in (m._parameters, m._buffers) if d
+            d  # type: ignore[misc]
+            for m in modules
+            for d in (m._parameters, m._buffers)
+            if d
         ]
         self._signature = self._described()
         self._places: dict[str, tuple[dict[str, Tensor | None], str]] = {
@@ -83,18 +86,25 @@ class Watch:
         for read, dicts, values in self._settings:
             if list(map(read, dicts)) != values:
                 return False
-        for d in self._caching:
-            if "forward" in d or "_altered" in d:
-                return False
-        return True
+        return not self._caching or self._replaced() == self._were_replaced
 
     def training(self) -> bool:
         """Whether a module whose mode matters is in training mode."""
         return any(map(_training, self._moded))
 
     def hooked(self) -> bool:
-        """Whether somebody waits for the call of a module."""
-        return any(self._hooks)
+        """Whether somebody waits for the call of a module.
+
+        Every hook that is registered takes a number from one counter: where that stands still since
+        there were none, there are none. (To look at all of them takes as long as to look for changes.)
+        """
+        until = RemovableHandle.next_id
+        if until == self._hooks_until:
+            return False
+        if any(vars(m)[key] for m in self._modules for key in _HOOKS):
+            return True
+        self._hooks_until = until
+        return False
 
     def hooked_module(self) -> str:
         """The path of the first module with hooks, "" for the model itself."""
@@ -118,10 +128,13 @@ class Watch:
         """The dictionary that holds a tensor, and the key."""
         return self._places[name]
 
+    def _replaced(self) -> list[Any]:
+        """Of the modules whose attributes come and go what would change their forward."""
+        return [("forward" in d, d.get("_altered")) for d in self._caching]
+
     def _described(self) -> list[Any]:
         return [
-            [(key, None if t is None else t.shape) for key, t in d.items()]
-            for d in self.registered
+            [(key, None if t is None else t.shape) for key, t in d.items()] for d in self.registered
         ]
 
 
@@ -159,5 +172,3 @@ def _kept(value: Any) -> Any:
     if type(value) is tuple:
         return tuple(map(_kept, value))
     return list(value) if isinstance(value, list) else value
-
-
