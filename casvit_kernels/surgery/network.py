@@ -18,6 +18,7 @@ from ..ops.network.fold import Normalize
 from ..ops.network.kernels import NetworkKernels
 from ..ops.network.packed import Entry, Found, Memory, PackedNetwork, Reading
 from ..ops.network.plan import Plan
+from ..ops.network.structure import in_training
 from ..ops.tracing import exporting
 from .find import find
 from .fuse import StandIn
@@ -76,7 +77,7 @@ def fuse_network(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     precision = dispatch.check_precision(precision)
     shape = _example_shape(example_input)
-    training = next((name for name, m in model.named_modules() if m.training), None)
+    training = in_training(model)
     if training is not None:
         where = f" ({training} is in training mode)" if training else ""
         raise ValueError(

@@ -133,20 +133,13 @@ def _called(node: Node) -> str:
 
 
 def _output(node: Node) -> _Output:
-    heads = _heads(node, 1.0)
-    if heads is not None:
-        layers, bases = [], []
-        for head, share in heads:
-            pooled, norm = _pooled(head.inputs[0])
-            layers.append((_layer(head, norm), share))
-            bases.append(pooled)
-        if any(base is not bases[0] for base in bases):
-            _refuse(heads[1][0], "expected classifiers of the same features")
-        classes = {head.facts["weight"].shape[0] for head, _ in heads}
-        if len(classes) > 1:
-            _refuse(node, f"expected classifiers of one size, got {sorted(classes)}")
-        return _Output(LOGITS, bases[0], None, tuple(layers), classes.pop())
-    if node.kind == "mean" or (node.kind == "batch_norm" and node.inputs[0].kind == "mean"):
+    terms = _terms(node, 1.0)
+    if len({id(term) for term, _ in terms}) == 1 and sum(share for _, share in terms) == 1:
+        node = terms[0][0]  # an average of two heads that were left out
+        terms = terms[:1]
+    if all(map(_is_classifier, (term for term, _ in terms))):
+        return _classifier(node, terms)
+    if _is_pooled(node):
         pooled, norm = _pooled(node)
         return _Output(POOLED, pooled, norm, (), 0)
     if node.kind == "batch_norm" and node.inputs[0].kind != "conv2d":
@@ -154,22 +147,34 @@ def _output(node: Node) -> _Output:
     return _Output(MAP, node, None, (), 0)
 
 
-def _heads(node: Node, share: float) -> list[tuple[Node, float]] | None:
-    """The classifiers that a weighted sum is made of, or None where it is something else."""
-    if node.kind == "linear":
-        return [(node, share)]
-    if node.kind == "conv2d" and node.inputs[0].kind in ("mean", "batch_norm"):
-        if node.inputs[0].shape[2:] == (1, 1) and _is_pooled(node.inputs[0]):
-            _check_conv(node, 1, 1, False, "the classifier")
-            return [(node, share)]
-        return None
-    if node.kind == "scale":
-        return _heads(node.inputs[0], share * node.facts["factor"])
-    if node.kind == "add":
-        both = [_heads(each, share) for each in node.inputs]
-        if both[0] is not None and both[1] is not None:
-            return both[0] + both[1]
-    return None
+def _classifier(node: Node, terms: list[tuple[Node, float]]) -> _Output:
+    layers, bases = [], []
+    for head, share in terms:
+        if head.kind == "conv2d":
+            _check_conv(head, 1, 1, False, "the classifier")
+        pooled, norm = _pooled(head.inputs[0])
+        layers.append((_layer(head, norm), share))
+        bases.append(pooled)
+    if any(base is not bases[0] for base in bases):
+        _refuse(terms[1][0], "expected classifiers of the same features")
+    classes = {head.facts["weight"].shape[0] for head, _ in terms}
+    if len(classes) > 1:
+        _refuse(node, f"expected classifiers of one size, got {sorted(classes)}")
+    return _Output(LOGITS, bases[0], None, tuple(layers), classes.pop())
+
+
+def _terms(node: Node, share: float) -> list[tuple[Node, float]]:
+    """Of a weighted sum of vectors its terms, and what each counts; of anything else itself."""
+    if node.shape[2:].count(1) == len(node.shape[2:]):
+        if node.kind == "scale":
+            return _terms(node.inputs[0], share * node.facts["factor"])
+        if node.kind == "add":
+            return [term for each in node.inputs for term in _terms(each, share)]
+    return [(node, share)]
+
+
+def _is_classifier(node: Node) -> bool:
+    return node.kind == "linear" or (node.kind == "conv2d" and _is_pooled(node.inputs[0]))
 
 
 def _is_pooled(node: Node) -> bool:

@@ -55,9 +55,7 @@ class Watch:
         self._contents = [dict(c) for c in self._children]
         self._were_replaced = self._replaced()
         self._settings = _settings(modules, caches)
-        self._moded = [
-            vars(m) for m in modules if type(m) not in _WITHOUT_MODE and "training" in vars(m)
-        ]
+        self._moded = [vars(m) for m in modules if _has_mode(m)]
         self._names: list[str] = [name for name, _ in model.named_modules()]
         self._hooks_until = -1  # number of the last handle when there were no hooks
         # The dictionaries that hold tensors, and of each tensor of the model where it is.
@@ -136,6 +134,15 @@ class Watch:
         return [
             [(key, None if t is None else t.shape) for key, t in d.items()] for d in self.registered
         ]
+
+
+def in_training(model: nn.Module) -> str | None:
+    """The path of the first module in training mode whose mode matters, "" for the model itself."""
+    return next((n for n, m in model.named_modules() if m.training and _has_mode(m)), None)
+
+
+def _has_mode(module: nn.Module) -> bool:
+    return type(module) not in _WITHOUT_MODE
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
