@@ -1,8 +1,12 @@
 """Whole networks, each candidate in a process of its own: what is timed, refused, absent, counted."""
 
+import contextlib
 import importlib.util
+import io
+import json
 import os
 import threading
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from casvit_kernels import benchmark
-from casvit_kernels.benchmark import network_speed, peak, processes
+from casvit_kernels import UnfusedWarning, benchmark
+from casvit_kernels.benchmark import network_speed, peak, processes, worker
 from casvit_kernels.benchmark.network import candidate, names_for
 from casvit_kernels.models import CONFIGS, Config, RCViT, rcvit_xs
 
@@ -247,6 +251,34 @@ def test_a_package_that_is_missing_is_named_with_the_extra(model, x, monkeypatch
     )
     with pytest.raises(benchmark.Unavailable, match=r"openvino \(pip install .*\[bench\]\)"):
         candidate("openvino", model, x, Path("model.onnx"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_network_in_one_call_computes_the_model(model, x, precision):
+    if precision not in benchmark.precisions():
+        pytest.skip(f"there are no kernels for whole networks in {precision} here")
+    made = candidate("fused network" + (" bf16" if precision == "bf16" else ""), tiny(), x)
+    off = 0.1 if precision == "bf16" else 1e-4
+    with torch.no_grad():
+        torch.testing.assert_close(outputs_of(made, x), model(x), atol=off, rtol=off)
+
+
+def test_a_network_that_runs_unfused_is_not_timed_as_fused(model, x, tmp_path, monkeypatch):
+    """The worker takes the warning for an error."""
+    torch.save(model, tmp_path / processes.MODEL)
+    torch.save({"x": x, "batch": 4}, tmp_path / processes.IMAGES)
+    answers = io.StringIO()
+    monkeypatch.setattr(worker, "_private_stdout", lambda: contextlib.nullcontext(answers))
+
+    def candidate(*_):
+        warnings.warn("a fused network runs its model", UnfusedWarning, stacklevel=1)
+
+    monkeypatch.setattr(worker, "candidate", candidate)
+    with warnings.catch_warnings():
+        worker.main([str(tmp_path), "fused network", "1"])
+    assert json.loads(answers.getvalue()) == {
+        "failed": "UnfusedWarning: a fused network runs its model"
+    }
 
 
 @pytest.mark.long
