@@ -39,11 +39,9 @@ static __attribute__((noinline)) void linear_tile(const Operand& a, const float*
                                                   const char* ahead, int64_t line) {
   Vec acc[PIXELS][BLOCKS];
 #pragma GCC unroll 3
-  for (int b = 0; b < BLOCKS; ++b) {
-    const Vec first = load(bias + b * VL);
+  for (int b = 0; b < BLOCKS; ++b)
 #pragma GCC unroll 14
-    for (int i = 0; i < PIXELS; ++i) acc[i][b] = first;
-  }
+    for (int i = 0; i < PIXELS; ++i) acc[i][b] = zero();
   alignas(64) float sums[PIXELS * BLOCKS * VL];
   const int64_t w_step = group * VL;
   auto step = [&](const float* from) __attribute__((always_inline)) {
@@ -91,6 +89,13 @@ static __attribute__((noinline)) void linear_tile(const Operand& a, const float*
 #pragma GCC unroll 3
       for (int b = 0; b < BLOCKS; ++b)
         acc[i][b] = add(load(sums + (i * BLOCKS + b) * VL), acc[i][b]);
+  // Last: in front it would be in the rounding of every partial sum.
+#pragma GCC unroll 3
+  for (int b = 0; b < BLOCKS; ++b) {
+    const Vec own = load(bias + b * VL);
+#pragma GCC unroll 14
+    for (int i = 0; i < PIXELS; ++i) acc[i][b] = add(acc[i][b], own);
+  }
 
   auto each = [&](auto finish) __attribute__((always_inline)) {
 #pragma GCC unroll 3

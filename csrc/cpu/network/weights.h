@@ -97,7 +97,8 @@ class NetworkWeights {
     l.blocks = divide_up(outputs, k_->lanes);
     l.k_steps = taps * k_->network.k_steps(K, precision);
     l.group = l.blocks % 3 == 0 ? 3 : 2;
-    l.chain = 256;  // the rounding errors of a longer one add up to a decimal digit
+    // The rounding errors of one long chain add up to a decimal digit.
+    l.chain = taps > 1 ? 64 : 128;
     l.weights = take(l.blocks * k_->lanes * l.k_steps);
     l.bias = take(l.blocks * k_->lanes);
     return l;
