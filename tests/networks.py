@@ -1,8 +1,9 @@
-"""Small CAS-ViT networks as after training, somebody else's way of writing one, and what float64 says."""
+"""Small CAS-ViT networks as after training, one as somebody else writes it, and what float64 says."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -56,8 +57,10 @@ def assert_right(net: nn.Module, model: nn.Module, x: Tensor, wide: Tensor | Non
         # Of few outputs one draw of PyTorch's error is luck: three, of other orders of sums.
         draws = [plain, plain.contiguous(memory_format=torch.channels_last)]
         owns = [flat(model(each)) for each in draws]
-        owns.append(list(map(torch.cat, zip(*(flat(model(each)) for each in plain.split(1))))))
-    assert type(got) is type(model(plain))
+        owns.append(
+            list(map(torch.cat, zip(*(flat(model(each)) for each in plain.split(1)), strict=True)))
+        )
+        assert type(got) is type(model(plain))
     assert len(flat(got)) == len(expected)
     for g, t, *own in zip(flat(got), expected, *owns, strict=True):
         assert g.shape == t.shape
@@ -93,7 +96,7 @@ class Hall(nn.Module):
 
 
 class Elsewhere(nn.Module):
-    """A classifier of three stages as somebody else might write it; five heads' mean, pooled by hand."""
+    """Three stages as somebody else might write them, and the mean of three heads."""
 
     def __init__(self, channels: int = 4, widths: tuple[int, ...] = (8, 10, 12)) -> None:
         super().__init__()
@@ -107,7 +110,7 @@ class Elsewhere(nn.Module):
         self.doors = nn.ModuleList(
             [
                 nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.SyncBatchNorm(b))
-                for a, b in zip(widths, widths[1:], strict=False)
+                for a, b in itertools.pairwise(widths)
             ]
         )
         self.judges = nn.ModuleList([nn.Linear(widths[-1], 6) for _ in range(2)])

@@ -272,7 +272,7 @@ def test_backends(served, pair, monkeypatch) -> None:
     with use_backend("cpu"):
         call(net, x)
     assert served.calls == 1
-    with use_backend("triton"), pytest.raises(BackendUnavailable, match="whole network.*cpu, ref"):
+    with use_backend("triton"), pytest.raises(BackendUnavailable, match=r"whole network.*cpu, ref"):
         call(net, x)
     monkeypatch.setenv("CASVIT_KERNELS_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):
@@ -442,7 +442,7 @@ def test_memory(served, pair) -> None:
 
 
 def test_several_threads(served, pair) -> None:
-    model, net = pair
+    _, net = pair
     inputs = [images(b, 3, 32 + 8 * b, 40) for b in range(1, 5)]
     expected = [call(net, x) for x in inputs]
     wrong: list[int] = []
@@ -496,7 +496,7 @@ def test_bad_images(served, pair, x: Any, error: type[Exception], text: str) -> 
             model(x)
         assert str(caught.value).startswith(str(theirs.value))
     normalised = fuse_network(model, normalize=(MEAN, STD))
-    with pytest.raises(TypeError, match="a floating dtype or uint8, got torch.int32"):
+    with pytest.raises(TypeError, match=r"a floating dtype or uint8, got torch\.int32"):
         normalised(torch.ones(1, 3, 64, 64).int())
 
 
@@ -524,7 +524,7 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], text: 
 
 
 def test_no_module_and_training() -> None:
-    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
         fuse_network(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"in training: call model.eval\(\) first"):
         fuse_network(tiny().train())

@@ -21,8 +21,8 @@ from .graph import Graph
 from .reading import NetworkUnsupported, read
 from .recording import SAME, Recording
 
-# Images, height, width: of odd sides the second time, so that nothing fits by chance.
-_PROBE, _SECOND = (2, 64, 96), (3, 77, 45)
+_PROBE = (2, 64, 96)  # images, height, width
+_MORE = (13, 5)  # rows and columns of the second input: nothing shall fit by chance
 
 
 def find(model: nn.Module, shape: tuple[int, ...] | None = None) -> Found:
@@ -32,13 +32,13 @@ def find(model: nn.Module, shape: tuple[int, ...] | None = None) -> Found:
 
     Args:
         model: on any device, of any floating dtype.
-        shape: of an input the model takes; None: two images with as many channels as the first
-            Conv2d has.
+        shape: of an input the model takes, who shall take larger ones, too; None: two images of
+            64x96 with as many channels as the first Conv2d has.
 
     Raises:
         NetworkUnsupported: it is no network that kernels compute, with the layer and the reason.
     """
-    _check_plain(model)
+    check_plain(model)
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             probe = plain_copy(model)
@@ -49,9 +49,11 @@ def find(model: nn.Module, shape: tuple[int, ...] | None = None) -> Found:
         scopes = _prepare(probe)
         if shape is None:
             shape = (_PROBE[0], _channels(probe), *_PROBE[1:])
+        images, channels, height, width = shape
+        images = min(images, 2)
         generator = torch.Generator(device="cpu").manual_seed(0)
         _randomise(probe, generator)
-        first = _record(probe, shape, scopes, generator)
+        first = _record(probe, (images, channels, height, width), scopes, generator)
         leaves, spec = _pytree.tree_flatten(first.result)
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise NetworkUnsupported("", "it returns something else than tensors")
@@ -62,13 +64,20 @@ def find(model: nn.Module, shape: tuple[int, ...] | None = None) -> Found:
         }
         weights = flat(found.sources, found.plan, tensors.__getitem__, None)
         _prove(found, weights, first)
-        second = (_SECOND[0], found.plan.in_chans, *_SECOND[1:])
+        second = (3 - images, channels, height + _MORE[0], width + _MORE[1])
         _prove(found, weights, _record(probe, second, scopes, generator))
     return found._replace(spec=spec)
 
 
-def _check_plain(model: nn.Module) -> None:
+def check_plain(model: nn.Module) -> None:
+    """Raise NetworkUnsupported where a recording could not see what a module computes."""
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NetworkUnsupported(name, "is TorchScript: use the module that it was made of")
+        if "_orig_mod" in module._modules:  # torch.compile's
+            raise NetworkUnsupported(
+                name, "is compiled: use the module below it, and compile the fused network"
+            )
         if is_parametrized(module) or "parametrizations" in module._modules:
             raise NetworkUnsupported(
                 name,

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..module import FusedCATM, has_own_forward, unfused
-from .fuse import StandIn, unfuse
+from .fuse import unfuse
 from .recording import SAME, Call, Recording, same_outputs
+from .stand_in import StandIn
 
 __all__ = ["Fold", "FoldReport", "Unfolded", "fold_for_inference"]
 

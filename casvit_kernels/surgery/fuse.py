@@ -13,20 +13,9 @@ from torch import nn
 from ..backends import BackendUnavailable, backends, check_name
 from ..module import ORIGINAL, FusedCATM, has_own_forward, refusal, share, unfused
 from ..ops.mixer.matching import LOOKED_FOR, Match, match, resembles
+from .stand_in import StandIn
 
 __all__ = ["FuseReport", "Refusal", "UnfuseReport", "fuse", "refusal", "share", "unfuse"]
-
-
-class StandIn(nn.Module):
-    """A module that shares the dictionaries of another one, which `unfuse` gives back."""
-
-    def original(self) -> nn.Module:
-        """The other one."""
-        raise NotImplementedError
-
-    def why_original(self) -> str | None:
-        """Why it cannot be exchanged for the other one inside a larger model, or None."""
-        raise NotImplementedError
 
 
 class Refusal(NamedTuple):

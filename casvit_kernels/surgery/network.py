@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,23 +20,14 @@ from ..ops.network.packed import Entry, Found, Memory, PackedNetwork, Reading
 from ..ops.network.plan import Plan
 from ..ops.network.structure import in_training
 from ..ops.tracing import exporting
-from .find import find
-from .fuse import StandIn
+from .find import check_plain, find
 from .reading import NetworkUnsupported
+from .stand_in import StandIn, hooks_of_its_own
 
 __all__ = ["FusedNetwork", "NetworkUnsupported", "fuse_network"]
 
 _LEAST = 32  # pixels of height and width
-_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_STATE_HOOKS = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-_OWN = frozenset(
-    ("_model", "_precision", "_normalize", "_shape", "_channels", "_packed", "_handle", "_warned")
-)
+_KEPT = ("_model", "_precision", "_normalize", "_shape", "_channels")  # by copies and pickles
 _HOOKED = "has hooks, which run only where it is called"
 
 
@@ -76,6 +67,7 @@ def fuse_network(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     precision = dispatch.check_precision(precision)
+    check_plain(model)
     shape = _example_shape(example_input)
     training = in_training(model)
     if training is not None:
@@ -113,7 +105,9 @@ class FusedNetwork(StandIn):
     packed weights and scratch memory out. Calls from several threads are safe.
     """
 
-    _model: nn.Module
+    OWN = frozenset(
+        ("_precision", "_normalize", "_shape", "_channels", "_packed", "_handle", "_warned")
+    )
     _precision: str
     _normalize: Normalize | None
     _channels: int
@@ -128,36 +122,19 @@ class FusedNetwork(StandIn):
         normalize: Normalize | None,
         shape: tuple[int, ...] | None,
     ) -> None:
-        own = vars(self)
-        own.update(vars(nn.Module()))
-        del own["training"]  # the model's, see the property
-        self._restore(model, precision, normalize, shape)
-        reading = self._packed.read()
-        assert reading.found is not None
-        if normalize is not None and len(normalize[0]) != reading.found.plan.in_chans:
-            raise ValueError(
-                f"normalize: expected {reading.found.plan.in_chans} means and deviations, one for each "
-                f"channel of the model, got {len(normalize[0])}"
-            )
-        own["_channels"] = reading.found.plan.in_chans
+        super().__init__(model)
+        self._prepare(precision, normalize, shape)
+        self._packed.read()
+        self._channels = self._packed.known.plan.in_chans
 
-    def _restore(
-        self,
-        model: nn.Module,
-        precision: str,
-        normalize: Normalize | None,
-        shape: tuple[int, ...] | None,
+    def _prepare(
+        self, precision: str, normalize: Normalize | None, shape: tuple[int, ...] | None
     ) -> None:
-        own = vars(self)
-        # The very dictionaries: what is added to or removed from one of the two holds for both.
-        for name in (*_SHARED, *_STATE_HOOKS):
-            own[name] = vars(model)[name]
-        own.update(_model=model, _precision=precision, _normalize=normalize, _shape=shape)
-        own["_packed"] = PackedNetwork(
-            model, functools.partial(_find, shape=shape), (FusedCATM,), precision, normalize
-        )
-        own["_warned"] = frozenset()
-        own["_handle"] = schema.enter(self)
+        read = functools.partial(_find, shape=shape)
+        self._precision, self._normalize, self._shape = precision, normalize, shape
+        self._packed = PackedNetwork(self._model, read, (FusedCATM,), precision, normalize)
+        self._warned = frozenset()
+        self._handle = schema.enter(self)
 
     # Calls ---------------------------------------------------------------------------------------
 
@@ -251,6 +228,9 @@ class FusedNetwork(StandIn):
             )
             raise TypeError(f"x: expected a floating dtype{also}, got {x.dtype}{hint}")
         if x.shape[1] != self._channels:
+            found = self._packed.look().found  # it may take others by now
+            self._channels = self._channels if found is None else found.plan.in_chans
+        if x.shape[1] != self._channels:
             raise ValueError(
                 f"x: expected {self._channels} channels (in_chans) in dimension 1, "
                 f"got {x.shape[1]} in shape {tuple(x.shape)}"
@@ -297,11 +277,7 @@ class FusedNetwork(StandIn):
         """What kernels compute; see `casvit_kernels.ops.network.plan`."""
         return self._packed.known.plan
 
-    # What it shares with the model ---------------------------------------------------------------
-
-    def original(self) -> nn.Module:
-        """The model, the very object that it was made of."""
-        return self._model
+    # Its state -----------------------------------------------------------------------------------
 
     @property
     def precision(self) -> str:
@@ -326,57 +302,6 @@ class FusedNetwork(StandIn):
         """Why `casvit_kernels.unfuse` leaves it in a larger model, or None."""
         return None if self._normalize is None else "it normalises its input, the model does not"
 
-    @property
-    def training(self) -> bool:
-        """The model's."""
-        return self._model.training
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        self._model.training = mode
-
-    def train(self, mode: bool = True) -> FusedNetwork:
-        """As `nn.Module.train`."""
-        self._model.train(mode)  # not chained: overridden in published code, it returns None
-        return self
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's."""
-        return self._model.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's."""
-        return self._model.load_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._model._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedNetwork:
-        self._model._apply(fn, recurse)
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        model = vars(self).get("_model")
-        if model is None:  # while it is being unpickled
-            raise AttributeError(name)
-        return getattr(model, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """What is no module's own goes to the model, whose methods read it."""
-        if _is_own(name):
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._model, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        if _is_own(name):
-            object.__delattr__(self, name)
-        else:
-            delattr(self._model, name)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*object.__dir__(self), *dir(self._model)})
-
     def extra_repr(self) -> str:
         parts = [
             f"{type(self._model).__name__} in one call on the CPU",
@@ -388,17 +313,16 @@ class FusedNetwork(StandIn):
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights and scratch memory are derived from the parameters, and this machine's.
-        keep = ("_model", "_precision", "_normalize", "_shape", "_channels", *_own_hooks())
-        return {key: vars(self)[key] for key in keep}
+        return {key: vars(self)[key] for key in (*_KEPT, *hooks_of_its_own())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        own = vars(self)
-        own.update({key: state[key] for key in ("_channels", *_own_hooks())})
-        self._restore(*(state[key] for key in ("_model", "_precision", "_normalize", "_shape")))
+        vars(self).update(state)
+        self._stand_for(state["_model"])
+        self._prepare(self._precision, self._normalize, self._shape)
 
     def _warn_once(self, reason: str | None) -> None:
         if reason is not None and reason not in self._warned:
-            vars(self)["_warned"] = self._warned | {reason}
+            self._warned = self._warned | {reason}
             warnings.warn(
                 f"a fused network runs its model, unfused: {reason}. It is right and slower; to run "
                 "fused, undo the change",
@@ -433,18 +357,6 @@ def _serves(network: FusedNetwork) -> bool:
 
 # A compiled function keeps the choice; the operator itself asks again in each call.
 _serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _own_hooks() -> tuple[str, ...]:
-    shared = {*_SHARED, *_STATE_HOOKS, "training"}
-    return tuple(name for name in vars(nn.Module()) if name not in shared)
-
-
-@functools.cache
-def _is_own(name: str) -> bool:
-    """Whether an attribute is of the fused network, or of every module, and none of the model's."""
-    return name in _OWN or name in vars(nn.Module()) or hasattr(FusedNetwork, name)
 
 
 def _example_shape(example: Any) -> tuple[int, ...] | None:

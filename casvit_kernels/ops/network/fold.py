@@ -130,7 +130,7 @@ def _folded(layer: Layer, get: Get) -> tuple[Tensor, Tensor]:
 
 def _scale_and_shift(norm: Norm | None, channels: int, get: Get) -> tuple[Tensor, Tensor]:
     if norm is None:
-        ones = torch.ones(channels, dtype=torch.float64)
+        ones = torch.ones(channels, dtype=torch.float64, device="cpu")
         return ones, torch.zeros_like(ones)
     scale = (_wide(get(norm.var)) + norm.eps).rsqrt()
     if norm.weight is not None:

@@ -142,6 +142,12 @@ class PackedNetwork:
         watch = Watch(self._model, self._caching)  # first: what changes meanwhile is seen later
         found = self._find(self._model)
         if self._normalize is not None:
+            channels, got = found.plan.in_chans, len(self._normalize[0])
+            if got != channels:
+                raise ValueError(
+                    f"normalize: expected {channels} means and deviations, one for each channel of the "
+                    f"model, got {got}"
+                )
             found = found._replace(plan=found.plan._replace(normalized=True))
         self._sizes = {}
         self._known = found
@@ -218,7 +224,7 @@ class PackedNetwork:
         if scratch is None or scratch.numel() < size:
             del scratch  # first: both at a time may be too much
             with torch.inference_mode(False):
-                scratch = torch.empty(size, dtype=torch.uint8)
+                scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
         kernels.infer(x, packed, reading.ints, self._precision, threads, scratch, outs)
         self._scratch.append(scratch)
 

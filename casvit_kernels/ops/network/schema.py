@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from typing import Protocol
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ class Live(Protocol):
 
 
 _live: WeakValueDictionary[int, Live] = WeakValueDictionary()
+# What compilers were told last of a network's outputs.
+_compiled: WeakKeyDictionary[Live, list[tuple[int, int]]] = WeakKeyDictionary()
 
 
 def enter(network: Live) -> int:
@@ -73,13 +75,28 @@ def outputs_like(x: Tensor, plan: Plan) -> list[Tensor]:
 
 
 def _run(x: Tensor, handle: int) -> list[Tensor]:
-    outs = _find(handle).compute(x)
+    network = _find(handle)
+    outs = network.compute(x)
+    expected = _compiled.get(network)
+    if expected is not None and _signature(outs) != expected:
+        raise RuntimeError(
+            f"a fused network returns other outputs than when this function was compiled, "
+            f"{[tuple(t.shape) for t in outs]}: call torch.compiler.reset() and compile it again"
+        )
     layout = output_memory_format(x)
     return [t.contiguous(memory_format=layout) if t.dim() == 4 else t.contiguous() for t in outs]
 
 
 def _fake(x: Tensor, handle: int) -> list[Tensor]:
-    return outputs_like(x, _find(handle).current_plan())
+    network = _find(handle)
+    outs = outputs_like(x, network.current_plan())
+    _compiled[network] = _signature(outs)
+    return outs
+
+
+def _signature(outs: list[Tensor]) -> list[tuple[int, int]]:
+    """What of the outputs depends on the network, not on the input."""
+    return [(t.dim(), int(t.shape[1])) for t in outs]
 
 
 library.impl("network", _run, "CompositeExplicitAutograd")
