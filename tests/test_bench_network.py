@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from casvit_kernels import UnfusedWarning, benchmark
+from casvit_kernels import UnfusedWarning, benchmark, fuse_network
 from casvit_kernels.benchmark import network_speed, peak, processes, worker
 from casvit_kernels.benchmark.network import candidate, names_for
 from casvit_kernels.models import CONFIGS, Config, RCViT, rcvit_xs
@@ -327,9 +327,12 @@ def by_hand(layers, dims, classes, size):
     return total + 2 * dims[3] * classes
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_multiply_adds_are_those_counted_by_hand(fused):
-    model = rcvit_xs(fused=fused)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("made", ["plain", "fused mixers", "one call", "one call of fused mixers"])
+def test_multiply_adds_are_those_counted_by_hand(made):
+    model = rcvit_xs(fused="mixers" in made).eval()
+    if "call" in made:
+        model = fuse_network(model)
     before = [p.data_ptr() for p in model.parameters()]
     expected = by_hand(*CONFIGS["rcvit_xs"], 1000, 224)
     assert benchmark.macs(model, (1, 3, 224, 224)) == expected

@@ -13,14 +13,15 @@ OURS = "fused network"
 INTRODUCTION = """\
 ## Whole networks in one call
 
-`fuse_network`, 224x224 input, photographs. Each candidate has a process of its own, for the thread pools
-of PyTorch, ONNX Runtime and OpenVINO spin after a call; they take turns, all with as many threads, and
-are started anew a few times. ONNX Runtime and OpenVINO read the file that `to_onnx` writes; OpenVINO for
-latency, in fp32 with `INFERENCE_PRECISION_HINT=f32`, in bf16 as it comes. `torch.compile`: the best of
-both layouts and of freezing. Fused mixers: the best of `fuse`, compiled or not. Columns with a rival's
-name say how many times as fast as that the network in one call is; below 1x the rival is faster. Error:
-largest difference to float64, in brackets eager PyTorch's (fp32) or OpenVINO's (bf16). Share of peak: of
-the multiply-adds a second that the CPU reached in a loop of nothing else, between the rounds."""
+`fuse_network`, 224x224 input, photographs, untrained weights. Each candidate has a process of its own,
+for the thread pools of PyTorch, ONNX Runtime and OpenVINO spin after a call; they take turns, all with
+as many threads, and are started anew a few times. ONNX Runtime and OpenVINO read the file that `to_onnx`
+writes; OpenVINO for latency, in fp32 with `INFERENCE_PRECISION_HINT=f32`, in bf16 as it comes.
+`torch.compile`: the best of both layouts and of freezing. Fused mixers: the best of `fuse`, compiled or
+not. Columns with a rival's name say how many times as fast as that the network in one call is; below 1x
+the rival is faster. Error: largest difference to float64, in brackets eager PyTorch's (fp32) or
+OpenVINO's (bf16). Share of peak: of the multiply-adds a second that the CPU reached in a loop of nothing
+else, between the rounds."""
 # Column and the candidates that it is the best of.
 RIVALS = {
     "OpenVINO": ("openvino",),
@@ -59,6 +60,9 @@ def overview(documents: list[Document]) -> list[str]:
                 precision, "ms", "best rival, ms", "speed-up", *rivals, "error", "same top-1",
                 "share of peak",
             ]  # fmt: skip
+            if not any(c["dtype"] == dtype for document in of_set for c in document["cases"]):
+                lines += ["", f"{precision}: {NOT_MEASURED}."]
+                continue
             lines += ["", f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
             for model in NETWORKS:
                 for batch in BATCHES:

@@ -18,8 +18,8 @@ def macs(model: nn.Module, shape: Sequence[int]) -> int:
     unit could not do more of. The model is copied without its weights' values; nothing is computed.
 
     Args:
-        model: its convolutions are `Conv2d`, its products `Linear`; fused mixers are counted as the
-            plain ones they equal.
+        model: its convolutions are `Conv2d`, its products `Linear`; what `fuse` or `fuse_network` made
+            is counted as the plain model that it equals.
         shape: of the input, ``(B, C, H, W)``.
 
     Raises:
@@ -27,7 +27,10 @@ def macs(model: nn.Module, shape: Sequence[int]) -> int:
     """
     with torch.inference_mode(False):
         plain = copy.deepcopy(model).to("meta").eval()
-        unfuse(plain)
+        restored = unfuse(plain)
+        if isinstance(restored, nn.Module):  # of a network in one call: its mixers may be fused yet
+            plain = restored
+            unfuse(plain)
         counted: list[int] = []
 
         def count(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
