@@ -233,6 +233,21 @@ def test_other_dtypes_are_the_models(served, pair, dtype: torch.dtype) -> None:
     assert served.calls == 1
 
 
+def test_a_dtype_that_does_not_fit(served, pair) -> None:
+    """The model says so itself; and once it fits again, kernels serve."""
+    model, net = pair
+    x = images(2, 3, 64, 64)
+    net.double()
+    with pytest.raises(RuntimeError) as theirs:
+        call(model, x)
+    with pytest.raises(RuntimeError) as mine:
+        call(net, x)
+    assert str(mine.value) == str(theirs.value)
+    net.float()
+    assert_right(net, model, x)
+    assert served.calls == 1
+
+
 def test_autocast_transforms_and_counters_are_the_models(served, pair) -> None:
     model, net = pair
     x = images(2, 3, 64, 64)

@@ -70,6 +70,18 @@ def test_finding_leaves_the_model_and_random_numbers_alone() -> None:
     hook.remove()
 
 
+@pytest.mark.parametrize(
+    "context",
+    [torch.inference_mode(), torch.autocast("cpu"), torch.device("cpu"), torch.enable_grad()],
+)
+def test_finding_within_contexts(served, context: Any) -> None:
+    model = tiny()
+    with context:
+        net = fuse_network(model)
+    assert_right(net, model, torch.randn(1, 3, 40, 64))
+    assert served.calls == 1
+
+
 def norm_replaced(make: Callable[[int], nn.Module]) -> RCViT:
     model = tiny()
     model.norm = make(20)

@@ -39,7 +39,12 @@ def find(model: nn.Module, shape: tuple[int, ...] | None = None) -> Found:
         NetworkUnsupported: it is no network that kernels compute, with the layer and the reason.
     """
     check_plain(model)
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=[]),
+    ):
         try:
             probe = plain_copy(model)
         except Exception as error:
