@@ -11,6 +11,8 @@ import pytest
 import torch
 from networks import Elsewhere, assert_right, flat, tiny, trained
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from casvit_kernels import (
@@ -267,6 +269,38 @@ def test_autocast_transforms_and_counters_are_the_models(served, pair) -> None:
     assert mine.get_total_flops() == theirs.get_total_flops() > 0
     tangent = torch.func.jvp(net, (x,), (x,))[1]
     assert torch.equal(tangent, torch.func.jvp(model, (x,), (x,))[1])
+    assert served.calls == 0
+
+
+def test_modes_see_the_models_operations(served, pair) -> None:
+    _, net = pair
+    seen: list[str] = []
+
+    class Dispatch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    class Function(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    class Subclass(Tensor):
+        pass
+
+    x = images(2, 3, 64, 64)
+    with Dispatch():
+        call(net, x)
+    assert any("convolution" in name for name in seen)
+    with Function():
+        call(net, x)
+    assert "conv2d" in seen
+    assert type(call(net, x.as_subclass(Subclass))) is Subclass
     assert served.calls == 0
 
 
