@@ -11,6 +11,8 @@ import pytest
 import torch
 from networks import Elsewhere, assert_right, flat, tiny, trained
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from casvit_kernels import (
@@ -233,6 +235,24 @@ def test_other_dtypes_are_the_models(served, pair, dtype: torch.dtype) -> None:
     assert served.calls == 1
 
 
+def test_a_dtype_that_does_not_fit(served) -> None:
+    """The model says so itself; and once it fits again, kernels serve."""
+    model = fold_for_inference(
+        tiny()
+    )  # parameters alone, which stay the same objects when they move
+    net = fuse_network(model)
+    x = images(2, 3, 64, 64)
+    net.double()
+    with pytest.raises(RuntimeError) as theirs:
+        call(model, x)
+    with pytest.raises(RuntimeError) as mine:
+        call(net, x)
+    assert str(mine.value) == str(theirs.value)
+    net.float()
+    assert_right(net, model, x)
+    assert served.calls == 1
+
+
 def test_autocast_transforms_and_counters_are_the_models(served, pair) -> None:
     model, net = pair
     x = images(2, 3, 64, 64)
@@ -249,6 +269,38 @@ def test_autocast_transforms_and_counters_are_the_models(served, pair) -> None:
     assert mine.get_total_flops() == theirs.get_total_flops() > 0
     tangent = torch.func.jvp(net, (x,), (x,))[1]
     assert torch.equal(tangent, torch.func.jvp(model, (x,), (x,))[1])
+    assert served.calls == 0
+
+
+def test_modes_see_the_models_operations(served, pair) -> None:
+    _, net = pair
+    seen: list[str] = []
+
+    class Dispatch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    class Function(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    class Subclass(Tensor):
+        pass
+
+    x = images(2, 3, 64, 64)
+    with Dispatch():
+        call(net, x)
+    assert any("convolution" in name for name in seen)
+    with Function():
+        call(net, x)
+    assert "conv2d" in seen
+    assert type(call(net, x.as_subclass(Subclass))) is Subclass
     assert served.calls == 0
 
 

@@ -176,6 +176,17 @@ def test_other_choices_are_the_models(served) -> None:
     assert served.calls == 0
 
 
+def test_a_copy_that_was_never_called(served) -> None:
+    """Its model is read while the compiler runs."""
+    model = tiny()
+    run, counter = compiled(copy.deepcopy(fuse_network(model)))
+    x = torch.randn(2, 3, 64, 48)
+    with torch.no_grad():
+        close(run(x), model(x))
+    assert operators(counter) == ["casvit_kernels.network"]
+    assert served.calls == 1
+
+
 def test_bad_images_when_compiled(served) -> None:
     run = torch.compile(fuse_network(tiny()), backend="aot_eager")
     for x, text in (

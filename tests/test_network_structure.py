@@ -70,6 +70,18 @@ def test_finding_leaves_the_model_and_random_numbers_alone() -> None:
     hook.remove()
 
 
+@pytest.mark.parametrize(
+    "context",
+    [torch.inference_mode(), torch.autocast("cpu"), torch.device("cpu"), torch.enable_grad()],
+)
+def test_finding_within_contexts(served, context: Any) -> None:
+    model = tiny()
+    with context:
+        net = fuse_network(model)
+    assert_right(net, model, torch.randn(1, 3, 40, 64))
+    assert served.calls == 1
+
+
 def norm_replaced(make: Callable[[int], nn.Module]) -> RCViT:
     model = tiny()
     model.norm = make(20)
@@ -325,7 +337,7 @@ def test_computed_weights_are_refused_by_name() -> None:
     fuse_network(model)
 
 
-def test_compiled_models_are_refused() -> None:
+def test_compiled_and_fused_models_are_refused() -> None:
     model = tiny()
     traced = torch.jit.trace(model, torch.zeros(1, 3, 64, 64), check_trace=False)
     for other, reason in ((traced, "is TorchScript"), (torch.compile(model), "is compiled")):
@@ -333,6 +345,8 @@ def test_compiled_models_are_refused() -> None:
             fuse_network(other)
         with pytest.raises(NetworkUnsupported, match=f"1: {reason}"):
             fuse_network(nn.Sequential(nn.Identity(), other).eval())
+    with pytest.raises(NetworkUnsupported, match=r"0: is a fused network: use its original\(\)"):
+        fuse_network(nn.Sequential(fuse_network(model)))
 
 
 def test_a_replaced_forward_is_refused() -> None:

@@ -20,6 +20,7 @@ from .fold import plain_copy
 from .graph import Graph
 from .reading import NetworkUnsupported, read
 from .recording import SAME, Recording
+from .stand_in import StandIn
 
 _PROBE = (2, 64, 96)  # images, height, width
 _MORE = (13, 5)  # rows and columns of the second input: nothing shall fit by chance
@@ -39,7 +40,12 @@ def find(model: nn.Module, shape: tuple[int, ...] | None = None) -> Found:
         NetworkUnsupported: it is no network that kernels compute, with the layer and the reason.
     """
     check_plain(model)
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=[]),
+    ):
         try:
             probe = plain_copy(model)
         except Exception as error:
@@ -74,6 +80,8 @@ def check_plain(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise NetworkUnsupported(name, "is TorchScript: use the module that it was made of")
+        if isinstance(module, StandIn):
+            raise NetworkUnsupported(name, "is a fused network: use its original()")
         if "_orig_mod" in module._modules:  # torch.compile's
             raise NetworkUnsupported(
                 name, "is compiled: use the module below it, and compile the fused network"

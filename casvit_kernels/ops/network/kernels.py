@@ -59,7 +59,7 @@ class FormulaKernels:
         self, ints: list[int], size: tuple[int, int, int], precision: int, threads: int
     ) -> int:
         b, height, width = size
-        return 4 * b * height * width
+        return 4 * b * height * width + sum(ints)  # another network needs another size
 
     def infer(
         self,

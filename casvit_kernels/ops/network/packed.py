@@ -51,6 +51,9 @@ class Reading:
         self.watch, self.found, self.refusal = watch, found, refusal
         self.ints = [] if found is None else found.plan.to_ints()
         self.entry: Entry | None = None
+        self.sizes: dict[
+            tuple[int, int, int, int], int
+        ] = {}  # of scratch memory, by (B, H, W, threads)
 
 
 class Entry:
@@ -130,7 +133,6 @@ class PackedNetwork:
         self._lock = threading.RLock()
         self._reading: Reading | None = None
         self._known: Found | None = None
-        self._sizes: dict[tuple[int, int, int, int], int] = {}
         self._scratch: list[Tensor] = []
 
     def read(self) -> Reading:
@@ -149,7 +151,6 @@ class PackedNetwork:
                     f"model, got {got}"
                 )
             found = found._replace(plan=found.plan._replace(normalized=True))
-        self._sizes = {}
         self._known = found
         reading = self._reading = Reading(watch, found, None)
         return reading
@@ -212,11 +213,11 @@ class PackedNetwork:
         """Compute the outputs with scratch memory that no other call has at this time."""
         b, _, height, width = x.shape
         key = (b, height, width, threads)
-        size = self._sizes.get(key)
+        size = reading.sizes.get(key)
         if size is None:
             size = kernels.scratch(reading.ints, (b, height, width), self._precision, threads)
-            kept = self._sizes if len(self._sizes) < _MOST else {}
-            self._sizes = {**kept, key: size}  # one assignment: safe between threads
+            kept = reading.sizes if len(reading.sizes) < _MOST else {}
+            reading.sizes = {**kept, key: size}  # one assignment: safe between threads
         try:
             scratch = self._scratch.pop()
         except IndexError:
