@@ -38,6 +38,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/python bench/report --check
+	$(BIN)/python csrc/cpu/simd/gelu_table.py --check
 	$(BIN)/python bench/static/triton_kernels.py --check
 	$(BIN)/python bench/static/triton_traffic.py --check
 	$(BIN)/python bench/static/cuda_kernels.py --check
