@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Concatenate, NamedTuple, ParamSpec
 
@@ -273,6 +274,19 @@ class RCViT(nn.Module):
                 self.norm = nn.Identity()
             if prune_head or cut:
                 self.reset_classifier(0, "")
+
+    def sequential(self) -> nn.Sequential:
+        """Stem and stages as children that run in order: ``stem``, ``stage0``, ``stage1``, ...
+
+        For tools that take a network apart by its children, as torchvision's `BackboneWithFPN` does. The
+        modules are the model's own, without norms of outputs and heads; a stage begins with its
+        downsampling. ``(B, in_chans, H, W)`` to the last stage's map.
+        """
+        stages: dict[str, nn.Module] = {"stem": self.patch_embed}
+        for index in range(self._stages()):
+            down = [] if index == 0 else [self.network[2 * index - 1]]
+            stages[f"stage{index}"] = nn.Sequential(*down, self.network[2 * index])
+        return nn.Sequential(OrderedDict(stages))
 
     def freeze_norms(self, frozen: bool = True) -> Self:
         """Keep every BatchNorm in eval mode, whatever `train` says later: as in dense prediction.
