@@ -42,9 +42,10 @@ DIGITS: dict[str, Any] = {
     "colours": False,
     "steps": 1000,
     "batch_size": 16,
-    "lr": 6e-3,
+    "lr": 8e-3,
+    "clip_grad": 1.0,
     "warmup_steps": 50,
-    "eval_every": 250,
+    "eval_every": 500,
 }
 
 
