@@ -225,6 +225,22 @@ def test_folders_train_as_digits_do(tmp_path: Path) -> None:
     assert len(rows(tmp_path / "semantic" / "val.csv")) == 1
 
 
+@BOTH
+def test_tensorboard_gets_what_the_csv_holds(kind: str, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    arguments = [a for a in [*TINY, *MORE[kind]] if a != "--no-tensorboard"]
+    status, _, err = run(kind, *arguments, "--output", tmp_path)
+    assert status == 0, err
+    board = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    name = "ap50" if kind == "detection" else "miou"
+    for file, column in (("train", "loss"), ("val", name)):
+        written = [(int(r["step"]), float(r[column])) for r in rows(tmp_path / f"{file}.csv")]
+        shown = [(e.step, e.value) for e in board.Scalars(f"{file}/{column}")]
+        assert [step for step, _ in shown] == [step for step, _ in written]
+        assert [v for _, v in shown] == pytest.approx([v for _, v in written], rel=1e-5)
+
+
 def test_autocast_trains(tmp_path: Path) -> None:
     for kind in SCRIPTS:
         train(kind, tmp_path / kind, "--amp", "bf16")

@@ -198,7 +198,7 @@ class Augment:
 
     def _cropped(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         height, width = labels.shape
-        for _ in range(10):
+        for _ in range(10 if self._most < 1 else 1):
             top = int(torch.randint(max(0, height - self._crop) + 1, ()))
             left = int(torch.randint(max(0, width - self._crop) + 1, ()))
             place = slice(top, top + self._crop), slice(left, left + self._crop)
