@@ -38,6 +38,7 @@ class Scenes:
         seed: scenes of other seeds are others, of the same digits.
         digits: at least and at most so many in a scene; fewer where there is no room.
         scale: the least and the largest side of a digit, in pixels.
+        hidden: of a digit's ink at most this part may lie over that of others.
     """
 
     part: str
@@ -45,6 +46,7 @@ class Scenes:
     seed: int = 0
     digits: tuple[int, int] = (2, 5)
     scale: tuple[int, int] = (28, 64)
+    hidden: float = HIDDEN
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
@@ -80,7 +82,7 @@ class Scenes:
             cover = _scaled(images[number][None, None], (side, side))[0, 0].clamp(0, 1)
             place = slice(top, top + side), slice(left, left + side)
             inked = cover >= INK
-            if (numbers[place][inked] > 0).float().mean() > HIDDEN:
+            if (numbers[place][inked] > 0).float().mean() > self.hidden:
                 continue
             brightness = 0.7 + 0.3 * float(random.random())
             pixels[place] = pixels[place] * (1 - cover) + brightness * cover

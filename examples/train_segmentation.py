@@ -40,12 +40,12 @@ DIGITS: dict[str, Any] = {
     "ratio": (1.0, 1.0),
     "flip": 0.0,
     "colours": False,
-    "steps": 1000,
+    "steps": 800,
     "batch_size": 16,
     "lr": 8e-3,
     "clip_grad": 1.0,
     "warmup_steps": 50,
-    "eval_every": 500,
+    "eval_every": 400,
 }
 
 

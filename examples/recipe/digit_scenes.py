@@ -18,7 +18,7 @@ class DigitScenes:
 
     def __init__(self, part: str, count: int, seed: int) -> None:
         self.root = f"digits ({part})"
-        self._scenes = Scenes(part, (SIDE, SIDE), seed, (2, 6), (28, 40))
+        self._scenes = Scenes(part, (SIDE, SIDE), seed, (2, 6), (28, 40), 0.02)
         self._count = count
 
     def __len__(self) -> int:
