@@ -25,7 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("casvit_kernels benchmarks")
     group.addoption("--device", default="cpu", help="cpu (the default) or cuda")
     group.addoption(
-        "--models", help="comma-separated, of xs,s,m,t (default: xs,t; on a GPU all; quick: xs)"
+        "--models",
+        help="comma-separated, of xs,s,m,t (default: xs,t; whole networks and on a GPU all; quick: xs)",
     )
     group.addoption(
         "--batches", help="comma-separated batch sizes (default: 1,8; on a GPU 1,64,256; quick: 1)"
@@ -66,9 +67,10 @@ def choice(config: pytest.Config) -> Choice:
     device, quick = config.getoption("--device"), config.getoption("--quick")
     found = Choice() if device == "cpu" else GPU_CHOICE
     if quick:
-        found = Choice(("xs",), (1,), (224,), device != "cpu", True)
+        found = Choice(("xs",), (1,), (224,), device != "cpu", True, ("xs",))
     if given := config.getoption("--models"):
-        found = found._replace(models=tuple(given.split(",")))
+        models = tuple(given.split(","))
+        found = found._replace(models=models, networks=models)
     if given := config.getoption("--batches"):
         found = found._replace(batches=tuple(map(int, given.split(","))))
     if given := config.getoption("--inputs"):
@@ -109,6 +111,8 @@ def show(
             if candidate.startswith("fused") and not compiles:
                 pytest.fail(f"{candidate} cannot be built: {reason}", pytrace=False)
             pytest.skip(reason)
+        if candidate in measured.failed:
+            pytest.fail(measured.failed[candidate], pytrace=False)
         timing = measured.timings[candidate]
         benchmark.group = f"{case.level} {case.id}"
         benchmark.extra_info |= {

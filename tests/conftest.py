@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import casvit_kernels
+from casvit_kernels.ops.network import cpu as network_cpu
+from casvit_kernels.ops.network import dispatch as network_dispatch
+from casvit_kernels.ops.network import kernels as network_kernels
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreted  # noqa: F401
@@ -47,6 +50,31 @@ def road(request):
     require_backend(request.param)
     with casvit_kernels.use_backend(request.param):
         yield request.param
+
+
+class Served:
+    """The kernels of a whole network, counting the calls that they serve."""
+
+    def __init__(self, inner):
+        self._inner, self.calls, self.packs = inner, 0, 0
+        self.scratch = inner.scratch
+
+    def pack(self, *arguments):
+        self.packs += 1
+        return self._inner.pack(*arguments)
+
+    def infer(self, *arguments):
+        self.calls += 1
+        self._inner.infer(*arguments)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Counts what kernels serve: the native ones, or the formulas behind the same contract without."""
+    inner = network_cpu.kernels() or network_kernels.FormulaKernels()
+    counting = Served(inner)
+    monkeypatch.setattr(network_dispatch, "_instead", counting)
+    return counting
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -468,7 +468,7 @@ def test_readme_has_six_rows_whatever_was_measured(checkout):
 
     assert _run(checkout) == 0
     before, table = rows()
-    assert len([line for line in table.splitlines() if line.startswith("|")]) == 2 + 6
+    assert len([line for line in table.splitlines() if line.startswith("|")]) == 2 + 6 + 2 + 4
     assert before[-2:] == ["whole rcvit_xs, batch 8", "whole rcvit_xs, batch 1"]
     assert f"[{PERFORMANCE}]({PERFORMANCE})" in table
     slower = _measured(eager=8.0, onnxruntime=3.0, fused=4.0)
@@ -486,7 +486,13 @@ def test_every_benchmark_is_found(options):
     command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "--collect-only"]
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("test_mixer", "test_model", "test_training_speed", "test_export_speed"):
+    for name in (
+        "test_mixer",
+        "test_model",
+        "test_network",
+        "test_training_speed",
+        "test_export_speed",
+    ):
         assert f"bench/levels/{name}.py::test_" in done.stdout, name
 
 

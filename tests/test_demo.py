@@ -288,6 +288,7 @@ def test_json_of_a_quick_run(quick):
     assert len(found["parity"]["layers"]) == found["model"]["mixers"] == 10
     assert found["parity"]["same_top1"] == found["parity"]["images"] == 8
     names = {"eager", "eager channels_last", "fused", "fused channels_last"}
+    names |= {benchmark.NETWORK} if benchmark.precisions() else set()
     assert {latency["name"] for latency in found["speed"]["model"]} == names
     for latency in found["speed"]["mixers"]:
         total = sum(

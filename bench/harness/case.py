@@ -13,7 +13,7 @@ class Case:
     """What is computed; its fields are the description in the JSON."""
 
     level: str  # "mixer", "model"; forward and backward: "training" (mixer), "model-training"; or
-    # "training-forward"
+    # "training-forward"; "network": whole models, each candidate in a process of its own
     model: str  # "xs", "s", "m", "t"
     stage: int | None  # 1 to 4, None for a whole model
     channels: int  # of x
@@ -36,6 +36,7 @@ class Choice(NamedTuple):
     inputs: tuple[int, ...] = (224,)  # heights and widths of images
     gpu: bool = False  # what is worth measuring there: bfloat16, and steps of whole models
     quick: bool = False
+    networks: tuple[str, ...] = ("xs", "s", "m", "t")  # models of the level "network"
 
 
 GPU_CHOICE = Choice(("xs", "s", "m", "t"), (1, 64, 256), (224, 384), True)
@@ -50,12 +51,13 @@ class Settings:
     device: str = "cpu"
     pause_seconds: float = 0.05
     cold: bool = True  # on a GPU: mixers are timed with an L2 cache that holds other data
+    starts: int = 3  # of the level "network": how often its processes are started anew
 
 
 def settings_for(device: str, backend: str, quick: bool = False) -> Settings:
     rounds, seconds = (3, 0.005) if quick else (15, 0.05)
     if device == "cpu":
-        return Settings(rounds, seconds, backend, quick)
+        return Settings(rounds, seconds, backend, quick, starts=1 if quick else 3)
     # Device seconds: a call of a few microseconds takes the CPU a tenth of a millisecond.
     return Settings(rounds, seconds / 10, backend, quick, device, pause_seconds=0.0)
 

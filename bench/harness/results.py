@@ -32,10 +32,13 @@ class Measured:
     call_seconds: dict[str, float] = field(default_factory=dict)  # see benchmark.call_time
     failed: dict[str, str] = field(default_factory=dict)  # what went wrong, by candidate
     alone: set[str] = field(default_factory=set)  # timed, but not yet in turn with the others
+    facts: dict[str, Any] = field(default_factory=dict)  # of the case, such as the CPU's peak
+    row_facts: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a candidate
     refused: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         described: dict[str, Any] = {**vars(self.case)}
+        described |= self.facts
         if self.refused is not None:
             return {**described, "refused": self.refused}
         rows: list[dict[str, Any]] = [
@@ -52,6 +55,7 @@ class Measured:
                 ),
                 **({"alone": True} if name in self.alone else {}),
                 **self.memory.get(name, {}),
+                **self.row_facts.get(name, {}),
             }
             for name, t in self.timings.items()
         ]

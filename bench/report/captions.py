@@ -19,11 +19,13 @@ def machine(document: Document) -> str:
     """The machine, the versions and, last, the day."""
     e = document["environment"]
     runtime = e["onnxruntime"] or "not installed"
+    networks = any(c["level"] == "network" for c in document["cases"])
+    openvino = f"OpenVINO {e.get('openvino') or 'not installed'}, " if networks else ""
     gpu = f"{e['gpu']}, " if "gpu" in e else ""
     return gpu + (
         f"{e['cpu']} ({e['isa']} kernels), {e['threads']} of {e['cores']} cores, "
         f"casvit_kernels {e['casvit_kernels']}, torch {e['torch']}, ONNX Runtime {runtime}, "
-        f"{e['date'][:10]}"
+        f"{openvino}{e['date'][:10]}"
     )
 
 

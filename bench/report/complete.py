@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.report import networks
 from bench.report.accuracy import onnx_table
 from bench.report.captions import case_title, gpu_machine, machine, missing
 from bench.report.counters import counter_table, diagnosis
@@ -34,6 +35,9 @@ def complete_tables(
     ]
     for document in documents:
         lines += ["", f"## {document['name']}", "", f"{machine(document)}."]
+        if any(case["level"] == networks.LEVEL for case in document["cases"]):
+            lines += networks.every_candidate(document)
+            continue
         for dtype in ("float32", "bfloat16"):
             cases = [c for c in document["cases"] if c["dtype"] == dtype]
             if cases:

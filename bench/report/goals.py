@@ -1,4 +1,4 @@
-"""What is wanted of the mixers on a GPU, and whether it is reached."""
+"""What is wanted of the mixers on a GPU and of whole networks on a CPU, and whether it is reached."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from bench.report.documents import NOT_MEASURED, Case, Document
+from bench.report.verdict import Verdict, judge
 
 GPU_MODELS, GPU_BATCH = ("xs", "s", "m", "t"), 256
 FLOOR_UNITS = 4  # maps of x: read q, k and v, write the output, once each
@@ -24,6 +25,50 @@ class Goal(NamedTuple):
     batch: int = GPU_BATCH
     stages: tuple[int, ...] = (1, 2)
     models: tuple[str, ...] = GPU_MODELS
+
+
+class NetworkGoal(NamedTuple):
+    """What is wanted of whole networks at 224x224 input; see `network_goal_lines`."""
+
+    text: str
+    figure: Callable[[Case], float | None]
+    least: float
+    dtype: str
+    models: tuple[str, ...] = GPU_MODELS
+    batches: tuple[int, ...] = (1, 8)
+
+
+def network_value(case: Case, candidate: str, key: str = "median_s") -> float | None:
+    """As `row_value`, in the case's own precision."""
+    name = candidate + (" bf16" if case["dtype"] == "bfloat16" else "")
+    return next((r.get(key) for r in case.get("rows", ()) if r["candidate"] == name), None)
+
+
+def over_best_rival(case: Case) -> float | None:
+    """How many times as fast as the best rival the network in one call is."""
+    found = judge(case)
+    return found.ratio if isinstance(found, Verdict) else None
+
+
+def over(rival: str) -> Callable[[Case], float | None]:
+    """How many times as fast as a rival it is."""
+
+    def figure(case: Case) -> float | None:
+        return _divide(network_value(case, rival), network_value(case, "fused network"))
+
+    return figure
+
+
+def share_of_peak(case: Case, candidate: str = "fused network") -> float | None:
+    """The rate of multiply-adds over what the CPU reached in the same process of measurement."""
+    seconds, peak = network_value(case, candidate), case.get("peak_macs_per_s")
+    return _divide(case["batch"] * case["macs"], seconds * peak if seconds and peak else None)
+
+
+def _as_exact_as_openvino(case: Case) -> float | None:
+    """The error of OpenVINO over ours."""
+    errors = [network_value(case, name, "max_error") for name in ("openvino", "fused network")]
+    return _divide(*errors)
 
 
 def row_value(case: Case, candidate: str, key: str = "median_s") -> float | None:
@@ -104,6 +149,47 @@ GOALS = (
 )
 
 
+_BEST, _OPENVINO = "over the best rival", "over OpenVINO's bf16"
+_SHARE = "share of the CPU's measured peak"
+_AVX512 = (
+    NetworkGoal(f"xs in fp32 {_BEST}", over_best_rival, 1.3, "float32", ("xs",)),
+    NetworkGoal(f"t in fp32 {_BEST}", over_best_rival, 1.25, "float32", ("t",)),
+    NetworkGoal(f"xs in bf16 {_OPENVINO}", over("openvino"), 1.35, "bfloat16", ("xs",)),
+    NetworkGoal(f"t in bf16 {_OPENVINO}", over("openvino"), 1.2, "bfloat16", ("t",)),
+    NetworkGoal(f"xs in fp32, {_SHARE}", share_of_peak, 0.78, "float32", ("xs",)),
+    NetworkGoal(f"t in fp32, {_SHARE}", share_of_peak, 0.85, "float32", ("t",)),
+)
+_EXACT = NetworkGoal(
+    "OpenVINO's largest error in bf16 over ours", _as_exact_as_openvino, 1.0, "bfloat16"
+)
+# By the instruction set in use.
+NETWORK_GOALS = {
+    "avx512": tuple(goal for goal in _AVX512 if goal.dtype == "float32"),
+    "avx512_bf16": (*_AVX512, _EXACT),
+    "amx": (
+        NetworkGoal(f"in fp32 {_BEST}", over_best_rival, 1.0, "float32"),
+        NetworkGoal(f"in bf16 {_BEST}", over_best_rival, 1.0, "bfloat16"),
+        _EXACT,
+    ),
+    "avx2": (NetworkGoal("in fp32 over ONNX Runtime", over("onnxruntime"), 1.0, "float32"),),
+}
+
+
+def network_goal_lines(documents: Iterable[Document], isa: str) -> list[str]:
+    """For each goal of an instruction set the worst of its networks."""
+    cases = [case for document in documents for case in document["cases"]]
+    lines = []
+    for goal in NETWORK_GOALS.get(isa, ()):
+        figures = {}
+        for case in cases:
+            wanted = case["level"] == "network" and case["size"] == 224
+            wanted = wanted and case["dtype"] == goal.dtype and case["batch"] in goal.batches
+            if wanted and case["model"] in goal.models and (value := goal.figure(case)) is not None:
+                figures[f"{case['model']} batch {case['batch']}"] = value
+        lines.append(_goal_line(goal, figures, of=len(goal.models) * len(goal.batches)))
+    return lines
+
+
 def goal_lines(documents: Iterable[Document]) -> list[str]:
     """For each goal the worst of its mixers (bf16, 224x224 input)."""
     cases = [case for document in documents for case in document["cases"]]
@@ -121,7 +207,7 @@ def goal_lines(documents: Iterable[Document]) -> list[str]:
     return lines
 
 
-def _goal_line(goal: Goal, figures: dict[str, float], of: int) -> str:
+def _goal_line(goal: Goal | NetworkGoal, figures: dict[str, float], of: int) -> str:
     text = f"{goal.text} (goal {goal.least:g})"
     if not figures:
         return f"{text}: {NOT_MEASURED}"

@@ -1,9 +1,10 @@
-"""The table of README.md: six rows of the best machine that was measured."""
+"""The tables of README.md: six rows of the best machine that was measured, and whole networks."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from bench.report import networks
 from bench.report.captions import machines, missing
 from bench.report.documents import Case, Document, by_set, find
 from bench.report.verdict import columns, judge
@@ -33,7 +34,7 @@ ROWS = (
 
 def readme_table(documents: list[Document]) -> str:
     """The text between the markers of README.md."""
-    documents = next(iter(by_set(documents)), [])
+    measured, documents = documents, next(iter(by_set(documents)), [])
     cases = [find(documents, row.level, row.model, row.stage, row.batch) for row in ROWS]
     lines = [
         "| 224x224 input, fp32 | fused, ms | best baseline, ms | speed-up | over eager |",
@@ -44,6 +45,8 @@ def readme_table(documents: list[Document]) -> str:
         "channels-last) and, forward only, ONNX Runtime.",
         *(f"{machine}." for machine in machines(documents)),
         *missing([case for case in cases if case is not None]),
+        "",
+        *networks.readme_lines(measured),
         "Every stage, bfloat16, other CPUs, GPUs, and the command that measures: "
         "[docs/performance.md](docs/performance.md).",
         "",

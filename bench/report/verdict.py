@@ -25,7 +25,8 @@ def judge(case: Case | None, layout: str = "") -> Verdict | str:
     """The figures of one case, or in words why there are none.
 
     `layout` is " channels_last" for the fused candidate of that layout. Of a whole model on the CPU,
-    whose other layers are PyTorch's, it is the fastest fused candidate of both layouts, compiled or not.
+    whose other layers are PyTorch's, it is the fastest fused candidate of both layouts, compiled or not;
+    of a whole network the one in one call.
     """
     if case is None:
         return NOT_MEASURED
@@ -34,6 +35,7 @@ def judge(case: Case | None, layout: str = "") -> Verdict | str:
     suffix = " bf16" if case["dtype"] == "bfloat16" else ""
     ms = {r["candidate"]: 1e3 * r["median_s"] for r in case["rows"] if "median_s" in r}
     rivals = [name for name in ms if not name.startswith("fused")]
+    layout = " network" if case["level"] == "network" else layout
     fused, eager = "fused" + layout + suffix, "eager" + suffix
     if fused not in ms or eager not in ms:
         return NOT_MEASURED

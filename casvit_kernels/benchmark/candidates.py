@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import Problem, select
+from ..backends import BackendUnavailable, Problem, select
 from ..module import FusedCATM, mixer_weights
 from ..ops.mixer import kernels
-from ..surgery import fuse
+from ..ops.network import dispatch
+from ..surgery import fuse, fuse_network
 from .gpu import graphed
 from .timer import BF16, Call, Unavailable, is_bf16
 
@@ -27,6 +28,7 @@ Context = Callable[[], AbstractContextManager[object]]
 BASELINES = ("eager", "eager channels_last", "compile", "compile channels_last", "onnxruntime")
 MIXER_NAMES = (*BASELINES, "fused", "fused channels_last")
 MODEL_NAMES = (*MIXER_NAMES, "fused compile", "fused compile channels_last")
+NETWORK = "fused network"  # the whole model by `fuse_network`; with `BF16` in that precision
 TRAINING_NAMES = tuple(name for name in MIXER_NAMES if name != "onnxruntime")
 
 # On a GPU, all under autocast (append `BF16`). Compiled ones take minutes there, so in one layout only,
@@ -99,11 +101,11 @@ def model_candidates(
     Args:
         model: with at least one plain mixer that `casvit_kernels.fuse` can swap.
         x: the model's input, float32; those under autocast get it in float32 too.
-        include: names out of `MODEL_NAMES` or `GPU_MODEL_NAMES`; ``fused compile`` and
+        include: names out of `MODEL_NAMES` or `GPU_MODEL_NAMES`, or `NETWORK`; ``fused compile`` and
             ``fused compile channels_last`` are compiled with the fused mixers in place.
     """
-    known = (*MODEL_NAMES, *GPU_MODEL_NAMES)
-    return _candidates("model", model, partial(_fused_model, backend), x, x, include, known)
+    known = (*MODEL_NAMES, NETWORK, *GPU_MODEL_NAMES)
+    return _candidates("model", model, partial(fused_model, backend), x, x, include, known)
 
 
 def model_training_candidates(
@@ -121,7 +123,7 @@ def model_training_candidates(
     return _candidates(
         "model",
         model,
-        partial(_fused_model, backend),
+        partial(fused_model, backend),
         x,
         x,
         include,
@@ -130,7 +132,27 @@ def model_training_candidates(
     )
 
 
-def _fused_model(backend: str | None, plain: nn.Module) -> nn.Module:
+def network_of(plain: nn.Module, bf16: bool = False) -> nn.Module:
+    """`plain` by `fuse_network`; call it where gradients are not yet forbidden for good.
+
+    Raises:
+        Unavailable: this CPU or this build has no such kernels.
+    """
+    try:
+        found = fuse_network(plain, precision="bf16" if bf16 else "fp32")
+        if dispatch.chosen() is None:
+            raise Unavailable("there are no kernels for whole networks here")
+        return found
+    except BackendUnavailable as error:
+        raise Unavailable(str(error)) from error
+
+
+def fused_model(backend: str | None, plain: nn.Module) -> nn.Module:
+    """`plain` with every mixer fused.
+
+    Raises:
+        ValueError: there is none, or one is refused.
+    """
     report = fuse(plain, backend=backend)
     if not report.swapped or report.refused:
         raise ValueError(f"model: expected mixers that can all be fused; {report}")
@@ -180,7 +202,7 @@ def _training_call(
                 grads.append(output_gradient(out))
             return training_step(own, x, out, grads[0])
 
-    with torch._dynamo.config.patch(recompile_limit=256):  # see _compiled
+    with torch._dynamo.config.patch(recompile_limit=256):  # see compiled
         step()
     return step
 
@@ -236,6 +258,10 @@ def _candidates(
 
     def build(name: str) -> Call:
         words = name.split()
+        if name.removesuffix(BF16) == NETWORK:
+            with torch.inference_mode(False):  # inference tensors have no version to follow
+                whole = network_of(copy.deepcopy(module).eval(), is_bf16(name))
+            return partial(whole, x)
         layout = torch.channels_last if "channels_last" in words else torch.contiguous_format
         own = copy.deepcopy(module)
         own.train(training is not None)  # not chained: overridden, it may return None
@@ -254,7 +280,7 @@ def _candidates(
             return _after_product(own, own_x)
         mode = next((mode for word, mode in _COMPILED.items() if word in words), None)
         with autocast():
-            run = _compiled(own, own_x, mode) if mode else own
+            run = compiled(own, own_x, mode) if mode else own
         if training is not None:
             return training(own, run, own_x, autocast)
 
@@ -290,24 +316,34 @@ def _after_product(mixer: nn.Module, x: Tensor) -> Call:
     return lambda: mix(x, qkv, w, statistics, (eps_q, eps_k), x.dtype).out
 
 
-def _compiled(module: nn.Module, x: Tensor, mode: str) -> Callable[[Tensor], object]:
+def compiled(
+    module: nn.Module, x: Tensor, mode: str, freezing: bool = False
+) -> Callable[[Tensor], object]:
+    """`torch.compile` of a module, compiled for `x`; `freezing` makes constants of the weights.
+
+    Raises:
+        Unavailable: it cannot be compiled.
+    """
     module(x)  # what fails without a compiler is no matter of the compiler
-    compiled: Callable[[Tensor], object] = torch.compile(
+    found: Callable[[Tensor], object] = torch.compile(
         module, fullgraph=True, dynamic=False, mode=mode
     )
     try:
         # The limit counts what other candidates compiled of the same forward; past it lies eager.
-        with torch._dynamo.config.patch(recompile_limit=256):
-            compiled(x)
+        with (
+            torch._dynamo.config.patch(recompile_limit=256),
+            torch._inductor.config.patch(freezing=freezing),
+        ):
+            found(x)
     except Exception as error:
         text = str(error).strip().splitlines() or [""]
         raise Unavailable(f"torch.compile failed: {type(error).__name__}: {text[0]}") from error
     if mode != "max-autotune":
-        return compiled
+        return found
 
     def call(x: Tensor) -> object:
         torch.compiler.cudagraph_mark_step_begin()
-        return compiled(x)
+        return found(x)
 
     return call
 

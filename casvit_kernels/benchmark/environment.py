@@ -33,6 +33,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "casvit_kernels": __version__,
         "torch": torch.__version__,
         "onnxruntime": _installed("onnxruntime"),
+        "openvino": _installed("openvino"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": kind,

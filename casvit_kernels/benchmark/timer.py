@@ -120,7 +120,7 @@ def interleave(
                     found.absent[name] = str(error)
                     report(rounds + 1)
                     continue
-                calls[name] = _enough_calls(partial(turn, name), min_round_seconds)
+                calls[name] = enough_calls(partial(turn, name), min_round_seconds)
                 samples[name] = []
                 report(1)
             gc.collect()
@@ -165,7 +165,7 @@ def ratio_to_best(timings: Mapping[str, Timing], of: str = "fused") -> tuple[flo
     return timings[best].median / timings[of].median, best
 
 
-def _enough_calls(seconds_of: Callable[[int], float], least: float) -> int:
+def enough_calls(seconds_of: Callable[[int], float], least: float) -> int:
     """How many calls last `least` seconds."""
     calls = 1
     while (seconds := seconds_of(calls)) < least:

@@ -31,6 +31,10 @@ def run(arguments: argparse.Namespace) -> Outcome:
         "environment": benchmark.environment(),
         "cpu_features": _cpu_features(),
         "instruction_sets": cpu.instruction_sets(),
+        "whole_network": {
+            "instruction_set": cpu.active_instruction_set(),
+            "precisions": benchmark.precisions(),
+        },
         "cuda_build": cuda.build(),
         "gpu_order": [
             {"gpu": name, "capability": f"{major}.{minor}", **of._asdict()}
@@ -45,6 +49,7 @@ def _text(document: dict[str, Any]) -> str:
     facts = [[n, v] for n, v in phrases.facts(document["environment"])]
     facts.append(["CPU features", " ".join(document["cpu_features"]) or "unknown"])
     facts.append(["CUDA kernels", document["cuda_build"] or "not built"])
+    facts.append(["whole networks (fuse_network)", _network(document["whole_network"])])
     sets = document["instruction_sets"]
     backends = [
         [b["name"], "usable" if b["usable"] else f"not usable: {b['reason']}"]
@@ -58,6 +63,12 @@ def _text(document: dict[str, Any]) -> str:
         parts.append("Instruction sets of the native library\n" + _pairs(_usable(sets)))
     parts.append("Backends, in order of preference\n" + _pairs(backends))
     return "\n\n".join(parts)
+
+
+def _network(served: dict[str, Any]) -> str:
+    if not served["precisions"]:
+        return "no kernels: the model computes by itself"
+    return f"{served['instruction_set']}, in {' and '.join(served['precisions'])}"
 
 
 def _orders(orders: list[dict[str, Any]]) -> Iterator[list[str]]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .. import benchmark
 from ..testing import FACTOR, against_truth
 from ..testing.numerics import divide
-from . import network
+from . import network as networks
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class Parity:
     )
     images: int
     passed: bool
+    network: Deviation | None = None  # the logits by `fuse_network`; None: there are no kernels
+
+    @property
+    def outputs(self) -> list[Deviation]:
+        """All that were compared."""
+        return [*self.layers, self.logits, *([self.network] if self.network else [])]
 
     @property
     def worst(self) -> Deviation:
@@ -76,9 +83,9 @@ def check(
         inputs: what each mixer of `reference` receives for `x`, by name.
         advance: called after each comparison.
     """
-    fused_mixers = network.mixers(fused)
+    fused_mixers = networks.mixers(fused)
     layers = []
-    for name, mixer in network.mixers(reference).items():
+    for name, mixer in networks.mixers(reference).items():
         z = inputs[name]
         truth = copy.deepcopy(mixer).double()(z.double())
         layers.append(deviation(name, truth, mixer(z), fused_mixers[name](z)))
@@ -88,5 +95,14 @@ def check(
     logits = deviation("logits", truth, plain, output)
     same = int((output.argmax(1) == plain.argmax(1)).sum())
     advance()
-    passed = all(d.passed for d in (*layers, logits))
-    return Parity(layers, logits, same, len(x), passed)
+    network = _network(reference, x, truth, plain)
+    passed = all(d.passed for d in (*layers, logits)) and (network is None or network.passed)
+    return Parity(layers, logits, same, len(x), passed, network)
+
+
+def _network(reference: nn.Module, x: Tensor, truth: Tensor, plain: Tensor) -> Deviation | None:
+    try:
+        whole = benchmark.network_of(copy.deepcopy(reference))
+    except benchmark.Unavailable:
+        return None
+    return deviation("logits, fuse_network", truth, plain, whole(x))

@@ -122,8 +122,9 @@ def figures(results: Results) -> Iterator[tuple[str, str, str]]:
 
 def parity_sentence(parity: Parity) -> str:
     if parity.passed:
-        return f"All {len(parity.layers)} mixers and the logits pass."
-    failed = [d.name for d in (*parity.layers, parity.logits) if not d.passed]
+        whole = ", and so do those of the network in one call" if parity.network else ""
+        return f"All {len(parity.layers)} mixers and the logits pass{whole}."
+    failed = [d.name for d in parity.outputs if not d.passed]
     return f"FAILED: {', '.join(failed)}."
 
 

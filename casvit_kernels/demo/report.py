@@ -45,7 +45,7 @@ def _parity(results: Results) -> dict[str, Any]:
         "head": ("layer", "output", "largest value", *phrases.ERRORS_HEAD),
         "rows": [
             [d.name, phrases.shape(d.shape), f"{d.largest_output:.3g}", *phrases.errors(d)]
-            for d in (*parity.layers, parity.logits)
+            for d in parity.outputs
         ],
     }
 

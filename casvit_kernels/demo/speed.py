@@ -14,9 +14,9 @@ from .progress import Phase, phase
 
 BATCH = 8
 ROUNDS, QUICK_ROUNDS = 15, 3
-MODEL = (*benchmark.MIXER_NAMES, "fused compile")
+MODEL = (*benchmark.MIXER_NAMES, "fused compile", benchmark.NETWORK)
 # What has to be compiled or exported first takes minutes and is left out of a quick run.
-QUICK = ("eager", "eager channels_last", "fused", "fused channels_last")
+QUICK = ("eager", "eager channels_last", "fused", "fused channels_last", benchmark.NETWORK)
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,7 @@ def demo(results: Results) -> str:
 
 def deviations(parity: Parity) -> str:
     """The errors of every mixer and of the logits."""
-    rows = [
-        [d.name, phrases.shape(d.shape), *phrases.errors(d)]
-        for d in (*parity.layers, parity.logits)
-    ]
+    rows = [[d.name, phrases.shape(d.shape), *phrases.errors(d)] for d in parity.outputs]
     head = ("Parity with float64", "output", *phrases.ERRORS_HEAD)
     return f"{table(head, rows)}\n{phrases.parity_sentence(parity)}"
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..module import FusedCATM, has_own_forward, unfused
 from .fuse import unfuse
 from .recording import SAME, Call, Recording, same_outputs
+from .stand_in import StandIn
 
 __all__ = ["Fold", "FoldReport", "Unfolded", "fold_for_inference"]
 
@@ -146,7 +147,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
             mixer.backend = "reference"  # for those of a subclass, which stay; any dtype
     if isinstance(copied, FusedCATM):
         return copied if has_own_forward(copied) else unfused(copied)
-    unfuse(copied)
+    unfuse(copied.original() if isinstance(copied, StandIn) else copied)
     return copied
 
 

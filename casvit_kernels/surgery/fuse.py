@@ -6,13 +6,14 @@ Which modules are mixers is decided in `ops/mixer/matching.py`: by what they com
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from torch import nn
 
 from ..backends import BackendUnavailable, backends, check_name
 from ..module import ORIGINAL, FusedCATM, has_own_forward, refusal, share, unfused
 from ..ops.mixer.matching import LOOKED_FOR, Match, match, resembles
+from .stand_in import StandIn
 
 __all__ = ["FuseReport", "Refusal", "UnfuseReport", "fuse", "refusal", "share", "unfuse"]
 
@@ -47,7 +48,7 @@ class UnfuseReport(NamedTuple):
     """What `unfuse` did; names are paths in the model."""
 
     restored: tuple[str, ...]
-    kept: tuple[Refusal, ...] = ()  # of a subclass with a forward of its own: left as they are
+    kept: tuple[Refusal, ...] = ()  # with the reason: left as they are
 
     def __str__(self) -> str:
         lines = [f"{len(self.restored)} restored", *_indented(self.restored)]
@@ -129,36 +130,54 @@ def fuse(model: nn.Module, backend: str | None = None) -> FuseReport:
     return FuseReport(tuple(site.name for site in found), tuple(refused), tuple(already))
 
 
-def unfuse(model: nn.Module) -> UnfuseReport:
-    """Undo `fuse`: put the very objects back that it replaced.
+@overload
+def unfuse(model: StandIn) -> nn.Module: ...  # type: ignore[overload-overlap]
+@overload
+def unfuse(model: nn.Module) -> UnfuseReport: ...
+def unfuse(model: nn.Module) -> UnfuseReport | nn.Module:
+    """Undo `fuse` and `fuse_network`: put the very objects back that they replaced.
 
     Parameters, submodules, hooks and the training mode are those of now, not of the time of `fuse`.
     A `FusedCATM` that replaced nothing becomes an `AdditiveTokenMixer` that shares its submodules. One
     of a subclass with a forward of its own computes something else, which only it knows: it is kept.
+
+    Of a network made by `fuse_network` the result is its model, untouched: mixers that were fused
+    before stay fused. Inside a larger model it is exchanged for its model in place, as mixers are,
+    unless it normalises its input: then it is kept.
+
+    Returns:
+        What was restored and what was kept; of a network made by `fuse_network` its model.
 
     Raises:
         TypeError: ``model`` is no module.
         ValueError: ``model`` is a `FusedCATM` itself, which cannot be replaced in place.
     """
     _check_module(model, "model")
+    if isinstance(model, StandIn):
+        return model.original()
     if isinstance(model, FusedCATM):
         raise ValueError(
             "model: expected a module that contains mixers, got a FusedCATM itself, "
             "which cannot be replaced in place"
         )
-    fused = [site for site in _sites(model) if isinstance(site.child, FusedCATM)]
-    kept = [
-        Refusal(site.name, f"{type(site.child).__name__} has a forward of its own")
-        for site in fused
-        if has_own_forward(site.child)
-    ]
-    sites = [site for site in fused if not has_own_forward(site.child)]
+    fused = [site for site in _sites(model) if isinstance(site.child, FusedCATM | StandIn)]
+    kept = [Refusal(site.name, reason) for site in fused if (reason := _why_kept(site.child))]
+    sites = [site for site in fused if not _why_kept(site.child)]
     plain: dict[int, nn.Module] = {}
     for site in sites:
-        if id(site.child) not in plain:
-            plain[id(site.child)] = unfused(site.child)
-        site.put(plain[id(site.child)])
+        child = site.child
+        if id(child) not in plain:
+            plain[id(child)] = child.original() if isinstance(child, StandIn) else unfused(child)
+        site.put(plain[id(child)])
     return UnfuseReport(tuple(site.name for site in sites), tuple(kept))
+
+
+def _why_kept(fused: nn.Module) -> str | None:
+    if isinstance(fused, StandIn):
+        return fused.why_original()
+    if has_own_forward(fused):
+        return f"{type(fused).__name__} has a forward of its own"
+    return None
 
 
 class _Site(NamedTuple):

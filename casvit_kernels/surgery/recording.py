@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -16,12 +16,16 @@ class Call(NamedTuple):
     function: Callable[..., Any]
     inputs: list[Tensor]  # also weights
     outputs: list[Tensor]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
+    scope: str = ""  # the path of the module that called; where a recording asks for it
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self) -> None:
+    def __init__(self, scopes: list[str]) -> None:
         super().__init__()
         self.calls: list[Call] = []
+        self._scopes = scopes
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -30,17 +34,20 @@ class _Recorder(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         outputs = tensors(out)
         if inputs and outputs:
-            self.calls.append(Call(func, inputs, outputs))
+            scope = self._scopes[-1] if self._scopes else ""
+            self.calls.append(Call(func, inputs, outputs, args, kwargs or {}, scope))
         return out
 
 
 class Recording:
     """One forward, with every tensor it made kept alive: identities stay unique."""
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, scopes: list[str] | None = None) -> None:
+        """scopes: the paths of the modules that are being called, the innermost last; kept by hooks."""
         x = x.clone()
-        with _Recorder() as recorder:
+        with _Recorder([] if scopes is None else scopes) as recorder:
             result = model(x)
+        self.x, self.result = x, result
         self.calls = recorder.calls
         self.nodes = len(recorder.calls)
         self.outputs = tensors(result)

@@ -99,6 +99,10 @@ inline casvit::ThreadPool thread_pool() {
             torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
               for (int64_t i = begin; i < end; ++i) task(context, i);
             });
+          },
+          [](int64_t count, void (*task)(void*, int64_t, int64_t), void* context) {
+            torch::stable::parallel_for(
+                0, count, 1, [&](int64_t begin, int64_t end) { task(context, begin, end); });
           }};
 }
 

@@ -66,7 +66,7 @@ struct Group {
   void spatial_gate(int64_t image, int64_t which, int64_t strip) const {
     float* temp = static_cast<float*>(temp_buffer.get(spatial_gate_temp_floats(g) * 4));
     k.spatial_gate(g, w.gate[which], planes + image * image_floats + which * g.blocks * g.plane,
-                   strip, spatial + (image * 2 + which) * g.pixels(),
+                   strips, strip, spatial + (image * 2 + which) * g.pixels(),
                    sums + ((image * 2 + which) * strips.count + strip) * g.padded(), temp);
   }
   void spatial_mean() const {

@@ -5,6 +5,7 @@
 //                          --channel_gate--> gates g --combine--> out
 #pragma once
 
+#include "cpu/network/layout.h"
 #include "cpu/tokens/layout.h"
 
 namespace casvit {
@@ -128,8 +129,8 @@ struct Kernels {
 
   // Spatial gate of one strip of one image. z: q or k planes; s: [pixels]; sums: [padded], the
   // strip's sum of z * s per channel (overwritten).
-  void (*spatial_gate)(const Geometry&, const GateView&, const float* z, int64_t strip, float* s,
-                       float* sums, float* temp);
+  void (*spatial_gate)(const Geometry&, const GateView&, const float* z, const Strips&,
+                       int64_t strip, float* s, float* sums, float* temp);
   // gate[image][o] = sigmoid(sum_i channel[i][o] * pooled[image][i]), o in [begin, end) blocks.
   void (*channel_gate)(const Geometry&, const GateView&, const float* pooled, float* gate,
                        int64_t images, int64_t begin, int64_t end);
@@ -163,6 +164,7 @@ struct Kernels {
 
   QkvBackwardKernels qkv_backward;
   TokenKernels tokens;
+  NetworkKernels network;
 };
 
 const Kernels& portable_kernels();

@@ -59,8 +59,7 @@ struct Strips {
   int64_t columns, rows;  // size of one strip
   int64_t across, count;
 };
-inline Strips make_strips(const Geometry& g) {
-  const int64_t most = 448;  // partial sums of a strip fit the L1 cache
+inline Strips make_strips(const Geometry& g, int64_t most = 448) {  // pixels; L1 holds their sums
   Strips s{};
   s.across = (g.W + 111) / 112;
   s.columns = (g.W + s.across - 1) / s.across;
@@ -79,13 +78,13 @@ inline int64_t spatial_gate_temp_floats(const Geometry& g) {
 }
 // Output rows that `combine` gathers before it transposes them to channels first: at least 64
 // pixels, and whole cache lines where at most 128 pixels make such.
-inline int64_t combine_rows(const Geometry& g) {
+inline int64_t combined_rows(const Geometry& g) {
   int64_t rows = 1;
   while (rows * g.W < 64 || (rows * g.W % 16 != 0 && (rows + 1) * g.W <= 128)) ++rows;
   return rows;
 }
 inline int64_t combine_temp_floats(const Geometry& g) {
-  return 6 * g.row + (combine_rows(g) * g.W + g.lanes) * g.lanes;
+  return 6 * g.row + (combined_rows(g) * g.W + g.lanes) * g.lanes;
 }
 
 // Bands of rows: the unit of work of the training kernels, fixed by the problem alone, as strips

@@ -5,10 +5,14 @@
 
 namespace casvit {
 
-// run: calls task(context, i) once for each i in [0, count), on any thread.
+// run: calls task(context, i) once for each i in [0, count), on any thread; run_ranges:
+// task(context, begin, end) for ranges of one length (the last may be shorter), one for each thread
+// that takes part.
 struct ThreadPool {
   int64_t threads;
   void (*run)(int64_t count, void (*task)(void* context, int64_t index), void* context);
+  void (*run_ranges)(int64_t count, void (*task)(void* context, int64_t begin, int64_t end),
+                     void* context) = nullptr;
 };
 
 template <class F>

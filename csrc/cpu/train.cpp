@@ -22,7 +22,7 @@ struct Mixing {
 
   void spatial_gate(int64_t image, int64_t which, int64_t strip) const {
     const int64_t map = image * 2 + which;
-    k.spatial_gate(g, w.gate[which], qkv + (image * 3 + which) * g.blocks * g.plane, strip,
+    k.spatial_gate(g, w.gate[which], qkv + (image * 3 + which) * g.blocks * g.plane, strips, strip,
                    spatial + map * g.pixels(), sums + (map * strips.count + strip) * g.padded(),
                    task_floats(spatial_gate_temp_floats(g)));
   }

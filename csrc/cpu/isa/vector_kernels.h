@@ -9,6 +9,7 @@
 #include "cpu/mixer/combine.h"
 #include "cpu/mixer/gates.h"
 #include "cpu/mixer/statistics.h"
+#include "cpu/network/kernels.h"
 #include "cpu/tokens/affinities.h"
 #include "cpu/tokens/means.h"
 #include "cpu/tokens/nearest.h"
@@ -31,7 +32,8 @@ static Kernels vector_kernels(const char* name) {
           channel_gate_backward,
           QKV_BACKWARD,
           {widen_token, narrow_centre, pool_tokens, token_affinities, weighted_means,
-           reconstruct_tokens, token_weights}};
+           reconstruct_tokens, token_weights},
+          NETWORK};
 }
 
 }  // namespace CASVIT_ISA

@@ -17,9 +17,16 @@ CASVIT_INLINE void add_gated(const float* q, const float* k, const float* s_q, c
   }
 }
 
-static void combine(const Geometry& g, const WeightsView& w, const float* planes, const float* s,
-                    const float* const gate[2], int64_t block, int64_t y_begin, int64_t y_end,
-                    const Output& out, int64_t image, float* temp) {
+struct CombineWeights {
+  const float *dwc, *dwc_bias, *proj, *proj_bias;
+};
+
+// finish(y, x, count, sums): so many pixels of a row; row_done(y) behind the last of a row.
+template <class Finish, class RowDone>
+CASVIT_INLINE void combine_rows(const Geometry& g, const CombineWeights& w, const float* planes,
+                                const float* s, const float* const gate[2], int64_t block,
+                                int64_t y_begin, int64_t y_end, float* temp, const Finish& finish,
+                                const RowDone& row_done) {
   const int64_t tensor = g.blocks * g.plane;
   const float* q = planes + block * g.plane;
   const float* k = q + tensor;
@@ -29,7 +36,6 @@ static void combine(const Geometry& g, const WeightsView& w, const float* planes
   // Ring buffers of three rows; rows outside the image and halo columns are zero.
   float* sum = temp;                // q2 + k2
   float* mixed = temp + 3 * g.row;  // dwc(q2 + k2) * v
-  float* result = temp + 6 * g.row;
   auto ring = [&](float* base, int64_t y) { return base + (y + 3) % 3 * g.row; };
   std::memset(temp, 0, sizeof(float) * static_cast<size_t>(6 * g.row));
 
@@ -63,8 +69,6 @@ static void combine(const Geometry& g, const WeightsView& w, const float* planes
     CASVIT_FOR_PIXEL_RUNS(g.W, pixels);
   };
 
-  const int64_t most = combine_rows(g);
-  int64_t gathered = 0;
   for (int64_t y = y_begin - 2; y <= y_begin; ++y) make_sum(y);
   make_mixed(y_begin - 1);
   make_sum(y_begin + 1);
@@ -80,10 +84,25 @@ static void combine(const Geometry& g, const WeightsView& w, const float* planes
       const float* const from[3] = {ring(mixed, y - 1) + x * VL, ring(mixed, y) + x * VL,
                                     ring(mixed, y + 1) + x * VL};
       convolve<N>(from, taps, acc);
-      for (int i = 0; i < N; ++i) store(result + (gathered * g.W + x + i) * VL, acc[i]);
+      finish(y, x, count, acc);
     };
     CASVIT_FOR_PIXEL_RUNS(g.W, pixels);
-    if (++gathered < most && y + 1 < y_end) continue;
+    row_done(y);
+  }
+}
+
+static void combine(const Geometry& g, const WeightsView& w, const float* planes, const float* s,
+                    const float* const gate[2], int64_t block, int64_t y_begin, int64_t y_end,
+                    const Output& out, int64_t image, float* temp) {
+  float* result = temp + 6 * g.row;
+  const int64_t most = combined_rows(g);
+  int64_t gathered = 0;
+  auto gather = [&](int64_t, int64_t x, auto count, const Vec* acc) __attribute__((always_inline)) {
+    for (int i = 0; i < decltype(count)::value; ++i)
+      store(result + (gathered * g.W + x + i) * VL, acc[i]);
+  };
+  auto row_done = [&](int64_t y) __attribute__((always_inline)) {
+    if (++gathered < most && y + 1 < y_end) return;
     const int64_t first = (y + 1 - gathered) * g.W;
     switch (out.dtype) {
       case DType::F32:
@@ -97,7 +116,9 @@ static void combine(const Geometry& g, const WeightsView& w, const float* planes
         break;
     }
     gathered = 0;
-  }
+  };
+  combine_rows(g, {w.dwc, w.dwc_bias, w.proj, w.proj_bias}, planes, s, gate, block, y_begin, y_end,
+               temp, gather, row_done);
 }
 
 }  // namespace CASVIT_ISA

@@ -8,9 +8,8 @@
 namespace casvit {
 namespace CASVIT_ISA {
 
-static void spatial_gate(const Geometry& g, const GateView& w, const float* z, int64_t strip,
-                         float* s, float* sums, float* temp) {
-  const Strips strips = make_strips(g);
+static void spatial_gate(const Geometry& g, const GateView& w, const float* z, const Strips& strips,
+                         int64_t strip, float* s, float* sums, float* temp) {
   const int64_t y0 = strip / strips.across * strips.rows,
                 x0 = strip % strips.across * strips.columns;
   const int64_t rows = y0 + strips.rows < g.H ? strips.rows : g.H - y0;

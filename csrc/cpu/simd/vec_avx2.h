@@ -75,6 +75,16 @@ CASVIT_INLINE void store_first(F16* p, Vec a, int n) {
   std::memcpy(p, bits, sizeof(uint16_t) * static_cast<size_t>(n));
 }
 
+CASVIT_INLINE Vec magnitude(Vec a) { return _mm256_andnot_ps(splat(-0.0f), a); }
+// An entry of a table of 16 for each lane; the index is in the lowest bits of m.
+using Index = __m256i;
+CASVIT_INLINE Index index16(Vec m) { return _mm256_castps_si256(m); }
+CASVIT_INLINE Vec lookup16(const float* table, Index i) {
+  const Vec low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), i);
+  const Vec high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), i);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+}
+
 CASVIT_INLINE void transpose(Vec (&r)[VL]) {
   __m256 t[8], u[8];
   for (int i = 0; i < 4; ++i) {

@@ -81,6 +81,14 @@ CASVIT_INLINE void store_first(F16* p, Vec a, int n) {
                            _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+CASVIT_INLINE Vec magnitude(Vec a) { return _mm512_abs_ps(a); }
+// An entry of a table of 16 for each lane; the index is in the lowest bits of m.
+using Index = __m512i;
+CASVIT_INLINE Index index16(Vec m) { return _mm512_castps_si512(m); }
+CASVIT_INLINE Vec lookup16(const float* table, Index i) {
+  return _mm512_permutexvar_ps(i, _mm512_load_ps(table));
+}
+
 // r[i] lane j <-> r[j] lane i
 CASVIT_INLINE void transpose(Vec (&r)[VL]) {
   __m512 t[16];

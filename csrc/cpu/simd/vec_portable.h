@@ -117,6 +117,17 @@ CASVIT_INLINE void transpose(Vec (&r)[VL]) {
       r[j].v[i] = t;
     }
 }
+CASVIT_INLINE Vec magnitude(Vec a) { CASVIT_LANES(__builtin_fabsf(a.v[i])); }
+// An entry of a table of 16 for each lane; the index is in the lowest bits of m.
+struct Index {
+  uint32_t lane[VL];
+};
+CASVIT_INLINE Index index16(Vec m) {
+  Index index;
+  for (int i = 0; i < VL; ++i) index.lane[i] = as_bits(m.v[i]) & 15u;
+  return index;
+}
+CASVIT_INLINE Vec lookup16(const float* table, Index index) { CASVIT_LANES(table[index.lane[i]]); }
 CASVIT_INLINE Vec horizontal_sums(const float* p) {
   CASVIT_LANES((p[i * VL] + p[i * VL + 1]) + (p[i * VL + 2] + p[i * VL + 3]));
 }

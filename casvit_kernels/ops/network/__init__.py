@@ -1,0 +1,1 @@
+"""A whole CAS-ViT network in one call, for inference."""
