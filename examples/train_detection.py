@@ -135,7 +135,8 @@ class Detection(training.Task):
     def picture(self, image: Tensor, found: dict[str, Tensor]) -> Tensor:
         if not self._masks:
             found = {name: value for name, value in found.items() if name != "masks"}
-        return pictures.boxes(image, found, self.val.classes, self._options.visualize_from)
+        least = self._options.visualize_from
+        return pictures.boxes(image, found, self.val.classes, least, side=320)
 
 
 class Precision(training.Judge):
