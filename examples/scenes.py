@@ -38,6 +38,7 @@ class Scenes:
         seed: scenes of other seeds are others, of the same digits.
         digits: at least and at most so many in a scene; fewer where there is no room.
         scale: the least and the largest side of a digit, in pixels.
+        hidden: of a digit's ink at most this part may lie over that of others.
     """
 
     part: str
@@ -45,6 +46,7 @@ class Scenes:
     seed: int = 0
     digits: tuple[int, int] = (2, 5)
     scale: tuple[int, int] = (28, 64)
+    hidden: float = HIDDEN
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
@@ -58,10 +60,21 @@ class Scenes:
 
     def scene(self, index: int) -> tuple[Tensor, Tensor]:
         """Pixels ``(1, H, W)``, float32 in [0, 1], and labels ``(H, W)``, int64."""
+        pixels, labels, _, _ = self.objects(index)
+        return pixels, labels
+
+    def objects(self, index: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """As `scene`, and which digit each pixel belongs to.
+
+        Returns:
+            Pixels and labels; ``(H, W)`` int64 with 0 for background and n for the n-th digit drawn;
+            the labels of the digits. Of a digit under others some or all pixels are missing.
+        """
         random = numpy.random.default_rng((self.seed, PARTS.index(self.part), index))
         images, names = handwritten(self.part)
         pixels = _texture(self.size, random)
-        labels = torch.zeros(self.size, dtype=torch.int64)
+        numbers = torch.zeros(self.size, dtype=torch.int64)
+        drawn = [0]
         for _ in range(random.integers(self.digits[0], self.digits[1] + 1)):
             number = int(random.integers(len(images)))
             side = int(random.integers(self.scale[0], self.scale[1] + 1))
@@ -69,13 +82,15 @@ class Scenes:
             cover = _scaled(images[number][None, None], (side, side))[0, 0].clamp(0, 1)
             place = slice(top, top + side), slice(left, left + side)
             inked = cover >= INK
-            if (labels[place][inked] > 0).float().mean() > HIDDEN:
+            if (numbers[place][inked] > 0).float().mean() > self.hidden:
                 continue
             brightness = 0.7 + 0.3 * float(random.random())
             pixels[place] = pixels[place] * (1 - cover) + brightness * cover
-            labels[place] = torch.where(inked, int(names[number]) + 1, labels[place])
+            numbers[place] = torch.where(inked, len(drawn), numbers[place])
+            drawn.append(int(names[number]) + 1)
         noise = torch.from_numpy(random.standard_normal(self.size, dtype=numpy.float32))
-        return (pixels + 0.04 * noise).clamp(0, 1)[None], labels
+        pixels = (pixels + 0.04 * noise).clamp(0, 1)[None]
+        return pixels, torch.tensor(drawn)[numbers], numbers, drawn[1:]
 
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Scenes ``first`` to ``first + count - 1``: ``(count, 1, H, W)`` and ``(count, H, W)``."""

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 from recipe import checkpoint, data
 from recipe.arguments import four, integer, number, sizes
 from recipe.logs import Logs
+from recipe.machine import autocast, make_directory, plain, say, settle_machine, settle_output
 from recipe.problem import Problem, Stopped
 from recipe.processes import Processes, StopRequest, joined
 from torch import Tensor, nn
@@ -459,23 +459,9 @@ def val_loader(options: argparse.Namespace, here: Processes, val: data.Folder) -
     return data.loader(images, options.workers, pin, batch_size=options.batch_size)
 
 
-def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(device.type, dtypes[amp]) if amp in dtypes else nullcontext()
-
-
 def check(options: argparse.Namespace) -> None:
     """Settle what depends on the machine and on what is there; raise `Problem` early."""
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.amp == "auto":
-        native = options.device == "cuda" and torch.cuda.is_bf16_supported(
-            including_emulation=False
-        )
-        options.amp = "none" if options.device == "cpu" else "bf16" if native else "fp16"
-    if options.workers is None:
-        together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        options.workers = max(1, min(4, (os.cpu_count() or 1) // together))
+    settle_machine(options)
     if options.sizes is None:
         options.sizes = default_sizes(options.input_size)
     if options.warmup_epochs is None:
@@ -491,18 +477,7 @@ def check(options: argparse.Namespace) -> None:
         if options.finetune is None or options.resume is not None:
             raise Problem("--eval-only: expected the weights as --finetune FILE, got none there")
         return
-    if options.output is None:
-        raise Problem("--output: expected a directory to write to, got none")
-    last = options.output / LAST
-    if options.resume == "auto":
-        options.resume = last if last.exists() else None
-    elif options.resume is not None:
-        options.resume = Path(options.resume)
-    if last.exists() and (options.resume is None or not last.samefile(options.resume)):
-        raise Problem(
-            f"--output: {options.output} holds a run: continue it with --resume auto, or give "
-            "another directory"
-        )
+    settle_output(options, LAST)
 
 
 def check_resumable(
@@ -527,30 +502,10 @@ def check_resumable(
         )
 
 
-def make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Problem(
-            f"--output: expected a directory that can be written to, got {path}: {error.strerror}"
-        ) from error
-
-
 def default_sizes(size: int) -> tuple[int, ...]:
     """Multiples of 32 from 5/7 to 10/7 of `size` (160 to 320 for 224), else `size` alone."""
     sizes = range(-(-size * 5 // 7 // 32) * 32, size * 10 // 7 + 1, 32)
     return tuple(sizes) or (size,)
-
-
-def plain(value: Any) -> Any:
-    """`value` as a checkpoint holds it."""
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -64,6 +64,24 @@ def test_train_and_test_digits_are_disjoint():
     assert not any(image.numpy().tobytes() in rows for image in test)
 
 
+def test_objects_are_numbered_and_overlap_as_far_as_asked():
+    covered = {}
+    for hidden in 0.3, 0.0:
+        some = scenes.Scenes("test", (96, 96), 0, (4, 6), (28, 40), hidden)
+        digits = 0
+        for index in range(20):
+            pixels, labels, numbers, drawn = some.objects(index)
+            again, same = some.scene(index)
+            assert torch.equal(pixels, again)
+            assert torch.equal(labels, same)
+            assert torch.equal(labels, torch.tensor([0, *drawn])[numbers])
+            if hidden == 0:  # nobody lies over another: all are there
+                assert set(numbers.unique().tolist()) == set(range(len(drawn) + 1))
+            digits += len(drawn)
+        covered[hidden] = digits
+    assert covered[0.0] < covered[0.3]
+
+
 def test_other_sizes_and_no_digits():
     pixels, labels = scenes.Scenes("train", (48, 64), digits=(0, 0), scale=(16, 40)).scene(0)
     assert pixels.shape == (1, 48, 64)

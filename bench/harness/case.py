@@ -13,18 +13,26 @@ class Case:
     """What is computed; its fields are the description in the JSON."""
 
     level: str  # "mixer", "model"; forward and backward: "training" (mixer), "model-training"; or
-    # "training-forward"; "network": whole models, each candidate in a process of its own
+    # "training-forward"; "network": whole models, each candidate in a process of its own; "dense"
+    # and "dense-mixer": dense backbones and their mixers; "figure2": other mixers beside ours
     model: str  # "xs", "s", "m", "t"
     stage: int | None  # 1 to 4, None for a whole model
     channels: int  # of x
     size: int  # height and width of x
     batch: int
     dtype: str  # "float32", or "bfloat16" for autocast
+    width: int | None = None  # of x, where it is another than the height
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of x."""
+        return (self.batch, self.channels, self.size, self.width or self.size)
 
     @property
     def id(self) -> str:
         stage = "" if self.stage is None else f"-stage{self.stage}"
-        name = f"{self.model}{stage}-{self.size}px-b{self.batch}-{self.dtype}"
+        size = f"{self.size}" if self.width is None else f"{self.size}x{self.width}"
+        name = f"{self.model}{stage}-{size}px-b{self.batch}-{self.dtype}"
         return name + "-forward" if self.level == "training-forward" else name
 
 

@@ -55,5 +55,5 @@ def missing(cases: list[Case]) -> list[str]:
 
 def case_title(case: Case) -> str:
     stage = "whole model" if case["stage"] is None else f"stage {case['stage']}"
-    shape = f"({case['batch']}, {case['channels']}, {case['size']}, {case['size']})"
+    shape = f"({case['batch']}, {case['channels']}, {case['size']}, {case.get('width') or case['size']})"
     return f"{case['model']} {stage}, {shape}"

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench.report import token_speed, tokens
+from bench.report import figure2, token_speed, tokens
 from bench.report.accuracy import coreml_tables
 from bench.report.complete import complete_tables
 from bench.report.documents import ReportError
@@ -66,6 +66,8 @@ def outputs(root: Path) -> dict[Path, str]:
         readme: with_table(readme.read_text(encoding="utf-8"), readme_table(documents)),
         root / "docs" / "performance.md": performance(documents, gpus),
         root / "docs" / "bench.svg": picture(documents),
+        root / "docs" / "mixers.md": figure2.page(documents),
+        root / "docs" / "mixers.svg": figure2.picture(documents),
         results / "README.md": complete_tables(documents, kept, gpus, accuracy),
     }
     static = results / "cuda_kernels.json"

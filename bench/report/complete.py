@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.report import networks
+from bench.report import figure2, networks
 from bench.report.accuracy import onnx_table
 from bench.report.captions import case_title, gpu_machine, machine, missing
 from bench.report.counters import counter_table, diagnosis
@@ -38,10 +38,11 @@ def complete_tables(
         if any(case["level"] == networks.LEVEL for case in document["cases"]):
             lines += networks.every_candidate(document)
             continue
+        others = any(case["level"] == figure2.LEVEL for case in document["cases"])
         for dtype in ("float32", "bfloat16"):
             cases = [c for c in document["cases"] if c["dtype"] == dtype]
             if cases:
-                lines += ["", f"### {dtype}", "", *matrix(cases)]
+                lines += ["", f"### {dtype}", "", *matrix(cases, speed_up=not others)]
     for name, parts in (gpus or {}).items():
         lines += gpu_tables(name, parts)
     if kept is not None:
@@ -78,18 +79,22 @@ def gpu_tables(name: str, parts: dict[str, Document]) -> list[str]:
     return lines
 
 
-def matrix(cases: list[Case], gpu: bool = False) -> list[str]:
-    """Cases down, candidates across; on a GPU memory and share beside the milliseconds."""
+def matrix(cases: list[Case], gpu: bool = False, speed_up: bool = True) -> list[str]:
+    """Cases down, candidates across; on a GPU memory and share beside the milliseconds.
+
+    speed_up: false where the candidates are other functions, not rivals of one.
+    """
     measured = [case for case in cases if "error" not in case]
     names = list(dict.fromkeys(row["candidate"] for c in cases for row in c.get("rows", ())))
     lines = [
-        "| case | " + " | ".join([*names, "speed-up"]) + " |",
-        "|---|" + "---:|" * (len(names) + 1),
+        "| case | " + " | ".join([*names, *["speed-up"] * speed_up]) + " |",
+        "|---|" + "---:|" * (len(names) + speed_up),
     ]
     for case in measured:
         rows = {row["candidate"]: row for row in case.get("rows", ())}
         cells = [_cell(rows.get(name)) + _extra(case, name, gpu) for name in names]
-        cells.append(_speed_up(case, rows, " channels_last" if gpu else ""))
+        if speed_up:
+            cells.append(_speed_up(case, rows, " channels_last" if gpu else ""))
         lines.append(f"| {case_title(case)} | {' | '.join(cells)} |")
     for gap in missing(cases):
         lines += ["", gap]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.report import networks
+from bench.report import dense, networks
 from bench.report.captions import gpu_machine, machines, missing
 from bench.report.counters import diagnosis
 from bench.report.documents import MODELS, NOT_MEASURED, SPEED, Document, by_set, find
@@ -25,7 +25,8 @@ exported files, the memory kept for the backward and the accuracy of int8.
 224x224 input, fp32 and batch 8 where a column says nothing else. Medians over rounds that call every
 candidate in turn, in one process. Speed-up: over the best baseline of eager, `torch.compile` (both with
 contiguous and channels-last memory) and ONNX Runtime; of a whole model the fastest fused candidate
-counts, compiled or not (whole networks in one call stand further down). Below 1x a baseline is faster.
+counts, compiled or not (whole networks in one call and dense backbones stand further down; other mixers
+of the paper in [mixers.md](mixers.md)). Below 1x a baseline is faster.
 bf16: under autocast, as its baselines, without ONNX Runtime. Training step: forward and backward of the
 mixer with batch statistics, without ONNX Runtime."""
 HEAD = (
@@ -47,6 +48,7 @@ def performance(
     for of_set in by_set(documents) or [[]]:
         lines += ["", *_machine(of_set)]
     lines += ["", *networks.overview(documents)]
+    lines += ["", *dense.overview(documents)]
     if not gpus:
         lines += ["", "## GPU", "", f"Any GPU: {NOT_MEASURED}. {WITHOUT_GPU}"]
     for parts in (gpus or {}).values():

@@ -25,8 +25,8 @@ def judge(case: Case | None, layout: str = "") -> Verdict | str:
     """The figures of one case, or in words why there are none.
 
     `layout` is " channels_last" for the fused candidate of that layout. Of a whole model on the CPU,
-    whose other layers are PyTorch's, it is the fastest fused candidate of both layouts, compiled or not;
-    of a whole network the one in one call.
+    whose other layers are PyTorch's, it is the fastest fused candidate of both layouts, compiled or not
+    (of a dense backbone also the one in one call); of a whole network the one in one call.
     """
     if case is None:
         return NOT_MEASURED
@@ -39,7 +39,7 @@ def judge(case: Case | None, layout: str = "") -> Verdict | str:
     fused, eager = "fused" + layout + suffix, "eager" + suffix
     if fused not in ms or eager not in ms:
         return NOT_MEASURED
-    if case["level"] == "model" and not layout:
+    if case["level"] in ("model", "dense") and not layout:
         fused = min((name for name in ms if name.startswith("fused")), key=lambda name: ms[name])
     best = min(rivals, key=lambda name: ms[name])
     return Verdict(ms[fused], fused, ms[best], best, ms[eager])

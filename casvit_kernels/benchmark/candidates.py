@@ -369,4 +369,6 @@ def _onnxruntime(module: nn.Module, x: Tensor) -> Call:
         )
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x.numpy()}
+    if len(session.get_outputs()) > 1:  # a dense backbone's maps
+        return lambda: session.run(None, feed)
     return lambda: session.run(None, feed)[0]

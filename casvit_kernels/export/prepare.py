@@ -205,6 +205,10 @@ def _output_names(model: nn.Module, count: int) -> list[str]:
     if getattr(model, "fork_feat", False):  # a dense backbone, the published one too
         stages = getattr(model, "out_indices", range(count))
         return [f"stage{i + 1}" for i in stages]
+    body = getattr(model, "body", None)
+    if isinstance(getattr(model, "fpn", None), nn.Module) and getattr(body, "fork_feat", False):
+        finest = 2 + min(getattr(body, "out_indices", (0,)))  # `Pyramid`: level n has stride 2^n
+        return [f"p{finest + i}" for i in range(count)]
     return [f"output{i}" for i in range(count)]
 
 

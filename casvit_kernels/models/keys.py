@@ -61,8 +61,8 @@ def select(content: Any, own: Mapping[str, Tensor], use_ema: bool, source: str) 
     Raises:
         CheckpointError: there are no weights, or several that would serve.
     """
-    state, averaged = _state_dict(content, use_ema, source)
-    tensors = _clean(state, source)
+    state, averaged = state_dict_of(content, use_ema, source)
+    tensors = cleaned(state, source)
     counters = {key for key in tensors if _is_counter(key, tensors[key], own)}
     candidates = _candidates(tensors, own)
     wanted = use_ema and not averaged
@@ -120,7 +120,7 @@ def select(content: Any, own: Mapping[str, Tensor], use_ema: bool, source: str) 
     return Selection(weights, tuple(outside), skipped)
 
 
-def _state_dict(content: Any, use_ema: bool, source: str) -> tuple[Mapping[Any, Any], bool]:
+def state_dict_of(content: Any, use_ema: bool, source: str) -> tuple[Mapping[Any, Any], bool]:
     """The state dict inside a checkpoint, and whether it stands where averaged ones do."""
     if not isinstance(content, Mapping):
         raise CheckpointError(
@@ -150,7 +150,7 @@ def _state_dict(content: Any, use_ema: bool, source: str) -> tuple[Mapping[Any, 
     return content, False
 
 
-def _clean(state: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
+def cleaned(state: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
     """The state dict without wrappers' prefixes; every value a tensor."""
     if not any(isinstance(value, Tensor) for value in state.values()):
         if any(_is_birders(value) for value in state.values() if isinstance(value, Mapping)):

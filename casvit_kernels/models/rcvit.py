@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor, fx, nn
+from typing_extensions import Self
 
 from ..module import FusedCATM
 from ..ops.mixer.reference import AdditiveTokenMixer
@@ -85,6 +87,7 @@ class RCViT(nn.Module):
     # Of models pickled before these were attributes.
     global_pool = "avg"
     out_indices: tuple[int, ...] = (0, 1, 2, 3)
+    norms_frozen = False
 
     def __init__(
         self,
@@ -271,6 +274,38 @@ class RCViT(nn.Module):
                 self.norm = nn.Identity()
             if prune_head or cut:
                 self.reset_classifier(0, "")
+
+    def sequential(self) -> nn.Sequential:
+        """Stem and stages as children that run in order: ``stem``, ``stage0``, ``stage1``, ...
+
+        For tools that take a network apart by its children, as torchvision's `BackboneWithFPN` does. The
+        modules are the model's own, without norms of outputs and heads; a stage begins with its
+        downsampling. ``(B, in_chans, H, W)`` to the last stage's map.
+        """
+        stages: dict[str, nn.Module] = {"stem": self.patch_embed}
+        for index in range(self._stages()):
+            down = [] if index == 0 else [self.network[2 * index - 1]]
+            stages[f"stage{index}"] = nn.Sequential(*down, self.network[2 * index])
+        return nn.Sequential(OrderedDict(stages))
+
+    def freeze_norms(self, frozen: bool = True) -> Self:
+        """Keep every BatchNorm in eval mode, whatever `train` says later: as in dense prediction.
+
+        The running statistics then stay what they are and normalise in training, too. Weights and
+        biases of the norms stay trainable. ``frozen=False`` gives them the model's mode again. Returns
+        the model. Norms that `fuse` finds are shared by the fused mixers and stay as they are.
+        """
+        self.norms_frozen = frozen
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As for every module; norms that `freeze_norms` froze stay in eval mode."""
+        super().train(mode)
+        if self.norms_frozen:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward (`torch.utils.checkpoint`) instead of keeping it.

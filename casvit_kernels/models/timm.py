@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import rcvit
+from .indices import stage_indices
 from .rcvit import CONFIGS, RCViT
 
 # timm fills in the rest; the preprocessing is that of the published evaluation.
@@ -59,6 +60,18 @@ def register() -> None:
             )
 
 
+def _check_stride(name: str, asked: int, out_indices: int | Sequence[int] | None) -> None:
+    """Raise unless the last stage that is built has at most this stride: nothing is dilated."""
+    last = stage_indices("out_indices", out_indices, 4)[-1]
+    possible = [stride for stride in (4, 8, 16, 32) if stride >= 4 << last]
+    if asked not in possible:
+        hint = " (out_indices without the last stages allows less)" if last and asked < 32 else ""
+        raise ValueError(
+            f"output_stride: expected {' or '.join(map(str, possible))}, as no stage of {name} is "
+            f"dilated, got {asked!r}{hint}"
+        )
+
+
 def _entrypoint(name: str) -> Callable[..., RCViT]:
     def create(
         pretrained: bool = False,
@@ -80,10 +93,7 @@ def _entrypoint(name: str) -> Callable[..., RCViT]:
                 f"pretrained: expected False, no weights of {name} are shipped, got True; build the "
                 "model without, then load a file with casvit_kernels.models.load_checkpoint"
             )
-        if output_stride != 32:
-            raise ValueError(
-                f"output_stride: expected 32, the only one of {name}, got {output_stride!r}"
-            )
+        _check_stride(name, output_stride, out_indices if features_only else None)
         for unused in _UNUSED:
             options.pop(unused, None)
         unknown = sorted(set(options) - _OPTIONS)
@@ -112,8 +122,9 @@ def _entrypoint(name: str) -> Callable[..., RCViT]:
 
     And those of timm: ``features_only`` (the model is a dense backbone, ``fork_feat=True``, and
     returns a list of normed maps, fine to coarse) with ``out_indices`` (any, negative ones, or how
-    many of the last), ``global_pool`` ("avg", or "" with ``num_classes=0``), ``output_stride`` (32),
-    ``device``, ``dtype``, ``pretrained`` (False: no weights are shipped).
+    many of the last), ``global_pool`` ("avg", or "" with ``num_classes=0``), ``output_stride`` (32, or
+    down to the stride of the last of ``out_indices``), ``device``, ``dtype``, ``pretrained`` (False: no
+    weights are shipped).
 
     Raises:
         ValueError: an option is out of range (named in the message).

@@ -18,16 +18,17 @@ from .problem import Problem
 FORMAT = "casvit_kernels train_classification 1"
 
 
-def write(path: Path, content: Mapping[str, Any]) -> None:
+def write(path: Path, content: Mapping[str, Any], form: str = FORMAT) -> None:
     """Replace the file at ``path`` by ``content``, a mapping that `torch.save` takes.
 
     Whenever the process or the machine dies, ``path`` holds the old or the new content, complete.
+    ``form`` says which script's checkpoint it is.
 
     Raises:
         Problem: the disk is full or refuses the file; what was there is kept.
     """
     buffer = io.BytesIO()
-    torch.save({**content, "format": FORMAT}, buffer)
+    torch.save({**content, "format": form}, buffer)
     # One name, so that what a killed run leaves behind is overwritten by the next.
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -43,7 +44,7 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
         raise Problem(f"{path}: cannot save a checkpoint: {error.strerror}{kept}") from error
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, form: str = FORMAT) -> dict[str, Any]:
     """What `write` put at ``path``, on the CPU; only tensors and plain data are read.
 
     Raises:
@@ -62,7 +63,7 @@ def read(path: Path) -> dict[str, Any]:
     except Exception as error:  # what a damaged or foreign file makes the readers raise: anything
         raise Problem(f"{expected}, got a file that is damaged or something else") from error
     found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
+    if found != form:
         raise Problem(
             f"{expected}, got another checkpoint (format {found!r}); to start from its weights, "
             "give it to --finetune"

@@ -11,7 +11,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,7 +103,7 @@ class Augmented(Dataset[Item]):
         image = self._folder.load(key.image)
         if isinstance(image, Unreadable):
             return image
-        with _seeded(self._seed, key.epoch, key.image):
+        with seeded(self._seed, key.epoch, key.image):
             return self._transforms[key.size](image), self._folder.samples[key.image][1]
 
 
@@ -161,7 +161,7 @@ class Plan(Sampler[list[Key]]):
         self.steps = max(1, int(images / per_step))
 
     def __iter__(self) -> Iterator[list[Key]]:
-        random_numbers = torch.Generator().manual_seed(_mixed(self._seed, self.epoch))
+        random_numbers = torch.Generator().manual_seed(mixed(self._seed, self.epoch))
         sizes = torch.randint(len(self._sizes), (self.steps,), generator=random_numbers).tolist()
         order, used = torch.empty(0, dtype=torch.int64), 0
         for step in range(self.steps):
@@ -178,14 +178,20 @@ class Plan(Sampler[list[Key]]):
                 yield mine[part :: self._accumulate]
 
 
-def loader(dataset: Dataset[Item], workers: int, pin: bool, **batching: Any) -> DataLoader[Item]:
+def loader(
+    dataset: Dataset[Any],
+    workers: int,
+    pin: bool,
+    collate: Callable[[list[Any]], Any] | None = None,
+    **batching: Any,
+) -> DataLoader[Any]:
     """A loader that leaves the process's random generator alone."""
     return DataLoader(
         dataset,
         num_workers=workers,
         pin_memory=pin,
         persistent_workers=workers > 0,
-        collate_fn=_collate,
+        collate_fn=collate or _collate,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),
         **batching,
@@ -232,16 +238,16 @@ def _end_with_the_run() -> None:
         os._exit(1)
 
 
-def _mixed(*numbers: int) -> int:
+def mixed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 @contextmanager
-def _seeded(*numbers: int) -> Iterator[None]:
+def seeded(*numbers: int) -> Iterator[None]:
     """All generators that transforms draw from, seeded; outside they go on as if nothing was."""
     generator = torch.default_generator  # torch.manual_seed would reseed the GPUs too
     before = generator.get_state(), random.getstate(), np.random.get_state()
-    seed = _mixed(*numbers)
+    seed = mixed(*numbers)
     generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)

@@ -68,10 +68,17 @@ class Logs:
         lengths: what `lengths` said at the checkpoint that the run continues from, else empty.
         step: of that checkpoint; TensorBoard hides what came later.
         tensorboard: whether to write for TensorBoard too.
+        train, val: columns of the two files.
     """
 
     def __init__(
-        self, directory: Path, lengths: Mapping[str, int], step: int, tensorboard: bool
+        self,
+        directory: Path,
+        lengths: Mapping[str, int],
+        step: int,
+        tensorboard: bool,
+        train: tuple[str, ...] = TRAIN,
+        val: tuple[str, ...] = VAL,
     ) -> None:
         self._board = (
             need("torch.utils.tensorboard", "train").SummaryWriter(
@@ -82,7 +89,7 @@ class Logs:
         )
         self._files = {
             name: Csv(directory / f"{name}.csv", columns, lengths.get(name))
-            for name, columns in (("train", TRAIN), ("val", VAL))
+            for name, columns in (("train", train), ("val", val))
         }
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:

@@ -177,6 +177,57 @@ def batch_norm(a: Arguments) -> Tensor:
     )
 
 
+# Smaller and larger maps
+
+
+@operation
+def max_pool(a: Arguments) -> Tensor:
+    x = a.tensor("x")
+    if a.choice("pad_type", "valid", "custom") == "custom":
+        top, bottom, left, right = a.integers("pad")
+        x = F.pad(x, (left, right, top, bottom), value=float("-inf"))
+    else:
+        a.unread.discard("pad")  # without effect
+    kernel = a.integers("kernel_sizes")
+    strides = a.integers("strides", [1] * len(kernel))
+    return F.max_pool2d(x, kernel, strides, ceil_mode=a.flag("ceil_mode", False))
+
+
+def _scales(a: Arguments) -> tuple[float, float]:
+    """The factors of height and width."""
+    height, width = (a.tensor(f"scale_factor_{side}") for side in ("height", "width"))
+    return float(height), float(width)
+
+
+@operation
+def upsample_nearest_neighbor(a: Arguments) -> Tensor:
+    height, width = _scales(a)
+    if height != int(height) or width != int(width):  # which neighbour is nearest is not documented
+        raise Unsupported(f"parameter scale_factor_height = {height:g}, width = {width:g}")
+    x = a.tensor("x").repeat_interleave(int(height), -2)
+    return x.repeat_interleave(int(width), -1)
+
+
+@operation
+def upsample_bilinear(a: Arguments) -> Tensor:
+    x, scales = a.tensor("x"), _scales(a)
+    corners = a.flag("align_corners", True)
+    if a.flag("half_pixel_centers", not corners) == corners:
+        raise Unsupported(f"parameter align_corners = {corners} with half_pixel_centers = {corners}")
+    size = [int(scale * old) for scale, old in zip(scales, x.shape[-2:], strict=True)]
+    return F.interpolate(x, size, mode="bilinear", align_corners=corners)
+
+
+@operation
+def resize_bilinear(a: Arguments) -> Tensor:
+    mode = a.choice("sampling_mode", "DEFAULT", "STRICT_ALIGN_CORNERS", "UNALIGN_CORNERS")
+    if mode == "DEFAULT":
+        raise Unsupported("parameter sampling_mode = 'DEFAULT'")
+    size = [a.integer("target_size_height", 1), a.integer("target_size_width", 1)]
+    corners = mode == "STRICT_ALIGN_CORNERS"
+    return F.interpolate(a.tensor("x"), size, mode="bilinear", align_corners=corners)
+
+
 # Shapes and reductions
 
 
