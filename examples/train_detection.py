@@ -36,8 +36,8 @@ DIGITS: dict[str, Any] = {
     "short_side": SIDE,
     "long_side": SIDE,
     "flip": 0.0,
-    "epochs": 4,
-    "decay_epochs": (3, 3.7),
+    "epochs": 9,
+    "decay_epochs": (7, 8.4),
     "batch_size": 16,
     "lr": 4e-3,
     "warmup_steps": 50,
@@ -135,7 +135,8 @@ class Detection(training.Task):
     def picture(self, image: Tensor, found: dict[str, Tensor]) -> Tensor:
         if not self._masks:
             found = {name: value for name, value in found.items() if name != "masks"}
-        return pictures.boxes(image, found, self.val.classes, self._options.visualize_from)
+        least = self._options.visualize_from
+        return pictures.boxes(image, found, self.val.classes, least, side=320)
 
 
 class Precision(training.Judge):

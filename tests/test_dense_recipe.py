@@ -344,6 +344,11 @@ def test_boxes_and_masks_are_drawn_from_a_score_on() -> None:
     assert (drawn[:, 12, 17] != 100).any()
     assert (drawn[:, 25:38, 25:38] == 100).all()
     assert torch.equal(pictures.boxes(image, found, ["a", "b"], 0.95), image)
+    large = pictures.boxes(image, found, ["a", "b"], 0.5, side=100)
+    assert large.shape == (3, 120, 120)
+    assert large[:, 6, 60].tolist() == list(pictures.colour(0))
+    assert (large[:, 36, 51] != 100).any()
+    assert (large[:, 75:, 75:] == 100).all()
 
 
 def test_label_maps_are_drawn_and_what_has_no_label_is_not() -> None:

@@ -71,11 +71,22 @@ def colour(label: int) -> tuple[int, int, int]:
     return bits[0], bits[1], bits[2]
 
 
-def boxes(image: Tensor, found: dict[str, Tensor], classes: Any, least: float) -> Tensor:
-    """Boxes, masks, names and scores of at least ``least`` over an image ``(3, H, W)`` uint8."""
+def boxes(
+    image: Tensor, found: dict[str, Tensor], classes: Any, least: float, side: int = 1
+) -> Tensor:
+    """Boxes, masks, names and scores of at least ``least`` over an image ``(3, H, W)`` uint8.
+
+    An image smaller than ``side`` is shown some whole times as large, so that names can be read.
+    """
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
     found = {name: value.cpu() for name, value in found.items()}
+    times = -(-side // min(image.shape[1:]))
+    if times > 1:
+        image = _enlarged(image, times)
+        found["boxes"] = found["boxes"] * times
+        if "masks" in found:
+            found["masks"] = _enlarged(found["masks"], times)
     scores = found.get("scores", torch.ones(len(found["labels"])))
     kept = scores >= least
     labels = found["labels"][kept].tolist()
@@ -92,6 +103,10 @@ def boxes(image: Tensor, found: dict[str, Tensor], classes: Any, least: float) -
         for label, score in zip(labels, scores[kept].tolist(), strict=True)
     ]
     return draw_bounding_boxes(out, found["boxes"][kept], names, colours)
+
+
+def _enlarged(maps: Tensor, times: int) -> Tensor:
+    return maps.repeat_interleave(times, -1).repeat_interleave(times, -2)
 
 
 def label_map(image: Tensor, labels: Tensor, classes: Any) -> Tensor:
