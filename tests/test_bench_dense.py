@@ -1,6 +1,7 @@
-"""The levels of dense backbones and of the paper's Figure 2: cases, measuring, memory, and their reports."""
+"""The levels of dense backbones and of the paper's Figure 2: cases, measuring, memory, reports."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -44,7 +45,12 @@ def test_figure_2_has_the_stages_and_larger_maps():
 
 @pytest.mark.parametrize(
     ("size", "absent"),
-    [(56, []), (112, []), (224, ["self-attention"]), (448, ["self-attention", "self-attention sdpa"])],
+    [
+        (56, []),
+        (112, []),
+        (224, ["self-attention"]),
+        (448, ["self-attention", "self-attention sdpa"]),
+    ],
 )
 def test_self_attention_that_is_too_large_is_left_out(size, absent):
     case = Case("figure2", "xs", 1, 48, size, 1, "float32")
@@ -163,7 +169,9 @@ def filled(mebibytes):
     return lambda: None, lambda: torch.ones(mebibytes << 20, dtype=torch.int8)
 
 
-needs_proc = pytest.mark.skipif(not process_memory.RESET.exists(), reason="memory is read from /proc")
+needs_proc = pytest.mark.skipif(
+    not process_memory.RESET.exists(), reason="memory is read from /proc"
+)
 
 
 @needs_proc
@@ -183,7 +191,7 @@ def test_memory_in_a_process_of_its_own(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     peak = process_memory.of_process("test_bench_dense:filled", mebibytes=48)
     assert 47 << 20 <= peak < 64 << 20
-    with pytest.raises(benchmark.Unavailable, match="its process failed: .*'wrong'"):
+    with pytest.raises(benchmark.Unavailable, match=r"its process failed: .*'wrong'"):
         process_memory.of_process("test_bench_dense:filled", wrong=1)
 
 
@@ -218,10 +226,10 @@ def checkout(tmp_path):
 def publish(checkout, monkeypatch):
     """Writes results as if AMX kernels had made them, and reports them."""
 
-    def publish(*found, settings=Settings(rounds=2)):
+    def publish(*found):
         environment = {**benchmark.environment(), "isa": "amx"}
         monkeypatch.setattr(harness_results.benchmark, "environment", lambda device: environment)
-        write(checkout / "bench" / "results", list(found), settings)
+        write(checkout / "bench" / "results", list(found), Settings(rounds=2))
         return command.main(["--root", str(checkout)])
 
     return publish
@@ -232,7 +240,11 @@ def result(case, absent=None, facts=None, peaks=None, **medians_ms):
     for name, ms in medians_ms.items():
         name, s = name.replace("_", " ").replace("channels last", "channels_last"), ms / 1e3
         found.timings[name] = benchmark.Timing(s, 0.9 * s, 1.1 * s, 15, 3, (s,))
-        found.row_facts[name] = {"macs": 2_000_000, "parameters": 1234, **(facts or {}).get(name, {})}
+        found.row_facts[name] = {
+            "macs": 2_000_000,
+            "parameters": 1234,
+            **(facts or {}).get(name, {}),
+        }
         if name in (peaks or {}):
             found.memory[name] = {"peak_bytes": peaks[name]}
     return found
@@ -260,16 +272,28 @@ def test_without_results_nothing_is_claimed(checkout):
 
 def test_the_page_of_figure_2(checkout, publish):
     why = {"self-attention": "at 112x112 its scores take 99 GiB, more than 8 GiB"}
-    found = grown(112, 2.0, fused_channels_last=1.0, separable=3.0, absent=why, peaks={"fused": 1 << 21})
+    found = grown(
+        112, 2.0, fused_channels_last=1.0, separable=3.0, absent=why, peaks={"fused": 1 << 21}
+    )
     assert publish(found) == 0
     text = (checkout / FIGURE2).read_text()
     cells = row(checkout, "CATM, fused ", FIGURE2)
-    assert cells == ["CATM, fused", "1,234", "2.0", "1", "not measured", "1.00x"]  # the faster layout
+    assert cells == [
+        "CATM, fused",
+        "1,234",
+        "2.0",
+        "1",
+        "not measured",
+        "1.00x",
+    ]  # the faster layout
     assert row(checkout, "separable", FIGURE2)[3:] == ["3", "not measured", "3.00x"]
     assert row(checkout, "self-attention ", FIGURE2)[1:] == ["not measured"] * 5
     assert "self-attention not measured: at 112x112 its scores take 99 GiB" in text
     assert "56 x 56: not measured." in text
-    assert "speed-up" not in (checkout / "bench/results/README.md").read_text().partition("## figure2")[2]
+    assert (
+        "speed-up"
+        not in (checkout / "bench/results/README.md").read_text().partition("## figure2")[2]
+    )
     assert command.main(["--root", str(checkout), "--check"]) == 0
 
 
@@ -292,10 +316,12 @@ def test_the_verdict_on_linear_growth(checkout, publish, milliseconds, expected)
 def test_the_picture_has_a_line_for_each_mixer_that_was_measured(checkout, publish):
     publish(grown(56, 0.25), grown(112, 1.0), grown(224, 4.0), grown(448, 16.0, separable=20.0))
     root = ElementTree.parse(checkout / "docs" / "mixers.svg").getroot()
-    lines = {e.get("stroke"): e.get("points").split() for e in root.iter() if e.tag.endswith("polyline")}
+    lines = {
+        e.get("stroke"): e.get("points").split() for e in root.iter() if e.tag.endswith("polyline")
+    }
     assert lines.keys() == {figure2.COLOURS[name] for name in ("fused", "catm", "separable")}
     points = [tuple(map(float, p.split(","))) for p in lines[figure2.COLOURS["fused"]]]
-    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(points, points[1:], strict=False)]
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(points)]
     assert len(points) == 4
     for across, up in steps:  # linear growth is a straight line there
         assert (across, up) == pytest.approx(steps[0], abs=0.2)
@@ -316,10 +342,10 @@ def test_the_table_of_dense_backbones(checkout, publish):
     after = "## Dense backbones"
     cells = row(checkout, "rcvit_xs, 800x1333, batch 2", PERFORMANCE, after)
     assert cells[1:] == ["8", "7", "6", "4", "3", "**2.00x**", "300", "100", "3.00x"]
-    assert set(row(checkout, "rcvit_xs, 512x512, batch 1", PERFORMANCE, after)[1:]) == {"not measured"}
-    stages = row(
-        checkout, "rcvit_xs, 800x1333, batch 2", PERFORMANCE, "| speed-up of the mixer |"
-    )
+    assert set(row(checkout, "rcvit_xs, 512x512, batch 1", PERFORMANCE, after)[1:]) == {
+        "not measured"
+    }
+    stages = row(checkout, "rcvit_xs, 800x1333, batch 2", PERFORMANCE, "| speed-up of the mixer |")
     assert stages[1:] == ["not measured", "4.50x", "not measured", "not measured"]
     complete = (checkout / "bench/results/README.md").read_text()
     assert "xs whole model, (2, 3, 800, 1333)" in complete
@@ -349,7 +375,7 @@ def test_report_and_levels_agree():
 def test_the_command_writes_json(tmp_path, level):
     subprocess.run(
         [sys.executable, "-m", "pytest", f"bench/levels/test_{level}.py", "--benchmark-only", "--quick",
-         "--models", "xs", "--backend", "reference", "--json-dir", str(tmp_path), "-q", "-p", "no:cacheprovider"],
+         "--models", "xs", "--backend", "reference", "--json-dir", str(tmp_path), "-q"],
         cwd=ROOT, check=True, capture_output=True,
     )  # fmt: skip
     (path,) = tmp_path.iterdir()
