@@ -83,6 +83,12 @@ def test_module_runs_as_a_program():
         (["parity", "--backend", "metal"], "reference"),
         (["parity", "--backend", "cuda"], "cuda"),
         (["export"], "--onnx"),
+        (["export", "--onnx", "/tmp/never.onnx", "--head", "yolo"], "--head"),
+        (["export", "--onnx", "/tmp/never.onnx", "--input-size", "64x"], "--input-size"),
+        (
+            ["export", "--onnx", "/tmp/never.onnx", "--head", "backbone", "--classes", "5"],
+            "--classes",
+        ),
         (["export", "--onnx", "/tmp/never.onnx", "--pad-channels"], "--coreml"),
         (["export", "--onnx", "model.mlpackage"], ".onnx"),
         (["export", "--onnx", "/nowhere/model.onnx"], "/nowhere"),
@@ -192,6 +198,62 @@ def test_export_writes_and_does_not_overwrite(tmp_path):
     assert "--overwrite" in refused(*argv)
     assert path.read_bytes() == written
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def exported(monkeypatch):
+    """What `to_onnx` is given: writing takes a while, and tests/test_export_dense.py does it."""
+    given = []
+
+    def written(model, path, **options):
+        given.append((model, options["input_size"]))
+        return export.ExportReport(path, "onnx", 5, 1e-7, 1e-8, ())
+
+    monkeypatch.setattr(export, "to_onnx", written)
+    return given
+
+
+@pytest.mark.parametrize("head", ["backbone", "retinanet", "mask_rcnn", "semantic_fpn"])
+def test_export_of_dense_models(tmp_path, exported, head):
+    """With the weights of a checkpoint, and what a file can hold of them."""
+    from casvit_kernels import models
+
+    if head == "backbone":
+        source = models.rcvit_xs(fork_feat=True)
+    else:
+        pytest.importorskip("torchvision")
+        from casvit_kernels.models import heads
+
+        source = getattr(heads, head)("rcvit_xs", num_classes=7)
+    torch.save(source.state_dict(), tmp_path / "dense.pth")
+    classes = () if head == "backbone" else ("--classes", 7)
+    status, out, err = run(
+        "export", "--head", head, *classes, "--checkpoint", tmp_path / "dense.pth",
+        "--onnx", tmp_path / "m.onnx", "--input-size", "96x160", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    assert json.loads(out)["head"] == head
+    ((model, size),) = exported
+    assert size == (96, 160)
+    assert not model.training
+    wanted = source.backbone if head in ("retinanet", "mask_rcnn") else source
+    expected = wanted.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(t, expected[key]) for key, t in model.state_dict().items())
+
+
+def test_export_refuses_a_segmenter_with_other_classes(tmp_path, exported):
+    pytest.importorskip("torchvision")
+    from casvit_kernels.models import heads
+
+    torch.save(heads.semantic_fpn("rcvit_xs", num_classes=7).state_dict(), tmp_path / "seven.pth")
+    status, _, err = run(
+        "export", "--head", "semantic_fpn", "--checkpoint", tmp_path / "seven.pth",
+        "--onnx", tmp_path / "m.onnx",
+    )  # fmt: skip
+    assert status == 2
+    assert "--classes" in err.splitlines()[-1]
+    assert not exported
 
 
 def test_the_first_file_is_reported_where_the_second_fails(tmp_path, monkeypatch):

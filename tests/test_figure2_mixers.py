@@ -167,7 +167,9 @@ def test_parameters_by_hand():
 
 
 @pytest.mark.parametrize("dim", [0, -1, 2.0, True])
-@pytest.mark.parametrize("mixer", [SelfAttention, SeparableSelfAttention, EfficientAdditiveAttention])
+@pytest.mark.parametrize(
+    "mixer", [SelfAttention, SeparableSelfAttention, EfficientAdditiveAttention]
+)
 def test_a_width_that_is_none(mixer, dim):
     with pytest.raises(ValueError, match=f"dim: expected an integer >= 1, got {dim}"):
         mixer(dim)

@@ -162,6 +162,53 @@ OPERATIONS = {
         lambda x: F.batch_norm(x, t(VECTOR["mean"]), t(VARIANCE), eps=1e-3),
         IMAGE,
     ),
+    "max_pool": (
+        lambda mb, x: mb.max_pool(
+            x=x, kernel_sizes=[2, 3], strides=[2, 1], pad_type="custom", pad=[1, 0, 0, 2]
+        ),
+        lambda x: F.max_pool2d(F.pad(x, (0, 2, 1, 0), value=float("-inf")), (2, 3), (2, 1)),
+        IMAGE,
+    ),
+    "max_pool valid": (
+        lambda mb, x: mb.max_pool(x=x, kernel_sizes=[1, 1], strides=[2, 2], pad_type="valid"),
+        lambda x: x[..., ::2, ::2],
+        IMAGE,
+    ),
+    "upsample_nearest_neighbor": (
+        lambda mb, x: mb.upsample_nearest_neighbor(
+            x=x, scale_factor_height=2.0, scale_factor_width=3.0
+        ),
+        lambda x: F.interpolate(x, scale_factor=(2.0, 3.0), mode="nearest"),
+        IMAGE,
+    ),
+    "upsample_bilinear": (
+        lambda mb, x: mb.upsample_bilinear(
+            x=x, scale_factor_height=2.0, scale_factor_width=4.0, align_corners=False
+        ),
+        lambda x: F.interpolate(x, (10, 24), mode="bilinear", align_corners=False),
+        IMAGE,
+    ),
+    "upsample_bilinear corners": (
+        lambda mb, x: mb.upsample_bilinear(
+            x=x, scale_factor_height=2.0, scale_factor_width=2.0, align_corners=True
+        ),
+        lambda x: F.interpolate(x, (10, 12), mode="bilinear", align_corners=True),
+        IMAGE,
+    ),
+    "resize_bilinear": (
+        lambda mb, x: mb.resize_bilinear(
+            x=x, target_size_height=7, target_size_width=9, sampling_mode="UNALIGN_CORNERS"
+        ),
+        lambda x: F.interpolate(x, (7, 9), mode="bilinear", align_corners=False),
+        IMAGE,
+    ),
+    "resize_bilinear corners": (
+        lambda mb, x: mb.resize_bilinear(
+            x=x, target_size_height=7, target_size_width=9, sampling_mode="STRICT_ALIGN_CORNERS"
+        ),
+        lambda x: F.interpolate(x, (7, 9), mode="bilinear", align_corners=True),
+        IMAGE,
+    ),
     "reduce_mean": (
         lambda mb, x: mb.reduce_mean(x=x, axes=[2, 3], keep_dims=True),
         lambda x: x.mean((2, 3), keepdim=True),
@@ -238,6 +285,18 @@ def test_operation(saved, name, dtype):
         # In fp16 the parameters are rounded, too, which an exact sum does not see.
         step = 1e-3 if dtype == "fp16" else 1e-6
         torch.testing.assert_close(result.double(), value, rtol=step, atol=4 * step)
+
+
+def test_enlarging_by_no_whole_number_is_not_guessed(saved):
+    """Which neighbour is nearest Core ML's documentation does not say."""
+    path = saved(
+        lambda mb, x: mb.upsample_nearest_neighbor(
+            x=x, scale_factor_height=1.4, scale_factor_width=2.0
+        ),
+        IMAGE,
+    )
+    with pytest.raises(Unsupported, match=r"scale_factor_height = 1.4"):
+        Program(path)({"x": random(*IMAGE)})
 
 
 def test_every_operation_is_tested():

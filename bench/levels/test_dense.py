@@ -1,8 +1,8 @@
 """Dense backbones (`fork_feat`) at the sizes of detectors and segmenters.
 
 512x512 (ADE20K) and 800x1333 (COCO), one and two images, fp32: the maps of all four stages from every
-candidate, and the memory of a training step, plain and fused, with the BatchNorms frozen as the published
-recipes have them. Their mixers alone: `test_dense_mixer.py`.
+candidate, and the memory of a training step, plain and fused, with the BatchNorms frozen as in the
+published recipes. Their mixers alone: `test_dense_mixer.py`.
 """
 
 from __future__ import annotations

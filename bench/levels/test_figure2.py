@@ -1,7 +1,7 @@
 """The mixers of the paper's Figure 2 side by side: widths and maps of rcvit_xs, and larger maps.
 
-Multi-head self-attention, separable self-attention and efficient additive attention are `bench.mixers`'s,
-plain PyTorch as CATM is here ("catm"); ours are "fused" ones. Each is another function: only CATM's
+Self-attention, separable self-attention and efficient additive attention are those of `bench.mixers`,
+plain PyTorch as CATM is here ("catm"); ours are the "fused" ones. Each is another function: only CATM's
 fused candidates are compared with float64 (the others in tests, token by token). One image, fp32.
 """
 

@@ -15,7 +15,9 @@ INTRODUCTION = """\
 
 `fork_feat`, the maps of all four stages, at the sizes of segmenters (512x512) and detectors (800x1333);
 fp32, random weights. All candidates in turn in one process, by
-`pytest bench/levels/test_dense.py bench/levels/test_dense_mixer.py --benchmark-only --json-dir bench/results`.
+
+    pytest bench/levels/test_dense*.py --benchmark-only --json-dir bench/results
+
 Speed-up: the best of eager, `torch.compile` (both in either layout) and ONNX Runtime over the fastest of
 ours. `fuse`: in the faster layout. Mixers: the same for the mixer of each stage on the maps that it gets
 there. Memory of a training step: what forward and backward make resident at most, beyond weights and

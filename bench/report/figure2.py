@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from xml.sax.saxutils import escape
 
@@ -40,10 +41,10 @@ arXiv 2206.02680), efficient additive attention (SwiftFormer, arXiv 2303.15446) 
 2408.03703), written from the papers ([bench/mixers](../bench/mixers)) in plain PyTorch; CATM also fused.
 Self-attention stands here twice: the formula with all N x N scores in memory, and
 `scaled_dot_product_attention`, which never has them. Each is another function of its input and makes
-another network: nothing here says which of these is more accurate. One image, fp32, the better of contiguous
-and channels-last memory. Medians over rounds that call all of them in turn.
-Multiply-adds: of convolutions, linear layers and products of tokens with tokens; not of norms, activations
-and elementwise products. Memory: what a call makes resident at most, output included, beyond weights and
+another network: nothing here says which of these is more accurate. One image, fp32, the better of
+contiguous and channels-last memory. Medians over rounds that call all of them in turn.
+Multiply-adds: of convolutions, linear layers and products of tokens with tokens; not of norms,
+activations and elementwise products. Memory: what a call makes resident at most, output included, beyond weights and
 input, in a process of its own.
 
 ![How time grows with the map](mixers.svg)"""
@@ -135,7 +136,7 @@ def growth(cases: list[Case], mixer: str = "fused") -> list[tuple[int, float]]:
 
 
 def _neighbours() -> list[tuple[int, int]]:
-    return list(zip(GROWTH, GROWTH[1:], strict=False))
+    return list(itertools.pairwise(GROWTH))
 
 
 def verdict(cases: list[Case]) -> str:
@@ -151,12 +152,13 @@ def verdict(cases: list[Case]) -> str:
     word = "met" if worst <= MOST_GROWTH else "missed"
     if word == "met" and len(found) < len(_neighbours()):
         word = "met where measured"
-    return f"{text}: {word}, {worst:.2f} at worst (to {size}; {len(found)} of {len(_neighbours())} measured)"
+    count = f"{len(found)} of {len(_neighbours())} measured"
+    return f"{text}: {word}, {worst:.2f} at worst (to {size}; {count})"
 
 
 def picture(documents: list[Document]) -> str:
     """docs/mixers.svg: milliseconds over the map's side, both logarithmic, a line for each mixer."""
-    document = next(iter(by_set(documents).values()), {"cases": []})
+    document: Document = next(iter(by_set(documents).values()), {"cases": []})
     sizes = sorted({MAPS[0], *GROWTH})
     lines = {
         mixer: [
@@ -219,7 +221,9 @@ def picture(documents: list[Document]) -> str:
         out.append(
             f'<rect x="{right + 20}" y="{at_y - 9}" width="10" height="10" fill="{colour}"/>'
         )
-        out.append(f'<text class="small" x="{right + 36}" y="{at_y}">{escape(TITLES[mixer])}</text>')
+        out.append(
+            f'<text class="small" x="{right + 36}" y="{at_y}">{escape(TITLES[mixer])}</text>'
+        )
     if not values:
         out.append(f'<text x="{left + 20}" y="{top + 40}">{NOT_MEASURED}</text>')
     return "\n".join([*out, "</svg>"]) + "\n"

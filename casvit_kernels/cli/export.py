@@ -10,8 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .. import export
 from ..demo import network
+from . import dense
 from .arguments import (
     Outcome,
     Refused,
@@ -36,24 +39,29 @@ def add(verbs: Any) -> None:
         "casvit-kernels export --checkpoint xs.pth --onnx xs.onnx --coreml xs.mlpackage",
     )
     add_model(verb)
+    verb.add_argument(
+        "--head", choices=dense.HEADS, metavar="NAME",
+        help=f"instead of the classifier one of {', '.join(dense.HEADS)}: a dense backbone's maps; of a "
+        "detector the backbone with its pyramid; a segmenter (needs casvit-kernels[dense])",
+    )  # fmt: skip
     verb.add_argument("--onnx", type=Path, metavar="PATH", help="write an ONNX file")
     verb.add_argument(
         "--coreml", type=Path, metavar="PATH", help="write a Core ML package (.mlpackage)"
     )
     verb.add_argument(
         "--input-size",
-        type=positive,
+        type=pixels,
         default=224,
         metavar="N",
-        help="pixels (default: %(default)s)",
+        help="pixels, N or HxW, as 800x1344 (default: %(default)s)",
     )
     verb.add_argument(
         "--batch", type=positive_or_dynamic, default=1, metavar="N",
         help="images at once, or 'dynamic' for any number (default: %(default)s)",
     )  # fmt: skip
     verb.add_argument(
-        "--classes", type=positive, default=1000, metavar="N",
-        help="classes of the model and its checkpoint (default: %(default)s)",
+        "--classes", type=positive, metavar="N",
+        help="classes of the model and its checkpoint (default: 1000; with --head the published number)",
     )  # fmt: skip
     verb.add_argument("--dynamic-size", action="store_true", help="take any height and width")
     verb.add_argument(
@@ -132,9 +140,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
                 raise ValueError(f"{option}: expected an existing directory, got {path.parent}")
             if path.exists() and not arguments.overwrite:
                 raise ValueError(f"{option}: {path} exists (--overwrite replaces it)")
-        model = network.build(
-            arguments.model, arguments.checkpoint, arguments.seed, arguments.classes, whole=True
-        )
+        model = _model(arguments)
         reports: list[export.ExportReport] = []
         for _, path, _, write, options in targets:
             print(f"writing {path} ...", file=sys.stderr)
@@ -149,6 +155,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     document = {
         "command": "export",
         "model": arguments.model,
+        "head": arguments.head,
         "checkpoint": arguments.checkpoint and str(arguments.checkpoint),
         "files": [{**dataclasses.asdict(r), "path": str(r.path)} for r in reports],
     }
@@ -158,6 +165,21 @@ def run(arguments: argparse.Namespace) -> Outcome:
         print(f"warning: {untrained}", file=sys.stderr)
         lines.append(untrained)
     return Outcome(document, "\n".join(lines))
+
+
+def pixels(text: str) -> int | tuple[int, int]:
+    """``"224"``, or height and width, ``"800x1344"``."""
+    height, times, width = text.partition("x")
+    return (positive(height), positive(width)) if times else positive(text)
+
+
+def _model(arguments: argparse.Namespace) -> nn.Module:
+    name, checkpoint, seed = arguments.model, arguments.checkpoint, arguments.seed
+    if arguments.head is None:
+        return network.build(name, checkpoint, seed, arguments.classes or 1000, whole=True)
+    if arguments.head == dense.BACKBONE and arguments.classes is not None:
+        raise ValueError("--classes: expected a head that has some, got --head backbone")
+    return dense.build(arguments.head, name, checkpoint, seed, arguments.classes)
 
 
 def _coreml(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -213,7 +213,9 @@ def upsample_bilinear(a: Arguments) -> Tensor:
     x, scales = a.tensor("x"), _scales(a)
     corners = a.flag("align_corners", True)
     if a.flag("half_pixel_centers", not corners) == corners:
-        raise Unsupported(f"parameter align_corners = {corners} with half_pixel_centers = {corners}")
+        raise Unsupported(
+            f"parameter align_corners = {corners} with half_pixel_centers = {corners}"
+        )
     size = [int(scale * old) for scale, old in zip(scales, x.shape[-2:], strict=True)]
     return F.interpolate(x, size, mode="bilinear", align_corners=corners)
 
