@@ -144,6 +144,16 @@ def test_layout_of_maps(served) -> None:
     assert served.calls == 2
 
 
+@pytest.mark.parametrize("shape", [(32, 16385), (16385, 32)])
+def test_images_longer_than_kernels_take(served, shape: tuple[int, int]) -> None:
+    model = tiny(Config((0, 0, 0, 0), (4, 4, 4, 4)))
+    net = fuse_network(model)
+    x = images(1, 3, *shape)
+    with torch.no_grad():
+        assert torch.equal(net(x), model(x))
+    assert served.calls == 0
+
+
 def test_without_images(served) -> None:
     for options in ({}, {"fork_feat": True}, {"num_classes": 0}):
         model = tiny(**options)
@@ -594,3 +604,12 @@ def test_bf16_without_instructions(monkeypatch) -> None:
         BackendUnavailable, match=r"amx or avx512_bf16; .* have avx2, in use is avx2"
     ):
         fuse_network(tiny(), precision="bf16")
+
+
+def test_bf16_unpickled_without_instructions(served, pair, monkeypatch) -> None:
+    _, net = pair
+    vars(net)["_precision"] = "bf16"
+    loaded = pickle.loads(pickle.dumps(net))
+    monkeypatch.setattr(cpu, "has_precision", lambda precision: precision == "fp32")
+    with pytest.raises(BackendUnavailable, match=r"precision: expected 'fp32', got 'bf16'"):
+        call(loaded, images(2, 3, 40, 48))

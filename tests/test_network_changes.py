@@ -121,13 +121,38 @@ def loaded(model: RCViT, x: Tensor) -> None:
     model.load_state_dict(state)
 
 
+def fused_step(model: RCViT, x: Tensor) -> None:
+    """Its kernels write to parameters without counting a version."""
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.Adam(model.parameters(), 0.1, fused=True).step()
+
+
+def statistics_alone(model: RCViT, x: Tensor) -> None:
+    """As `torch.optim.swa_utils.update_bn` does: norms count no version of what they write."""
+    model.train()
+    with torch.no_grad():
+        model(x)
+    model.eval()
+
+
 def other_buffer(model: RCViT, x: Tensor) -> None:
     model.norm.running_var = model.norm.running_var + 1
 
 
 @pytest.mark.parametrize(
     "change",
-    [training_step, moved_and_back, other_tensors, other_data, assigned, loaded, other_buffer],
+    [
+        training_step,
+        fused_step,
+        statistics_alone,
+        moved_and_back,
+        other_tensors,
+        other_data,
+        assigned,
+        loaded,
+        other_buffer,
+    ],
 )
 def test_tensors(served, readings, x, change: Callable[[RCViT, Tensor], None]) -> None:
     model, net = fused(x)
@@ -151,6 +176,32 @@ def test_tensors_of_one_element(served, x) -> None:
     with torch.no_grad():
         model.patch_embed[0].bias.add_(1)
     assert_right(net, model, x)
+
+
+def test_memory_that_is_used_again(served, x) -> None:
+    """A tensor with other values at the address and of the version of the one that was read."""
+    model = tiny()
+    weight = model.head.weight
+    memory = bytearray(weight.detach().numpy().tobytes())
+    weight.data = torch.frombuffer(memory, dtype=torch.float32).view_as(weight)
+    model, net = fused(x, model)
+    address, version = weight.data_ptr(), weight._version
+    weight.data = weight.data * -2  # the first one is given back, and here it comes again
+    memory[:] = weight.detach().numpy().tobytes()
+    weight.data = torch.frombuffer(memory, dtype=torch.float32).view_as(weight)
+    assert (weight.data_ptr(), weight._version) == (address, version)
+    assert_right(net, model, x)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_of_two_tied_weights_replaced(served, x, which: int) -> None:
+    model = tiny()
+    layers = [block.mlp.fc1 for block in model.network[4]]
+    layers[1].weight = layers[0].weight
+    model, net = fused(x, model)
+    layers[which].weight = nn.Parameter(layers[which].weight.detach() * -2)
+    assert_right(net, model, x)
+    assert served.calls == 2
 
 
 def test_writes_through_data(served, x) -> None:
@@ -364,6 +415,54 @@ def test_structures_that_the_model_computes(
         assert not torch.equal(was(x), expected)
     assert served.calls == 1
     assert len(readings) == 2
+
+
+class Act(nn.Module):
+    """An exact GELU until one of its attributes says otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.function: Callable[[Tensor], Tensor] = nn.functional.gelu
+        self.settings = {"power": 1}
+        self.scales = [[1.0]]
+        self.scale: object = 1.0
+        self.behind = nn.Sequential()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.behind(self.function(x))
+        if self.settings["power"] != 1:
+            x = x ** self.settings["power"]
+        if self.scales[0][0] != 1:
+            x = x * self.scales[0][0]
+        if isinstance(self.scale, Tensor):
+            x = x * self.scale.sum()
+        return x * self.late if hasattr(self, "late") else x
+
+
+def set_(key: str, value: object) -> Callable[[Act], None]:
+    return lambda act: setattr(act, key, value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_("function", torch.relu),
+        lambda act: act.settings.update(power=2),
+        lambda act: act.scales[0].__setitem__(0, 2.0),
+        set_("scale", torch.ones(2)),
+        lambda act: act.behind.append(nn.Tanh()),
+        set_("late", nn.Parameter(torch.tensor(3.0))),
+    ],
+    ids=["function", "dict", "nested", "tensor", "empty", "late"],
+)
+def test_attributes_of_somebody_elses_module(served, x, change: Callable[[Act], None]) -> None:
+    model = tiny()
+    act = model.network[0][0].mlp.act = Act().eval()
+    model, net = fused(x, model)
+    assert served.calls == 1
+    change(act)
+    with torch.no_grad(), pytest.warns(UnfusedWarning):
+        assert torch.equal(net(x), model.eval()(x))
 
 
 def test_a_change_that_is_undone(served, x) -> None:

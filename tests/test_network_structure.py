@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
 from casvit_kernels import NetworkUnsupported, fuse, fuse_network
-from casvit_kernels.models import RCViT
+from casvit_kernels.models import Config, RCViT
 from casvit_kernels.ops.network.plan import LOGITS, MAP, MAPS, POOLED, Plan, Stage
 from casvit_kernels.surgery.find import find
 
@@ -411,3 +411,16 @@ def test_large_and_broken_weights_are_no_reason() -> None:
         model.network[0][0].mlp.fc1.weight.fill_(float("nan"))
         model.network[2][0].mlp.fc1.weight.fill_(1e30)
     fuse_network(model)
+
+
+@pytest.mark.parametrize(
+    ("dims", "in_chans", "match"),
+    [
+        ((4, 4, 4, 1030), 3, r"network\.5\.proj: expected at most 1024 channels, got 1030"),
+        ((4, 4, 4, 4), 1030, r"patch_embed\.0: expected at most 1024 input channels, got 1030"),
+    ],
+)
+def test_more_than_kernels_take(dims: Any, in_chans: int, match: str) -> None:
+    model = tiny(Config((0, 0, 0, 0), dims), in_chans=in_chans)
+    with pytest.raises(NetworkUnsupported, match=match):
+        fuse_network(model)

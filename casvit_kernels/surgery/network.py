@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,13 @@ from torch.utils import _pytree
 from ..module import FusedCATM, UnfusedWarning
 from ..ops.network import dispatch, schema
 from ..ops.network.fold import Normalize
-from ..ops.network.kernels import NetworkKernels
+from ..ops.network.kernels import (
+    MOST_CHANNELS,
+    MOST_HIDDEN,
+    MOST_SIDE,
+    MOST_STAGES,
+    NetworkKernels,
+)
 from ..ops.network.packed import Entry, Found, Memory, PackedNetwork, Reading
 from ..ops.network.plan import Plan
 from ..ops.network.structure import in_training
@@ -87,12 +93,13 @@ class FusedNetwork(StandIn):
     the model. `original`, or `casvit_kernels.unfuse`, gives the model back.
 
     Input: ``(B, C, H, W)`` of at least 32x32, float32 in any strides; with ``normalize`` float32 in
-    [0, 1] or uint8. Output: what the model returns; maps in the layout of the input (contiguous or
-    channels last). Served by the kernels are calls on the CPU in eval mode without gradient (under
-    ``torch.no_grad`` or ``torch.inference_mode``, or with no input or parameter that requires one) and
-    without autocast. Everything else the model computes as it was: training, gradients, other devices
-    and dtypes, `torch.func`, exports, and calls while somebody hooks a module inside.
-    `casvit_kernels.use_backend` chooses: ``"reference"`` is the model.
+    [0, 1] or uint8; images of more than 16384 rows or columns are the model's. Output: what the model
+    returns; maps in the layout of the input (contiguous or channels last). Served by the kernels are
+    calls on the CPU in eval mode without gradient (under ``torch.no_grad`` or ``torch.inference_mode``,
+    or with no input or parameter that requires one) and without autocast. Everything else the model
+    computes as it was: training, gradients, other devices and dtypes, `torch.func`, exports, and calls
+    while somebody hooks a module inside. `casvit_kernels.use_backend` chooses: ``"reference"`` is the
+    model.
 
     **It computes what its model says.** Each call looks at the modules, their settings and tensors: a
     write to a parameter or to running statistics, a tensor or module put in the place of another, a
@@ -145,7 +152,8 @@ class FusedNetwork(StandIn):
             TypeError: ``x`` is no tensor, or of no floating dtype (uint8 only with ``normalize``).
             ValueError: ``x`` has not 4 dimensions, other channels than the model, or fewer than 32
                 rows or columns.
-            BackendUnavailable: the backend that was asked for has no kernels for networks.
+            BackendUnavailable: the backend that was asked for has no kernels for networks, or the CPU,
+                where the network was unpickled, none for its precision.
         """
         if isinstance(x, fx.Proxy) or exporting():
             return self._traced(x)
@@ -160,6 +168,8 @@ class FusedNetwork(StandIn):
     def _served(self, x: Tensor) -> tuple[Found, list[Tensor]] | None:
         """The outputs in the order of the plan by kernels, or None where the model computes."""
         if x.dtype != torch.float32 and x.dtype != torch.uint8:
+            return None
+        if x.shape[2] > MOST_SIDE or x.shape[3] > MOST_SIDE:
             return None
         grad = torch.is_grad_enabled()
         if (grad and x.requires_grad) or not dispatch.plain_call(x):
@@ -192,6 +202,8 @@ class FusedNetwork(StandIn):
             if watch.hooked():
                 self._warn_once(f"{watch.hooked_module() or 'the model'}: {_HOOKED}")
                 return None
+            if reading.entry is None:  # a pickle may come from a CPU that can
+                dispatch.check_precision(self._precision)
             entry = self._packed.entry(reading, kernels)
             if entry is not None:
                 return reading, found, entry
@@ -332,7 +344,25 @@ class FusedNetwork(StandIn):
 
 
 def _find(model: nn.Module, shape: tuple[int, ...] | None) -> Found:
-    return find(model, shape)
+    found = find(model, shape)
+    for weight, what, most, got in _sizes(found):
+        if got > most:
+            layer = weight.removesuffix(".weight")
+            raise NetworkUnsupported(layer, f"expected at most {most} {what}, got {got}")
+    return found
+
+
+def _sizes(found: Found) -> Iterator[tuple[str, str, int, int]]:
+    """Of each layer its weight, what is counted of it, the most that kernels take, and its own."""
+    plan, (first, second) = found.plan, found.sources.stem
+    yield first.weight, "input channels", MOST_CHANNELS, plan.in_chans
+    yield first.weight, "channels", MOST_CHANNELS, plan.stem
+    for stage, sources in zip(plan.stages, found.sources.stages, strict=True):
+        layer = sources.embedding or second
+        yield layer.weight, "channels", MOST_CHANNELS, stage.channels
+        for block, hidden in zip(sources.blocks, stage.hidden, strict=True):
+            yield block.fc1.weight, "channels", MOST_HIDDEN, hidden
+    yield layer.weight, "stages", MOST_STAGES, len(plan.stages)
 
 
 def _handed_out(found: Found, outs: list[Tensor]) -> Any:

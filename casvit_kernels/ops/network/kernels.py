@@ -14,6 +14,9 @@ from . import reference
 from .plan import Plan
 
 PRECISIONS = ("fp32", "bf16")  # by the number that kernels take
+# What kernels take at most, as csrc/cpu/network/plan.cpp, layout.h and scratch.h say.
+MOST_CHANNELS, MOST_HIDDEN, MOST_STAGES = 1024, 9216, 8
+MOST_SIDE = 16384  # of an image
 
 
 class NetworkKernels(Protocol):

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import operator
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .fold import Normalize, Sources, flat
 from .kernels import PRECISIONS, NetworkKernels
@@ -21,6 +23,27 @@ from .structure import Watch
 _MOST = 64  # sizes of scratch memory remembered
 _version = operator.attrgetter("_version")
 _requires_grad = operator.attrgetter("requires_grad")
+
+
+class _FusedSteps:
+    """Counts the steps of optimizers with ``fused=True``: their kernels count no versions."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._watching = False
+
+    def watch(self) -> None:
+        """Count from now on, if not already."""
+        if not self._watching:
+            self._watching = True
+            register_optimizer_step_post_hook(self._stepped)
+
+    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if any(group.get("fused") for group in optimizer.param_groups):
+            self.count += 1
+
+
+_fused_steps = _FusedSteps()
 
 
 class Found(NamedTuple):
@@ -67,6 +90,7 @@ class Entry:
     def __init__(self, watch: Watch, sources: Sources) -> None:
         names = sources.names()
         self._watch = watch
+        self._fused_steps = _fused_steps.count
         self._copies = [dict(d) for d in watch.registered]
         self.tensors = [watch.tensor(name) for name in names]
         self.obstacle = next(
@@ -77,10 +101,26 @@ class Entry:
         # an equal value is not enough.
         single = [name for name, t in zip(names, self.tensors, strict=True) if t.numel() == 1]
         self._single = [(*watch.place(name), watch.tensor(name)) for name in single]
+        # A norm in training mode writes its statistics without counting a version; its number of
+        # batches has one.
+        batches = [
+            (d, "num_batches_tracked", t)
+            for d in watch.registered
+            if (t := d.get("num_batches_tracked")) is not None
+        ]
+        self._single += batches
         # Inference tensors have no version counter: writes to them are not seen.
-        self._counted = [t for t in self.tensors if not t.is_inference()]
+        every = [*self.tensors, *(t for _, _, t in batches)]
+        self._counted = [t for t in every if not t.is_inference()]
         self._versions = list(map(_version, self._counted))
         self._addresses = [] if self.obstacle else list(map(Tensor.data_ptr, self.tensors))
+        # An address may be that of another tensor by now: whose memory was given back says so here.
+        self._gone: list[Any] = []
+        self._storages = [
+            weakref.ref(t.untyped_storage(), self._gone.append)
+            for t in self.tensors
+            if self.obstacle is None
+        ]
 
     def fresh(self) -> bool:
         """Whether the model has these very tensors, and nobody has written to them."""
@@ -94,6 +134,8 @@ class Entry:
         for d, key, t in self._single:
             if d[key] is not t:
                 return False
+        if self._gone or self._fused_steps != _fused_steps.count:
+            return False
         return (
             list(map(_version, self._counted)) == self._versions
             and list(map(Tensor.data_ptr, self.tensors)) == self._addresses
@@ -134,6 +176,7 @@ class PackedNetwork:
         self._reading: Reading | None = None
         self._known: Found | None = None
         self._scratch: list[Tensor] = []
+        _fused_steps.watch()
 
     def read(self) -> Reading:
         """Of the model as it is.

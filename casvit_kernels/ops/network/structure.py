@@ -5,7 +5,9 @@ May import: torch.
 
 from __future__ import annotations
 
+import functools
 import operator
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 _BASE = frozenset(vars(nn.Module()))
-_SIMPLE = (bool, int, float, str, type(None))
+_FUNCTIONS = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    functools.partial,
+    type,
+)
+_SIMPLE = (bool, int, float, str, type(None), *_FUNCTIONS)
 # What the forward of these reads beside tensors; of any other class every plain attribute counts.
 _READ: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
@@ -31,6 +40,8 @@ _READ: dict[type[nn.Module], tuple[str, ...]] = {
 }
 # Their forward is the same in training and in eval mode.
 _WITHOUT_MODE = frozenset(_READ) - {nn.BatchNorm2d, nn.SyncBatchNorm, nn.Dropout}
+# Nothing in their forward asks for children: there is no need to look whether they got some.
+_LEAVES = frozenset(_READ) - {nn.Sequential, nn.ModuleList}
 _training = operator.itemgetter("training")
 
 
@@ -51,7 +62,7 @@ class Watch:
         self._dicts = plain
         self._lengths = list(map(len, plain))  # a method replaced on the instance adds one
         self._caching = [vars(m) for m, own in zip(modules, caches, strict=True) if own]
-        self._children = [m._modules for m in modules if m._modules]
+        self._children = [m._modules for m in modules if m._modules or type(m) not in _LEAVES]
         self._contents = [dict(c) for c in self._children]
         self._were_replaced = self._replaced()
         self._settings = _settings(modules, caches)
@@ -63,7 +74,7 @@ class Watch:
             d  # type: ignore[misc]
             for m in modules
             for d in (m._parameters, m._buffers)
-            if d
+            if d or type(m) not in _READ  # a forward may ask for a tensor that comes later
         ]
         self._signature = self._described()
         self._places: dict[str, tuple[dict[str, Tensor | None], str]] = {
@@ -81,9 +92,12 @@ class Watch:
             and list(map(type, self._modules)) == self._types
         ):
             return False
-        for read, dicts, values in self._settings:
-            if list(map(read, dicts)) != values:
-                return False
+        try:
+            for read, dicts, values in self._settings:
+                if list(map(read, dicts)) != values:
+                    return False
+        except Exception:  # it is gone, or a value that `==` cannot say of (a tensor)
+            return False
         return not self._caching or self._replaced() == self._were_replaced
 
     def training(self) -> bool:
@@ -112,7 +126,10 @@ class Watch:
         return ""
 
     def same_tensors(self) -> bool:
-        """Whether the registered tensors are as many, of the same names and shapes as when read."""
+        """Whether the registered tensors are as many, of the same names and shapes as when read.
+
+        And whether those that were one tensor under several names still are: it was read by one name.
+        """
         return self._described() == self._signature
 
     def tensor(self, name: str) -> Tensor:
@@ -131,8 +148,13 @@ class Watch:
         return [("forward" in d, d.get("_altered")) for d in self._caching]
 
     def _described(self) -> list[Any]:
+        first: dict[int, int] = {}
         return [
-            [(key, None if t is None else t.shape) for key, t in d.items()] for d in self.registered
+            [
+                (key, None if t is None else (t.shape, first.setdefault(id(t), len(first))))
+                for key, t in d.items()
+            ]
+            for d in self.registered
         ]
 
 
@@ -171,11 +193,15 @@ def _settings(modules: list[nn.Module], caches: list[bool]) -> list[_Read]:
 def _is_simple(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return all(map(_is_simple, value))
+    if type(value) is dict:
+        return all(map(_is_simple, value.values()))
     return isinstance(value, _SIMPLE)
 
 
 def _kept(value: Any) -> Any:
-    """A value that does not change when somebody writes into a list."""
+    """A value that does not change when somebody writes into a list or dictionary."""
     if type(value) is tuple:
         return tuple(map(_kept, value))
-    return list(value) if isinstance(value, list) else value
+    if type(value) is dict:
+        return {key: _kept(each) for key, each in value.items()}
+    return list(map(_kept, value)) if isinstance(value, list) else value
