@@ -48,6 +48,14 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for name in ("qkv", "grad_sum"):
         function = getattr(library, f"casvit_cpu_{name}_floats")
         function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * 4
+    plan = ctypes.POINTER(ctypes.c_int64)
+    for name, arguments in (
+        ("network_precision", [ctypes.c_int64]),
+        ("network_scratch", [plan, *[ctypes.c_int64] * 6]),
+        ("cpu_fma_loop", [ctypes.c_int64] * 2),
+    ):
+        function = getattr(library, f"casvit_{name}")
+        function.restype, function.argtypes = ctypes.c_int64, arguments
     library.casvit_build_info.restype = ctypes.c_char_p
     library.casvit_mixer_weights.restype = ctypes.c_char_p
     return library

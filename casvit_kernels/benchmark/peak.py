@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,6 @@ from ..backends import native
 
 PRECISIONS = {"fp32": 0, "bf16": 1}
 WINDOW_SECONDS = 0.02
-_LOOP = "casvit_cpu_fma_loop"
 
 Loop = Callable[[int, int], int]  # precision, repetitions -> multiply-adds done
 
@@ -65,12 +63,7 @@ def fma_peak(
 
 def _native_loop() -> Loop | None:
     library, _ = native.load()
-    function = getattr(library, _LOOP, None)
-    if function is None:
-        return None
-    function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * 2
-    found: Loop = function
-    return found
+    return None if library is None else library.casvit_cpu_fma_loop
 
 
 def _enough(run: Loop, number: int) -> int:

@@ -131,10 +131,11 @@ CASVIT_EXPORT int64_t casvit_network_precision(int64_t precision) {
   return casvit::active_kernels().network.words(static_cast<casvit::Precision>(precision)) > 0;
 }
 
-// Bytes of scratch of a call; -1 where the integers are no plan.
+// Bytes of scratch of a call; -1 where the integers are no plan, or the numbers none of a call.
 CASVIT_EXPORT int64_t casvit_network_scratch(const int64_t* plan, int64_t length, int64_t batch,
                                              int64_t H, int64_t W, int64_t precision,
                                              int64_t threads) {
+  if (!casvit_network_precision(precision) || batch < 0 || H < 1 || W < 1 || threads < 1) return -1;
   try {
     return casvit::network_scratch_bytes(casvit::active_kernels(), casvit::read_plan(plan, length),
                                          static_cast<casvit::Precision>(precision), batch, H, W,

@@ -27,7 +27,12 @@ class CpuNetworkKernels:
         self, ints: list[int], size: tuple[int, int, int], precision: int, threads: int
     ) -> int:
         plan = (ctypes.c_int64 * len(ints))(*ints)
-        return int(self._scratch(plan, len(ints), *size, precision, threads))
+        count = int(self._scratch(plan, len(ints), *size, precision, threads))
+        if count < 0:
+            raise ValueError(
+                f"expected a plan and a call, got {ints}, size {size}, {precision=}, {threads=}"
+            )
+        return count
 
     def infer(
         self,
@@ -48,19 +53,12 @@ class CpuNetworkKernels:
 def kernels() -> NetworkKernels | None:
     """Those of the native library, or None where it is not there."""
     library, _ = native.load()
-    scratch = getattr(library, "casvit_network_scratch", None)
-    if scratch is None:
-        return None
-    scratch.restype = ctypes.c_int64
-    scratch.argtypes = [ctypes.POINTER(ctypes.c_int64), *[ctypes.c_int64] * 6]
-    return CpuNetworkKernels(scratch)
+    return None if library is None else CpuNetworkKernels(library.casvit_network_scratch)
 
 
 def has_precision(precision: str) -> bool:
     """Whether the instruction set in use computes in a precision."""
     library, _ = native.load()
-    function = getattr(library, "casvit_network_precision", None)
-    if function is None:
-        return False
-    function.restype, function.argtypes = ctypes.c_int, [ctypes.c_int64]
-    return bool(function(PRECISIONS.index(precision)))
+    return library is not None and bool(
+        library.casvit_network_precision(PRECISIONS.index(precision))
+    )
