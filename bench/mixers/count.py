@@ -22,9 +22,6 @@ def macs(mixer: nn.Module, shape: Sequence[int]) -> int:
         shape: of the input, ``(B, C, H, W)``.
     """
     empty = copy.deepcopy(mixer).to("meta").eval()
-    for module in empty.modules():
-        if getattr(module, "fused", None) is True:  # the same products, which the counter knows
-            module.fused = False  # type: ignore[assignment]
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         empty(torch.empty(tuple(shape), device="meta"))

@@ -44,8 +44,8 @@ Self-attention stands here twice: the formula with all N x N scores in memory, a
 another network: nothing here says which of these is more accurate. One image, fp32, the better of
 contiguous and channels-last memory. Medians over rounds that call all of them in turn.
 Multiply-adds: of convolutions, linear layers and products of tokens with tokens; not of norms,
-activations and elementwise products. Memory: what a call makes resident at most, output included, beyond
-weights and input, in a process of its own.
+activations and elementwise products. Memory: what a call makes resident at most, output included,
+beyond weights and input, in a process of its own.
 
 ![How time grows with the map](mixers.svg)"""
 
