@@ -148,6 +148,7 @@ def test_the_mixer_of_a_stage_that_is_no_square():
     assert found.timings.keys() == {"eager", "fused"}
 
 
+@pytest.mark.long
 def test_onnx_runtime_gives_all_maps():
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

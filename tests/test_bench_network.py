@@ -87,6 +87,7 @@ def test_a_process_that_ends_costs_itself_alone(x, monkeypatch, dies, timed):
         assert found.failed == {"eager": "its process ended with status 3: about to end"}
 
 
+@pytest.mark.long
 def test_what_cannot_be_built_is_absent_with_its_reason(model, x):
     found = processes.race(model, x, ["openvino"], batch=4, **QUICK)
     if importlib.util.find_spec("openvino"):

@@ -93,6 +93,7 @@ def exported(tmp_path_factory):
 USUAL = {"fp32": 1e-5, "fp16": 0.02, "int8": 0.1, "palettized": 0.2, "w8a8": 0.4}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", USUAL)
 def test_the_saved_program_computes_the_model(exported, precision):
     model, report, program = exported(precision)
@@ -315,6 +316,7 @@ def test_a_padded_mixer_is_the_same_function(bias):
     torch.testing.assert_close(wide.double()(x), exact(mixer, x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_padded_program(tmp_path, dense):
     model = network(fork_feat=dense)
@@ -456,6 +458,7 @@ class Twins(nn.Module):
         return self.mixer(x), self.other(x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", [one_weight, no_bias])
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_wrong_program_is_not_kept(tmp_path, monkeypatch, change, precision):
@@ -501,6 +504,7 @@ def test_overflow_in_fp16_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_more_error_than_tolerated(tmp_path):
     with pytest.raises(ExportError, match=r"expected at most 0% of int8 \(tolerance\)"):
         to_coreml(

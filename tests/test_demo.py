@@ -210,6 +210,7 @@ def test_check_finds_not_a_number():
     assert not check.deviation("x", truth, truth.float(), truth.float() * math.nan).passed
 
 
+@pytest.mark.long
 def test_training_is_the_same_fused_and_repeats():
     first = train.train_both(3, True, lambda: None)
     assert len(first.fused.losses) == train.QUICK_STEPS

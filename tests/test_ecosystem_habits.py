@@ -240,6 +240,7 @@ def test_fsdp2_trains_as_by_hand(expected: list[float]) -> None:
     assert sum(isinstance(m, FusedCATM) for m in model.modules()) == 4
 
 
+@pytest.mark.long
 def test_compile_around_a_detector() -> None:
     torch.manual_seed(0)
     plain = retinanet(TINY, 3, channels=8, min_size=64, max_size=64, score_thresh=0.0).eval()

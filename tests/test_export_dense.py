@@ -69,6 +69,7 @@ def test_a_detectors_backbone_in_onnx(tmp_path, head, fused):
         assert_near(run_onnx(report.path, x), model, x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_segmenter_in_onnx(tmp_path, fused):
     model = segmenter(fused)
@@ -81,6 +82,7 @@ def test_a_segmenter_in_onnx(tmp_path, fused):
         assert_near(run_onnx(report.path, x), model, x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("head", ["mask_rcnn", pytest.param("retinanet", marks=pytest.mark.long)])
 def test_a_detectors_backbone_in_core_ml(tmp_path, head):
     pytest.importorskip("coremltools")
@@ -92,6 +94,7 @@ def test_a_detectors_backbone_in_core_ml(tmp_path, head):
     assert_near(program({"input": x}).values(), model, x)
 
 
+@pytest.mark.long
 def test_a_segmenter_in_core_ml(tmp_path):
     pytest.importorskip("coremltools")
     model = segmenter()

@@ -352,6 +352,7 @@ def _mixers_only(model):
     return model
 
 
+@pytest.mark.long
 def test_ddp(tmp_path):
     torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))

@@ -46,6 +46,7 @@ def results(tmp_path_factory):
     return out
 
 
+@pytest.mark.long
 def test_a_trial_goes_through_every_part(results):
     assert sorted(p.name for p in (results / "cpu").iterdir()) == sorted(
         f"{part}.json" for part in schedule.PARTS
@@ -70,6 +71,7 @@ def test_a_trial_goes_through_every_part(results):
     assert kept["eager bf16"] > 2 * kept["fused channels_last bf16"] > 0
 
 
+@pytest.mark.long
 def test_the_real_command_starts_a_process_for_each_part(tmp_path):
     command = [
         sys.executable,
@@ -91,6 +93,7 @@ def test_the_real_command_starts_a_process_for_each_part(tmp_path):
     assert len(gpu_script.read(tmp_path, "parity")["cases"]) == wanted
 
 
+@pytest.mark.long
 def test_what_is_there_is_not_run_again(tmp_path, ran, monkeypatch):
     assert gpu_script.run(tmp_path, "--parts", "parity") == 0
     first = gpu_script.read(tmp_path, "parity")

@@ -146,6 +146,7 @@ def test_the_oldest_torch_and_its_triton(tmp_path: Path) -> None:
     assert max(errors) < 1e-5
 
 
+@pytest.mark.long
 def test_without_a_compiler_the_package_installs_and_says_what_is_missing(tmp_path: Path) -> None:
     wheel = build_wheel(tmp_path, CXX="/no/such/compiler", CASVIT_KERNELS_REQUIRE_NATIVE="0")
     with zipfile.ZipFile(wheel) as archive:

@@ -139,6 +139,7 @@ def test_outputs_that_changed(served) -> None:
     assert len(counter.graphs) == 2
 
 
+@pytest.mark.long
 def test_gradients_and_training_are_the_models(served) -> None:
     model = tiny()
     net = fuse_network(model)
@@ -163,6 +164,7 @@ def test_gradients_and_training_are_the_models(served) -> None:
     assert len(operators(counter)) == 1
 
 
+@pytest.mark.long
 def test_other_choices_are_the_models(served) -> None:
     model = tiny()
     x = torch.randn(2, 3, 64, 48)

@@ -138,6 +138,7 @@ def operators(path):
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("opset", range(17, newest_opset() + 1))
 def test_opsets(tmp_path, opset):
     model = classifier(fused=True)
@@ -169,6 +170,7 @@ def test_a_dense_backbone_has_named_outputs(tmp_path):
     assert_near(report.path, model, torch.randn(1, 3, 96, 70))
 
 
+@pytest.mark.long
 def test_folded_and_simplified(tmp_path):
     model = classifier()
     plain = to_onnx(model, tmp_path / "plain.onnx", 64, fold=False, verify=False)
@@ -185,6 +187,7 @@ def test_folded_and_simplified(tmp_path):
     assert len(operators(folded.path)) <= len(operators(plain.path)) - before_mixers
 
 
+@pytest.mark.long
 def test_gelu_is_one_operator_in_onnx_runtime(tmp_path):
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -227,6 +230,7 @@ def test_metadata(tmp_path):
     assert found["casvit_kernels"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("top", [1.0, 255.0])
 def test_normalisation_inside(tmp_path, top):
     model = classifier()
@@ -243,6 +247,7 @@ def test_normalisation_inside(tmp_path, top):
     assert found["std"] == "0.229, 0.224, 0.225"
 
 
+@pytest.mark.long
 def test_half_precision(tmp_path):
     model = classifier()
     report = to_onnx(model, tmp_path / "half.onnx", 64, precision="fp16", batch="dynamic")
@@ -272,6 +277,7 @@ def test_half_precision_that_overflows(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_photographs_alone_count_for_the_top_class(tmp_path):
     pytest.importorskip("skimage")
     pytest.importorskip("sklearn")

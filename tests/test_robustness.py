@@ -129,6 +129,7 @@ def test_right_with_any_number_of_threads(backend, threads):
         assert_right(mixer, x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set_with_two_threads(name):
     """The images that are left when each thread has as many as the others are computed in phases."""

@@ -43,6 +43,7 @@ print(json.dumps([found, same, int(c.isnan().any(2).sum())]))
 """
 
 
+@pytest.mark.long
 def test_the_kernels_are_the_formulas():
     found, same, lost = result(interpret(SCRIPT))
     assert len(found) == 10

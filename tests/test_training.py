@@ -356,6 +356,7 @@ def test_opcheck_mix_training(shape, memory_format, dtype, batch):
     torch.library.opcheck(torch.ops.casvit_kernels.mix_training, (x, *flatten(w), *settings))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("shape", [(2, 5, 6, 7), (0, 5, 3, 3)], ids=str)
@@ -746,6 +747,7 @@ def _refusals(rank):
     return texts
 
 
+@pytest.mark.long
 def test_synchronised_batch_norm(tmp_path):
     torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]

@@ -55,6 +55,7 @@ def result(process):
     return json.loads(out.splitlines()[-1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("choice", ["cover", pytest.param("cases", marks=pytest.mark.long)])
 def test_parity(choice):
     """Each half of the cases in a process. Each takes the interpreter seconds.
@@ -172,6 +173,7 @@ print(json.dumps(document))
     assert found["empty"] == [0, 5, 4, 6]
 
 
+@pytest.mark.long
 def test_compiled_before_anything_ran():
     """The first call of a process is a compiled one, in training and in eval."""
     script = """
@@ -296,6 +298,7 @@ def test_images_too_large_are_refused():
         plan.plan("statistics", plan.maps_of(x, x.dtype))
 
 
+@pytest.mark.long
 def test_rows_and_images_of_a_program_only_change_rounding():
     """Bands of rows and groups of images, however they are cut, give the same results."""
     found = result(

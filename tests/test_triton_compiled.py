@@ -45,6 +45,7 @@ def _few(bench):
         yield bench.Config(kernel, 48, "channels_last", "bf16", "sm_90")
 
 
+@pytest.mark.long
 def test_no_spills_and_wide_loads(bench, committed):
     """A choice of what the table holds, compiled now; the same numbers where Triton is the same."""
     _, rows = committed

@@ -68,6 +68,7 @@ assert asked == {d.hash for d in done}
 """
 
 
+@pytest.mark.long
 def test_calls_find_everything_compiled(tmp_path):
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
