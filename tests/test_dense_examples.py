@@ -410,21 +410,3 @@ def test_two_processes_evaluate_as_one(kind: str, tmp_path: Path) -> None:
     assert status == 0, err
     for name, value in rows(tmp_path / "val.csv")[-1].items():
         assert name == "step" or f"{name} {float(value):.2f} %" in out
-
-
-@pytest.mark.long
-@BOTH
-def test_digits_on_two_processes_fused_and_reference(kind: str, tmp_path: Path) -> None:
-    name = "ap50" if kind == "detection" else "miou"
-    final = {}
-    for mixer in "fused", "reference":
-        process = start(
-            *(kind, "--data", "digits", "--mixer", mixer, "--output", tmp_path / mixer),
-            *("--workers", 0, "--device", "cpu"),
-            processes=2,
-        )
-        _, err = process.communicate()
-        assert process.returncode == 0, err
-        final[mixer] = float(rows(tmp_path / mixer / "val.csv")[-1][name])
-    assert min(final.values()) >= 80, final
-    assert abs(final["fused"] - final["reference"]) <= 1, final
