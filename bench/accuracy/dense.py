@@ -1,11 +1,11 @@
 """Detection and segmentation of digits by the example scripts, with fused and with plain mixers.
 
-    python bench/accuracy/dense.py                         into bench/results/dense_digits.json; about 40 minutes on two cores
-    python bench/accuracy/dense.py --kind segmentation     one of the two; what the file has of the other stays
+    python bench/accuracy/dense.py    about 40 minutes on two cores; into bench/results/dense_digits.json
+    python bench/accuracy/dense.py --kind segmentation    one of the two; the file keeps the other
     python bench/accuracy/dense.py --kind detection --mixer fused
 
-Each run is `torchrun --nproc-per-node 2 examples/train_{detection,segmentation}.py --data digits` with its
-defaults. Written: the last row of the run's val.csv in percent, its seconds, versions and the CPU.
+Each run is `torchrun --nproc-per-node 2 examples/train_{detection,segmentation}.py --data digits` with
+its defaults. Written: the last row of the run's val.csv in percent, its seconds, versions and the CPU.
 """
 
 from __future__ import annotations
