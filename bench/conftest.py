@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--inputs", help="comma-separated image sizes (default: 224; on a GPU 224,384; quick: 224)"
     )
+    group.addoption(
+        "--starts",
+        type=int,
+        choices=(1, 2, 3),
+        help="of whole networks: how often the processes are started anew (default: 3)",
+    )
     group.addoption("--quick", action="store_true", help="try the machinery on the smallest cases")
     group.addoption("--backend", help="of the fused candidates (default: cpu; on a GPU triton)")
     group.addoption("--json-dir", type=Path, help="where to write results, e.g. bench/results")
@@ -42,7 +49,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     device, quick = config.getoption("--device"), config.getoption("--quick")
     backend = config.getoption("--backend") or ("cpu" if device == "cpu" else "triton")
-    config.stash[SETTINGS] = settings_for(device, backend, quick)
+    settings = settings_for(device, backend, quick)
+    if starts := config.getoption("--starts"):
+        settings = dataclasses.replace(settings, starts=starts)
+    config.stash[SETTINGS] = settings
     config.stash[MEASURED] = {}
     if device not in ("cpu", "cuda"):
         raise pytest.UsageError(f"--device: expected cpu or cuda, got {device}")
