@@ -52,7 +52,7 @@ class Worker {
       for (int64_t s = 0; s < joint; ++s) {
         if (s > 0) embed(weights.embedding(p_, s), s, 0, 0, weights.next());
         layers(weights, s);
-        returned(weights, s, image, out);
+        returned(weights, s, {image, image + 1}, out);
       }
       if (0 < joint && joint < p_.stages) {
         NetworkWeights peek = weights;
@@ -72,14 +72,7 @@ class Worker {
                   image + 1 < shape_.images ? embedding.weights : weights.next());
       }
       layers(weights, s);
-      for (int64_t image = 0, at = out; image < shape_.images; ++image, at = out) {
-        NetworkWeights same = weights;
-        returned(same, s, image, at);
-      }
-      if (p_.stage[s].returned) {
-        weights.affine(p_.stage[s].C);
-        ++out;
-      }
+      returned(weights, s, {0, shape_.images}, out);
     }
     head(weights, out);
   }
@@ -96,13 +89,12 @@ class Worker {
   float* other(int64_t s) const { return arrays_.stage[s].map[1 - turn_]; }
 
   // --- Operands of the GEMMs.
-  // Segments of `blocks` channel blocks, `stride` words apart, for C channels.
-  Operand operand(const float* data, int64_t C, int64_t stride) {
-    int64_t left = n_.k_steps(C, precision_);
+  // A segment for each channel block: `words` K steps, `stride` words apart.
+  Operand operand(const float* data, int64_t k_steps, int64_t words, int64_t stride) {
     int64_t s = 0;
-    for (; left > 0; ++s, left -= words_) {
+    for (; k_steps > 0; ++s, k_steps -= words) {
       offset_[s] = s * stride;
-      k_steps_[s] = left < words_ ? left : words_;
+      k_steps_[s] = std::min(k_steps, words);
     }
     return {data, s, offset_, k_steps_};
   }
@@ -110,9 +102,10 @@ class Worker {
   Operand of_map(const float* map, const StageShape& a, int64_t pixel, int64_t count,
                  float* words) {
     const float* from = map + pixel * k_.lanes;
-    if (precision_ == Precision::F32) return operand(from, a.g.C, a.block_stride);
+    const int64_t k_steps = n_.k_steps(a.g.C, precision_);
+    if (precision_ == Precision::F32) return operand(from, k_steps, words_, a.block_stride);
     n_.operand(from, a.block_stride, count, a.g.blocks, precision_, words);
-    return operand(words, a.g.C, count * words_);
+    return operand(words, k_steps, words_, count * words_);
   }
   int64_t operand_floats(const StageShape& a, int64_t count) const {
     return precision_ == Precision::F32 ? 0 : a.g.blocks * count * words_;
@@ -249,8 +242,8 @@ class Worker {
       e.to = other(s) + ya * W * k_.lanes;
       e.residual = map(s) + ya * W * k_.lanes;
       e.block_stride = a.block_stride;
-      linear(b.local_out, operand(tile, g.C, pixels * words_), pixels, all(b.local_out), e,
-             b.qkv.weights);
+      linear(b.local_out, operand(tile, b.local_out.k_steps, words_, pixels * words_), pixels,
+             all(b.local_out), e, b.qkv.weights);
       qkv(b, s, ya, yb, tile, {0, 3 * g.blocks}, b.local_in.weights);
     }
   }
@@ -346,7 +339,7 @@ class Worker {
       float* hidden = temp_ + operand_floats(a, count);
       linear(b.fc1, of_map(other(s), a, p, count, temp_), count, all(b.fc1),
              to_hidden(hidden, count), b.fc2.weights);
-      linear(b.fc2, operand(hidden, hidden_of(b.fc2), count * words_), count, all(b.fc2),
+      linear(b.fc2, operand(hidden, b.fc2.k_steps, words_, count * words_), count, all(b.fc2),
              onto(other(s) + p * k_.lanes, a), p + count < pixels.end ? b.fc1.weights : next);
     }
   }
@@ -365,8 +358,6 @@ class Worker {
     e.block_stride = a.block_stride;
     return e;
   }
-  // A number of inputs that has as many K steps.
-  int64_t hidden_of(const Linear& fc2) const { return fc2.k_steps * (k_.lanes / words_); }
 
   // --- Small maps: threads share the blocks of each layer.
   void by_blocks(const NetworkWeights::Block& b, int64_t s, const float* next) {
@@ -388,7 +379,8 @@ class Worker {
     team_.wait();
     e = onto(other(s), a);
     e.residual = map(s);
-    linear(b.local_out, operand(local, g.C, pixels * words_), pixels, own, e, nullptr);
+    linear(b.local_out, operand(local, b.local_out.k_steps, words_, pixels * words_), pixels, own,
+           e, nullptr);
     team_.wait();
     qkv(b, s, 0, a.rows(), temp_, share(b.qkv), nullptr);
     team_.wait();
@@ -402,15 +394,18 @@ class Worker {
     linear(b.fc1, of_map(other(s), a, 0, pixels, temp_), pixels, share(b.fc1),
            to_hidden(hidden, pixels), nullptr);
     team_.wait();
-    linear(b.fc2, operand(hidden, hidden_of(b.fc2), pixels * words_), pixels, share(b.fc2),
+    linear(b.fc2, operand(hidden, b.fc2.k_steps, words_, pixels * words_), pixels, share(b.fc2),
            onto(other(s), a), next);
     team_.wait();
   }
 
   // --- Outputs.
-  void returned(NetworkWeights& weights, int64_t s, int64_t image, int64_t& out) {
+  void returned(NetworkWeights& weights, int64_t s, const Range& images, int64_t& out) const {
     if (!p_.stage[s].returned) return;
-    scaled(weights.affine(p_.stage[s].C), s, image, call_.outs[out++]);
+    const NetworkWeights::Affine affine = weights.affine(p_.stage[s].C);
+    for (int64_t image = images.begin; image < images.end; ++image)
+      scaled(affine, s, image, call_.outs[out]);
+    ++out;
   }
   void scaled(const NetworkWeights::Affine& w, int64_t s, int64_t image, const Output& out) const {
     const StageShape& a = shape(s);
@@ -454,14 +449,9 @@ class Worker {
     e.kind = Epilogue::ROWS;
     e.to = rows + first_ * p_.classes;
     e.row = p_.classes;
-    int64_t left = C, segments = 0;
-    for (; left > 0; ++segments, left -= k_.lanes) {
-      offset_[segments] = segments * shape_.images * k_.lanes;
-      k_steps_[segments] = std::min(left, k_.lanes);
-    }
     const Range own = share(l);
-    n_.linear(l, {arrays_.pooled, segments, offset_, k_steps_}, Precision::F32, shape_.images,
-              own.begin, own.end, e, nullptr);
+    n_.linear(l, operand(arrays_.pooled, C, k_.lanes, shape_.images * k_.lanes), Precision::F32,
+              shape_.images, own.begin, own.end, e, nullptr);
   }
 
   const Call& call_;
