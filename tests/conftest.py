@@ -1,11 +1,13 @@
 """What all tests share: seeds, thread limits, and the demand for the native library."""
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 import casvit_kernels
+from casvit_kernels.backends import cpu, native
 from casvit_kernels.ops.network import cpu as network_cpu
 from casvit_kernels.ops.network import dispatch as network_dispatch
 from casvit_kernels.ops.network import kernels as network_kernels
@@ -36,6 +38,21 @@ def require_backend(name):
 def require_native():
     """Skip (or fail, see `require_backend`) the calling test without the native CPU kernel."""
     require_backend("cpu")
+
+
+@contextmanager
+def using_instruction_set(name):
+    """Within the context the native kernels are those of `name`; skips where this CPU has it not."""
+    require_native()
+    reason = cpu.instruction_sets().get(name, "not in this build")
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    library, before = native.load()[0], cpu.active_instruction_set()
+    library.casvit_cpu_isa_select(name.encode())
+    try:
+        yield
+    finally:
+        library.casvit_cpu_isa_select(before.encode())
 
 
 @pytest.fixture(name="require_native")

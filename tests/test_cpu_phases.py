@@ -10,10 +10,10 @@ import phases
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import require_native
+from conftest import require_native, using_instruction_set
 from test_phases import EPS, weights
 
-from casvit_kernels.backends import cpu, native
+from casvit_kernels.backends import cpu
 from casvit_kernels.ops.mixer import cpu as kernels
 from casvit_kernels.ops.mixer.weights import flatten, unflatten
 
@@ -40,13 +40,8 @@ def _native_kernels():
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def instruction_set(request):
     """Each one in turn that this CPU has."""
-    reason = cpu.instruction_sets().get(request.param, "not in this build")
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    library, before = native.load()[0], cpu.active_instruction_set()
-    library.casvit_cpu_isa_select(request.param.encode())
-    yield request.param
-    library.casvit_cpu_isa_select(before.encode())
+    with using_instruction_set(request.param):
+        yield request.param
 
 
 def cpu_project(x, weight, bias, dtype):

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from conftest import require_native
+from conftest import using_instruction_set
 
 from casvit_kernels import AdditiveTokenMixer, FusedCATM
 from casvit_kernels.backends import native
@@ -16,16 +16,8 @@ OPS = torch.ops.casvit_kernels
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def instruction_set(request):
     """Each one in turn that this CPU has."""
-    require_native()
-    library, _ = native.load()
-    if request.param not in library.casvit_cpu_isa_known().decode().split(","):
-        pytest.skip(f"{request.param}: not on this machine")
-    before = library.casvit_cpu_isa_active()
-    reason = library.casvit_cpu_isa_select(request.param.encode()).decode()
-    if reason:
-        pytest.skip(f"{request.param}: {reason}")
-    yield request.param
-    library.casvit_cpu_isa_select(before)
+    with using_instruction_set(request.param):
+        yield request.param
 
 
 def closed_by(gate, v):

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import require_native
+from conftest import require_native, using_instruction_set
 from network_plans import PLANS, outputs, random_weights
 
-from casvit_kernels.backends import native
 from casvit_kernels.backends.cpu import instruction_sets
 from casvit_kernels.ops.network import cpu, reference
 from casvit_kernels.ops.network.plan import LOGITS, Plan, Stage
@@ -23,16 +22,8 @@ TESTS = Path(__file__).parent
 @pytest.fixture(params=SETS)
 def instruction_set(request):
     """Each one in turn that this CPU has."""
-    require_native()
-    library, _ = native.load()
-    if request.param not in library.casvit_cpu_isa_known().decode().split(","):
-        pytest.skip(f"{request.param}: not on this machine")
-    before = library.casvit_cpu_isa_active()
-    reason = library.casvit_cpu_isa_select(request.param.encode()).decode()
-    if reason:
-        pytest.skip(f"{request.param}: {reason}")
-    yield request.param
-    library.casvit_cpu_isa_select(before)
+    with using_instruction_set(request.param):
+        yield request.param
 
 
 class Native:

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import require_native
+from conftest import using_instruction_set
 from published_tokens import (
     assert_as_exact,
     published_cluster,
@@ -14,7 +14,6 @@ from published_tokens import (
 )
 
 from casvit_kernels import use_backend
-from casvit_kernels.backends import native
 from casvit_kernels.testing import poisoned
 from casvit_kernels.tokens import (
     Clusters,
@@ -371,17 +370,8 @@ def test_autocast_changes_no_bit(road):
 @pytest.fixture(params=["portable", "avx2", "avx512"])
 def instruction_set(request):
     """Each one that has kernels of its own and that this CPU has."""
-    require_native()
-    library, _ = native.load()
-    if request.param not in library.casvit_cpu_isa_known().decode().split(","):
-        pytest.skip(f"{request.param}: not on this machine")
-    before = library.casvit_cpu_isa_active()
-    reason = library.casvit_cpu_isa_select(request.param.encode()).decode()
-    if reason:
-        pytest.skip(f"{request.param}: {reason}")
-    with use_backend("cpu"):
+    with using_instruction_set(request.param), use_backend("cpu"):
         yield request.param
-    library.casvit_cpu_isa_select(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
