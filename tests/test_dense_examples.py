@@ -31,6 +31,7 @@ import dense_data  # noqa: E402
 import train_detection  # noqa: E402
 import train_segmentation  # noqa: E402
 from recipe import checkpoint, training  # noqa: E402
+from same import assert_same  # noqa: E402
 
 SCRIPTS: dict[str, Any] = {"detection": train_detection, "segmentation": train_segmentation}
 BOTH = pytest.mark.parametrize("kind", list(SCRIPTS))
@@ -72,22 +73,6 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def saved(kind: str, output: Path, name: str = "last.pt") -> dict[str, Any]:
     return checkpoint.read(output / name, f"casvit_kernels train_{kind} 1")
-
-
-def assert_same(one: Any, other: Any, path: str = "checkpoint") -> None:
-    assert type(one) is type(other), path
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_same(one[key], other[key], f"{path}[{key!r}]")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for index, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{path}[{index}]")
-    else:
-        assert one == other, path
 
 
 def contents(directory: Path) -> dict[Path, bytes]:

@@ -35,6 +35,7 @@ sys.path.insert(0, str(EXAMPLES))
 import digits_as_images  # noqa: E402
 import train_classification  # noqa: E402
 from recipe import checkpoint, data, processes  # noqa: E402
+from same import assert_same  # noqa: E402
 
 DIGITS = digits_as_images.OPTIONS
 SMALL = ["--layers", "1,1,1,1", "--dims", "16,24,32,48"]
@@ -151,25 +152,9 @@ def assert_same_run(one, other):
     for content in first, second:
         del content["options"]["output"], content["options"]["resume"], content["logs"]
         del content["options"]["workers"], content["options"]["save_every"]
-    assert_equal(first, second)
+    assert_same(first, second)
     for name in "train.csv", "val.csv":
         assert rows(one / name) == rows(other / name)
-
-
-def assert_equal(one, other, path="checkpoint"):
-    assert type(one) is type(other), path
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_equal(one[key], other[key], f"{path}[{key!r}]")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for index, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_equal(a, b, f"{path}[{index}]")
-    else:
-        assert one == other, path
 
 
 # Training
