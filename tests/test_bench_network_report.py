@@ -108,6 +108,7 @@ def test_every_table_says_what_was_measured(checkout, publish):
         "0.75",  # 0.3 GMAC in 2 ms, of 200 GMAC/s
     ]
     assert "OpenVINO 2026.4.1" in text
+    assert "Each process was started 3 times." in text
     assert "bf16: not measured." in text
     cells = row(checkout, "fused network", COMPLETE)
     assert cells[1:] == ["2 (1.8 to 2.2)", "2.00x", "1e-07", "8 of 8", "0.75"]

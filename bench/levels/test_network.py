@@ -60,7 +60,6 @@ def run(
         facts={
             "macs": found.macs,  # of an image
             "images": found.images,  # that errors and top classes are of
-            "starts": settings.starts,  # of each process
             **({} if found.peak is None else {"peak_macs_per_s": float(f"{found.peak:.4g}")}),
         },
         row_facts={

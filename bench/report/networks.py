@@ -15,8 +15,9 @@ INTRODUCTION = """\
 
 `fuse_network`, 224x224 input, photographs, untrained weights. Each candidate has a process of its own,
 for the thread pools of PyTorch, ONNX Runtime and OpenVINO spin after a call; they take turns, all with
-as many threads, and are started anew a few times. ONNX Runtime and OpenVINO read the file that `to_onnx`
-writes; OpenVINO for latency, in fp32 with `INFERENCE_PRECISION_HINT=f32`, in bf16 as it comes.
+as many threads, started anew as often as is said with the machine. ONNX Runtime and OpenVINO read
+the file that `to_onnx` writes; OpenVINO for latency, in fp32 with `INFERENCE_PRECISION_HINT=f32`, in
+bf16 as it comes.
 `torch.compile`: the best of both layouts and of freezing. Fused mixers: the best of `fuse`, compiled or
 not. Columns with a rival's name say how many times as fast as that the network in one call is; below 1x
 the rival is faster. Error: largest difference to float64, in brackets eager PyTorch's (fp32) or
@@ -76,7 +77,12 @@ def overview(documents: list[Document]) -> list[str]:
 
 
 def _machines(documents: list[Document]) -> list[str]:
-    return [f"{text}." for text in dict.fromkeys(machine(document) for document in documents)]
+    return list(dict.fromkeys(f"{machine(d)}. {_starts(d)}." for d in documents))
+
+
+def _starts(document: Document) -> str:
+    count = document["settings"]["starts"]
+    return f"Each process was started {'once' if count == 1 else f'{count} times'}"
 
 
 def _cells(case: Case | None, rivals: dict[str, tuple[str, ...]]) -> list[str]:
