@@ -12,6 +12,12 @@ from network_plans import PLANS, outputs, random_weights
 
 from casvit_kernels.backends.cpu import instruction_sets
 from casvit_kernels.ops.network import cpu, reference
+from casvit_kernels.ops.network.kernels import (
+    MOST_CHANNELS,
+    MOST_HIDDEN,
+    MOST_SIDE,
+    MOST_STAGES,
+)
 from casvit_kernels.ops.network.plan import LOGITS, Plan, Stage
 from casvit_kernels.testing.numerics import errors_of, judge
 
@@ -228,6 +234,33 @@ def test_a_forked_child_computes():
     with open(read, "rb") as file:
         assert file.read() == b"done" + bytes(expected.untyped_storage())
     os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "plan"),
+    [
+        ("channels", MOST_CHANNELS, lambda n: Plan(1, 1, False, (Stage(n, (), False),), LOGITS, 1)),
+        ("in_chans", MOST_CHANNELS, lambda n: Plan(n, 1, False, (Stage(1, (), False),), LOGITS, 1)),
+        ("hidden", MOST_HIDDEN, lambda n: Plan(1, 1, False, (Stage(1, (n,), False),), LOGITS, 1)),
+        ("stages", MOST_STAGES, lambda n: Plan(1, 1, False, (Stage(1, (), False),) * n, LOGITS, 1)),
+    ],
+)
+def test_the_most_that_python_names_is_what_the_kernels_take(name, most, plan):
+    require_native()
+    at_most = plan(most)
+    cpu.kernels().pack(random_weights(at_most), at_most.to_ints(), 0)
+    more = plan(most + 1)
+    with pytest.raises(RuntimeError, match=f"{name}: expected 1 to {most}, got {most + 1}"):
+        cpu.kernels().pack(random_weights(more), more.to_ints(), 0)
+
+
+def test_the_longest_side_that_python_names_is_what_the_kernels_take():
+    require_native()
+    plan = Plan(1, 1, False, (Stage(1, (), False),), LOGITS, 1)
+    run = Native(plan, random_weights(plan))
+    assert run(images(plan, 1, 32, MOST_SIDE))[0].isfinite().all()
+    with pytest.raises(RuntimeError, match=f"1 to {MOST_SIDE} rows and columns"):
+        run(images(plan, 1, 32, MOST_SIDE + 1))
 
 
 def test_what_is_no_plan_is_refused():
