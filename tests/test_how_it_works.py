@@ -83,6 +83,15 @@ def test_it_names_every_backend_and_instruction_set():
     assert [name for name in sorted(wanted) if f"`{name}`" not in TEXT] == []
 
 
+def test_it_says_how_long_vectors_are():
+    found = dict(re.findall(r"^\| `(\w+)` \| (\d+) \|", TEXT, re.MULTILINE))
+    assert set(found) == set(SETS)
+    for name, lanes in found.items():
+        source = ROOT / "csrc" / "cpu" / "simd" / f"vec_{name.split('_')[0]}.h"
+        source = source if name != "amx" else source.with_name("vec_avx512.h")
+        assert f"constexpr int VL = {lanes};" in source.read_text(encoding="utf-8"), name
+
+
 def test_it_says_the_factors_of_the_judge_and_how_many_layouts():
     table = TEXT.partition("at most so many times PyTorch's own |")[2].partition("\n\n")[0]
     found = [float(line.rsplit("|", 2)[1]) for line in table.splitlines()[2:]]
