@@ -17,8 +17,10 @@ from bench.report import figure2, token_speed, tokens
 from bench.report.accuracy import coreml_tables
 from bench.report.complete import complete_tables
 from bench.report.documents import ReportError
+from bench.report.floor import FLOOR_MARKS, KEPT_MARKS, kept_table, load_floor
 from bench.report.gpu_order import module
 from bench.report.load import (
+    KEPT,
     load,
     load_accuracy,
     load_coreml,
@@ -80,6 +82,14 @@ def outputs(root: Path) -> dict[Path, str]:
         tables = "\n".join(coreml_tables(coreml))
         name = "docs/coreml.md"
         found[page] = with_table(page.read_text(encoding="utf-8"), tables, name, COREML_MARKS)
+    name = "docs/how_it_works.md"
+    how = root / name
+    if how.is_file():
+        if kept is None:
+            raise ReportError(f"{name}: expected {results / KEPT}")
+        text = how.read_text(encoding="utf-8")
+        text = with_table(text, "\n".join(load_floor(root)), name, FLOOR_MARKS)
+        found[how] = with_table(text, "\n".join(kept_table(kept)), name, KEPT_MARKS)
     vits = load_token_vits(results)
     if vits is not None:
         found[root / "docs" / "token_speed.md"] = token_speed.page(vits)
