@@ -29,7 +29,9 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         torch.ops.load_library(str(path))
         library = _declare(ctypes.CDLL(str(path)))
     except (OSError, AttributeError) as error:
-        return None, f"the native library does not load with torch {torch.__version__}: {error}"
+        return None, (
+            f"the native library does not load with torch {torch.__version__}: {error}; {REMEDY}"
+        )
     forced = os.environ.get(ISA_ENVIRONMENT)
     if forced:
         # Bytes that are no UTF-8 come as surrogates; they name no instruction set either.
