@@ -66,13 +66,13 @@ class Width:
 
 @dataclass(frozen=True)
 class NeuralEngineReport:
-    """How a program fits the Neural Engine; see the module for what this can and cannot say."""
+    """How a program fits the Neural Engine, by what Apple publishes: only a device can tell."""
 
     operations: tuple[Kind, ...]
     layout: str
-    widths: tuple[Width, ...]  # of maps with four dimensions and more than one pixel
-    findings: tuple[str, ...]  # what may keep it from the Neural Engine or slow it there
-    done: tuple[str, ...]  # what the export did about it
+    widths: tuple[Width, ...]  #: of maps with four dimensions and more than one pixel
+    findings: tuple[str, ...]  #: what may keep it from the Neural Engine or slow it there
+    done: tuple[str, ...]  #: what the export did about it
 
     def __str__(self) -> str:
         lines = ["Neural Engine (by what Apple publishes; only a device can tell):"]
