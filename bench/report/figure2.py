@@ -6,6 +6,7 @@ import itertools
 import math
 from xml.sax.saxutils import escape
 
+from bench.report.canvas import opening
 from bench.report.captions import machine, missing
 from bench.report.documents import NOT_MEASURED, SETS, Case, Document
 
@@ -22,7 +23,7 @@ TITLES = {
 }
 COLOURS = {
     "self-attention": "#cf222e",
-    "self-attention sdpa": "#953800",
+    "self-attention sdpa": "#bc4c00",
     "separable": "#bf8700",
     "efficient additive": "#8250df",
     "catm": "#59636e",
@@ -47,7 +48,7 @@ Multiply-adds: of convolutions, linear layers and products of tokens with tokens
 activations and elementwise products. Memory: what a call makes resident at most, output included,
 beyond weights and input, in a process of its own.
 
-![How time grows with the map](mixers.svg)"""
+![Lines: time of a call by the side of the map, one for each mixer](mixers.svg)"""
 
 
 def by_set(documents: list[Document]) -> dict[str, Document]:
@@ -185,15 +186,7 @@ def picture(documents: list[Document]) -> str:
 
     facts = machine(document) if values else NOT_MEASURED
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" role="img" aria-labelledby="title">',
-        f'<title id="title">{escape(title)}</title>',
-        "<style>",
-        "text { font: 12px system-ui, sans-serif; fill: #1f2328 } .small { font-size: 11px }",
-        ".title { font-size: 15px; font-weight: 600 } .axis { stroke: #59636e }",
-        "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .axis { stroke: #9198a1 } }",
-        "</style>",
-        f'<text class="title" x="12" y="24">{escape(title)}</text>',
+        *opening(title, width, height),
         f'<text class="small" x="12" y="44">{escape(facts)}</text>',
         f'<line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>',
         f'<line class="axis" x1="{left}" x2="{left}" y1="{top}" y2="{bottom}"/>',

@@ -20,7 +20,7 @@ exported files, the memory kept for the backward and the accuracy of int8.
 
     {COMMAND}
 
-![Speed-up by stage](bench.svg)
+![Bars: how many times as fast as the best baseline the fused mixer is, by stage](bench.svg)
 
 224x224 input, fp32 and batch 8 where a column says nothing else. Medians over rounds that call every
 candidate in turn, in one process. Speed-up: over the best baseline of eager, `torch.compile` (both with
