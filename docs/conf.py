@@ -26,6 +26,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 root_doc = "docs/index"
 include_patterns = [
     "docs/**.md",
+    "README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "bench/README.md",
