@@ -40,12 +40,18 @@ def reference(page):
     text = (DOCS / "api" / f"{page}.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```\{eval-rst\}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     found = {}
-    for kind, names in re.findall(
-        r"^\.\. (auto\w+|py:data):: (.*(?:\n {13}\S.*)*)", "\n".join(blocks), re.MULTILINE
-    ):
-        for name in names.split():
+    directive = re.compile(
+        r"^\.\. (auto\w+|py:data|py:module):: (.*(?:\n {13}\S.*)*)", re.MULTILINE
+    )
+    module = ""
+    for kind, names in directive.findall("\n".join(blocks)):
+        if kind == "py:module":
+            module = names
+            continue
+        for name in re.sub(r"\(.*", "", names).split():  # without a signature
+            name = name if "." in name else f"{module}.{name}"
             assert name not in found, f"{name} stands twice on {page}.md"
-            found[name.removesuffix("()")] = kind
+            found[name] = kind
     return found
 
 
@@ -93,7 +99,9 @@ def own_functions(found):
     return {
         name: function
         for name, function in every.items()
-        if inspect.isfunction(function) and (name in constructors or not name.startswith("_"))
+        if inspect.isfunction(function)
+        and function.__code__.co_filename.endswith(".py")  # not written by a decorator
+        and (name in constructors or not name.startswith("_"))
     }
 
 

@@ -49,9 +49,9 @@ _CHANNELS = 8
 class Kind:
     """Operations of one type."""
 
-    type: str  # of convolutions with the kernel's size and "depthwise"
+    type: str  #: of convolutions with the kernel's size and "depthwise"
     count: int
-    fit: str  # "runs", "likely", "compile time" or "not known"
+    fit: str  #: "runs", "likely", "compile time" or "not known"
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Width:
     """Maps of one shape at the default input size, in fp16 or what the program declares."""
 
     shape: tuple[int, ...]
-    maps: int  # how many results have it
-    aligned: bool  # channels
-    padding: float  # memory of the last axis over its content
+    maps: int  #: how many results have it
+    aligned: bool  #: channels
+    padding: float  #: memory of the last axis over its content
 
 
 @dataclass(frozen=True)
