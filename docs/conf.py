@@ -50,6 +50,7 @@ nitpick_ignore_regex = [(r"py:.*", r"(?!casvit_kernels\.).*")]
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_preserve_defaults = True
+autodoc_type_aliases = {"StandIn": "casvit_kernels.FusedNetwork"}  # its only kind
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
