@@ -66,6 +66,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 templates_path = ["_templates"]
 html_additional_pages = {"index": "start.html"}  # pages are in docs/, and people open the folder
+html_use_index = html_domain_indices = False  # search, and the reference, serve better
 html_copy_source = False
 html_show_sphinx = False
 pygments_style = "default"
