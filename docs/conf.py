@@ -1,8 +1,8 @@
 """Sphinx settings of the site: `make docs`.
 
-The source directory is the root of the repository, not docs/: so a link from docs/ to bench/README.md is the
-same on a Git host and here, where it leads to a page; one to a source file becomes a download, and one to
-nothing is a warning, which ends the build.
+The source directory is the root of the repository, not docs/: so a link from docs/ to bench/README.md is
+the same on a Git host and here, where it leads to a page; one to a source file becomes a download, and
+one to nothing is a warning, which ends the build.
 """
 
 from __future__ import annotations

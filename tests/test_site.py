@@ -1,4 +1,4 @@
-"""The site: its reference has every public name, its pictures say what they show, its links are checked."""
+"""The site: its reference has every public name, pictures say what they show, links lead somewhere."""
 
 import ast
 import importlib
@@ -62,7 +62,9 @@ def resolved(name):
 
 def documented():
     """What the reference takes from docstrings: full names."""
-    every = [(n, kind) for page in sorted(set(PUBLIC.values())) for n, kind in reference(page).items()]
+    every = [
+        (n, kind) for page in sorted(set(PUBLIC.values())) for n, kind in reference(page).items()
+    ]
     return [name for name, kind in every if kind != "py:data"]
 
 

@@ -85,8 +85,8 @@ def time_network(
 ) -> NetworkSpeed:
     """Compare with float64, then time; where a fused candidate is not exact nothing is timed.
 
-    In fp32 and in bf16 a fused candidate's error may be `casvit_kernels.testing.FACTOR` times that of eager PyTorch
-    in the same precision.
+    In fp32 and in bf16 a fused candidate's error may be `casvit_kernels.testing.FACTOR` times that of
+    eager PyTorch in the same precision.
 
     Args:
         model: a classifier, plain, in eval mode, float32.
