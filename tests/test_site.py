@@ -144,7 +144,14 @@ def test_pictures_are_legible_in_both_colour_schemes(picture):
     assert (root.findtext(f"{SVG}title") or "").strip()
     assert root.get("viewBox"), "it cannot shrink to a phone's width"
     style = "".join(root.itertext())
-    ground = [r for r in root.iter(f"{SVG}rect") if r.get("width") in ("100%", root.get("width"))]
+    sides = [float(side) - 1 for side in root.get("viewBox").split()[2:]]  # less a border
+    ground = [
+        rect
+        for rect in root.iter(f"{SVG}rect")
+        if all(
+            float(rect.get(k)) >= side for k, side in zip(("width", "height"), sides, strict=True)
+        )
+    ]
     assert ground or re.search(r"svg\s*\{[^}]*background", style), "it has no ground of its own"
 
 
