@@ -10,7 +10,7 @@ EMULATION := $(wildcard tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp)
 SOURCES := $(filter %.cpp %.h %.cu,$(NATIVE)) $(EMULATION)
 CUDA_TOOLKIT := build/cuda-toolkit/.installed
 
-.PHONY: demo test test-long setup cuda bench parity lint format gpu clean
+.PHONY: demo test test-long setup cuda bench parity lint format docs gpu clean
 .DEFAULT_GOAL := test
 # Two processes: one test's threads, compilers and waiting leave a second core free.
 PYTEST := CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -48,6 +48,12 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
+# The site, in build/docs. Warnings are errors, and every link inside it leads somewhere.
+docs: setup $(VENV)/.docs
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs -d build/doctrees . build/docs
+	$(BIN)/python docs/check_links.py build/docs
+
 # Needs no network: where a Python that is there sees a GPU with its torch, that one runs it. Again to go on.
 gpu:
 	@for python in $(BIN)/python $(PYTHON) python3; do \
@@ -76,6 +82,11 @@ $(VENV)/.packages: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH) "setuptools>=77" wheel "cmake>=3.24" ninja
 	CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
+	touch $@
+
+# What builds the site; only `make docs` needs it.
+$(VENV)/.docs: $(VENV)/.packages
+	$(BIN)/python -m pip install --quiet "casvit-kernels[docs]"
 	touch $@
 
 # The native library; again when a source of it changes, and then only what depends on that.

@@ -100,10 +100,13 @@ class FusedCATM(AdditiveTokenMixer):
         """A FusedCATM that shares the submodules (so the parameters) of an existing mixer.
 
         Args:
-            mixer: any module with the published structure; see `casvit_kernels.module.refusal`.
+            mixer: any module with the published structure, whatever its class and names.
+            backend: as for the constructor.
 
         Raises:
-            ValueError: the module does not compute the published mixer, with the reason.
+            TypeError: ``mixer`` is no module.
+            ValueError: the module does not compute the published mixer, with the reason; or the
+                backend's name is not known.
         """
         check_name(backend, "backend")
         if not isinstance(mixer, nn.Module):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from xml.sax.saxutils import escape
 
+from bench.report.canvas import opening
 from bench.report.captions import machines
 from bench.report.documents import MODELS, NOT_MEASURED, Document, by_set, find
 from bench.report.verdict import Verdict, judge
+
+LIGHT = ".bar { fill: #0969da } .small { fill: #59636e }"
+DARK = ".bar { fill: #4493f8 } .small { fill: #9198a1 }"
 
 
 def picture(documents: list[Document]) -> str:
@@ -26,17 +30,7 @@ def picture(documents: list[Document]) -> str:
     machine, mark, versions = facts.partition("casvit_kernels ")
     title = "Fused mixer: speed-up over the best baseline of each stage"
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="720" height="{axis + 44}" '
-        f'viewBox="0 0 720 {axis + 44}" role="img" aria-labelledby="title">',
-        f'<title id="title">{escape(title)}</title>',
-        "<style>",
-        "text { font: 12px system-ui, sans-serif; fill: #1f2328 } .bar { fill: #0969da }",
-        ".title { font-size: 15px; font-weight: 600 } .small { font-size: 11px; fill: #59636e }",
-        "line { stroke: #59636e }",
-        "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .bar { fill: #4493f8 }",
-        "  .small { fill: #9198a1 } line { stroke: #9198a1 } }",
-        "</style>",
-        f'<text class="title" x="12" y="24">{escape(title)}</text>',
+        *opening(title, 720, axis + 44, LIGHT, DARK),
         f'<text class="small" x="12" y="44">224x224 input, fp32, batch 8. '
         f"{escape(machine.rstrip(', '))}</text>",
         f'<text class="small" x="12" y="60">{escape(mark + versions)}</text>',
@@ -56,8 +50,9 @@ def picture(documents: list[Document]) -> str:
         out.append(f'<text x="{left + width + 6:.1f}" y="{y + 17}">{escape(note)}</text>')
     one = left + scale
     out += [
-        f'<line x1="{left}" x2="{left}" y1="{top}" y2="{axis}"/>',
-        f'<line x1="{one:.1f}" x2="{one:.1f}" y1="{top}" y2="{axis}" stroke-dasharray="3 3"/>',
+        f'<line class="axis" x1="{left}" x2="{left}" y1="{top}" y2="{axis}"/>',
+        f'<line class="axis" x1="{one:.1f}" x2="{one:.1f}" y1="{top}" y2="{axis}" '
+        'stroke-dasharray="3 3"/>',
         f'<text class="small" x="{one:.1f}" y="{axis + 16}" text-anchor="middle">1x</text>',
         f'<text class="small" x="{left}" y="{axis + 34}">times as fast as the fastest of eager, '
         "torch.compile (both layouts each) and ONNX Runtime</text>",

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable
 from xml.sax.saxutils import escape
 
+from bench.report.canvas import opening
 from bench.report.documents import NOT_MEASURED, Case, Document
 
 PUBLISHED = "clustering, as published"
@@ -19,7 +20,7 @@ PICTURED = {
     "average pooling, nearest": "#bf8700",
     "average pooling, bilinear": "#cf222e",
     "strided, nearest": "#59636e",
-    "ToMe": "#953800",
+    "ToMe": "#bc4c00",
 }
 
 
@@ -56,7 +57,7 @@ def page(found: Document) -> str:
         f"{made['date'][:10]}.",
         "Speed: " + _speed_note(found),
         "",
-        "![mIoU and speed](token_clustering.svg)",
+        "![Lines: percent of mIoU kept, by speed, one for each method](token_clustering.svg)",
         "",
         *[f"- {line}" for line in goals(found)],
     ]
@@ -143,15 +144,7 @@ def picture(found: Document) -> str:
         return bottom - (value - low_y) / (high_y - low_y) * (bottom - top)
 
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" role="img" aria-labelledby="title">',
-        f'<title id="title">{title}</title>',
-        "<style>",
-        "text { font: 12px system-ui, sans-serif; fill: #1f2328 } .small { font-size: 11px }",
-        ".title { font-size: 15px; font-weight: 600 } .axis { stroke: #59636e }",
-        "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .axis { stroke: #9198a1 } }",
-        "</style>",
-        f'<text class="title" x="12" y="24">{title}</text>',
+        *opening(title, width, height),
         f'<text class="small" x="12" y="44">after {AT} of {found["recipe"]["depth"]} blocks; percent '
         "of the full model's mIoU; a point for each grid</text>",
         f'<line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>',

@@ -15,10 +15,10 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Problem(NamedTuple):
     """What a call asks for, as far as it decides whether a backend can serve it."""
 
-    device: str  # torch device type, e.g. "cpu"
-    dtype: torch.dtype  # the dtype that is computed in (autocast applied)
-    channels: int = 0  # where they may be too many; 0: not asked
-    ordinal: int | None = None  # of the device among those of its type; None: any
+    device: str  #: torch device type, e.g. "cpu"
+    dtype: torch.dtype  #: the dtype that is computed in (autocast applied)
+    channels: int = 0  #: where they may be too many; 0: not asked
+    ordinal: int | None = None  #: of the device among those of its type; None: any
 
 
 class Backend(Protocol):

@@ -43,13 +43,19 @@ _warned = False
 
 
 class BackendStatus(NamedTuple):
-    name: str
+    """A backend, and whether it can be used on this machine."""
+
+    name: str  #: as `use_backend` and ``backend=`` take it
     usable: bool
-    reason: str | None  # why not, None when usable
+    reason: str | None  #: why not, None when usable
 
 
 def backends() -> list[BackendStatus]:
-    """Every known backend, in order of preference, usable on this machine or why not."""
+    """Every known backend, in order of preference, usable on this machine or why not.
+
+    The order is that for a GPU; a CPU tensor is served by the first that computes on the CPU. A backend
+    that is usable may still refuse a call, for its dtype say: `BackendUnavailable` then has the reason.
+    """
     return [
         BackendStatus(b.name, (reason := b.why_not()) is None, reason)
         for b in _in_order("cuda", None)

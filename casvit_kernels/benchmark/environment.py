@@ -16,7 +16,15 @@ from ..backends.cpu import active_instruction_set
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """What a measurement depends on, with the date; nothing that identifies the machine's owner."""
+    """What a measurement depends on, with the date; nothing that identifies the machine's owner.
+
+    Args:
+        device: as `torch.device` takes it; of a GPU its name, capability and memory in bytes are added.
+
+    Returns:
+        Versions, CPU, cores, threads, instruction sets and the date (ISO 8601, UTC): plain values, for
+        JSON.
+    """
     kind = torch.device(device).type
     gpu: dict[str, Any] = {}
     if kind == "cuda":

@@ -26,6 +26,10 @@ class CudaStopwatch:
     CPU, and the time is that of the kernels back to back. With `cold`, twice the GPU's L2 cache is
     overwritten before each call, outside the events; else one pair of events is around many calls.
     What launches more kernels than the queue takes is timed with what launches are then waited for.
+
+    Args:
+        device: a CUDA device.
+        cold: whether a call finds another L2 cache than the one before it left.
     """
 
     def __init__(self, device: torch.device, cold: bool) -> None:

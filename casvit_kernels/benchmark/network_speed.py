@@ -27,7 +27,7 @@ class Exactness(NamedTuple):
     """Outputs beside those of plain PyTorch in float64."""
 
     max_error: float
-    same_top1: int  # images with the same top class
+    same_top1: int  #: images with the same top class
 
 
 @dataclass
@@ -36,11 +36,11 @@ class NetworkSpeed:
 
     batch: int
     precision: str
-    images: int  # that exactness is of
-    macs: int  # of one image
+    images: int  #: that exactness is of
+    macs: int  #: of one image
     race: Race
     exactness: dict[str, Exactness]
-    peaks: list[float] = field(default_factory=list)  # multiply-adds a second, round by round
+    peaks: list[float] = field(default_factory=list)  #: multiply-adds a second, round by round
 
     @property
     def network(self) -> str:
@@ -85,18 +85,20 @@ def time_network(
 ) -> NetworkSpeed:
     """Compare with float64, then time; where a fused candidate is not exact nothing is timed.
 
-    In fp32 and in bf16 a fused candidate's error may be `testing.FACTOR` times that of eager PyTorch
-    in the same precision.
+    In fp32 and in bf16 a fused candidate's error may be `casvit_kernels.testing.FACTOR` times that of
+    eager PyTorch in the same precision.
 
     Args:
         model: a classifier, plain, in eval mode, float32.
         x: ``(N, 3, H, W)`` float32, N a multiple of `batch`; photographs, where top classes shall mean
             something. The first `batch` are timed.
         precision: ``"fp32"`` or ``"bf16"``.
-        names: out of `network.names_for`; None: all.
+        names: out of `names_for`; None: all.
         onnx: the model's file for `batch` images, which ONNX Runtime and OpenVINO read.
+        backend, rounds, starts, min_round_seconds, pause_seconds, progress: as for `race`.
 
-    The others are `processes.race`'s, as are the errors raised.
+    Raises:
+        ValueError: ``precision`` is not known, or another argument does not fit, as for `race`.
     """
     if precision not in EPS:
         raise ValueError(f"precision: expected one of {', '.join(EPS)}, got {precision!r}")

@@ -39,11 +39,11 @@ def output_of(name: str) -> str:
 class Race:
     """What came of the candidates, by name."""
 
-    timings: Timings = field(default_factory=Timings)  # `absent`: what could not be built, and why
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # of all images, float32
+    timings: Timings = field(default_factory=Timings)  #: `absent`: what could not be built, and why
+    outputs: dict[str, Tensor] = field(default_factory=dict)  #: of all images, float32
     facts: dict[str, dict[str, str]] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)  # what raised or crashed
-    refused: str | None = None  # then nothing was timed
+    failed: dict[str, str] = field(default_factory=dict)  #: what raised or crashed
+    refused: str | None = None  #: then nothing was timed
 
 
 def race(
@@ -69,7 +69,7 @@ def race(
         model: plain, in eval mode; of classes that another process can import.
         x: ``(N, 3, H, W)`` float32, N a multiple of `batch`: what `outputs` are of. The first `batch`
             images are what is timed.
-        names: see `network.names_for`. Eager and fused ones are built first.
+        names: see `names_for`. Eager and fused ones are built first.
         onnx: the model's file for `batch` images, for those that read one.
         backend: of the fused mixers.
         threads: of each candidate; None: as many as PyTorch has here.

@@ -31,8 +31,8 @@ class Timing(NamedTuple):
     p25: float
     p75: float
     rounds: int
-    calls: int  # per round
-    samples: tuple[float, ...]  # seconds per call of each round, in the order measured
+    calls: int  #: per round
+    samples: tuple[float, ...]  #: seconds per call of each round, in the order measured
 
 
 class Timings(dict[str, Timing]):
@@ -44,12 +44,20 @@ class Timings(dict[str, Timing]):
 
 
 class Stopwatch(Protocol):
+    """Measures for `interleave`."""
+
     def __call__(self, call: Call, count: int) -> float:
         """Seconds that `count` calls take together."""
         ...
 
 
 class WallStopwatch:
+    """Seconds of a monotonic clock around a loop of calls.
+
+    Args:
+        clock: seconds.
+    """
+
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
 
@@ -149,6 +157,7 @@ def summary(samples: list[float], calls: int) -> Timing:
 
 
 def is_bf16(name: str) -> bool:
+    """Whether the candidate of this name runs under bfloat16 autocast."""
     return name.endswith(BF16)
 
 

@@ -13,7 +13,16 @@ from ..photographs import MEAN, STD
 
 @dataclass(frozen=True)
 class Normalization:
-    """``(pixel / top - mean) / std`` by channel, done inside the file; its input is 0 to ``top``."""
+    """``(pixel / top - mean) / std`` by channel, done inside the file; its input is 0 to ``top``.
+
+    Args:
+        mean: of each channel, in [0, 1]; ImageNet's.
+        std: as many, above 0.
+        top: the value of a white pixel: 1, or 255.
+
+    Raises:
+        ValueError: numbers of means and deviations differ, or a deviation or ``top`` is not above 0.
+    """
 
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD

@@ -22,10 +22,18 @@ class UntrainedWeights(UserWarning):
 class ExportReport:
     """What was written and how far it is from the float64 reference.
 
-    ``max_error`` and ``mean_error`` are absolute, over all outputs, for random input and photographs;
-    None where the numbers were not checked. ``top1`` is the share of the ``images`` (photographs, or
-    the caller's own) whose largest output is the same as in float64, None where the model gives no
-    class scores. ``notes`` say what was done to the model, and what the caller may not expect.
+    Attributes:
+        path: of the file or package.
+        format: ``"onnx"`` or ``"coreml"``.
+        bytes: its size.
+        max_error: absolute, over all outputs, for random input and photographs; None where the numbers
+            were not checked.
+        mean_error: likewise.
+        notes: what was done to the model, and what the caller may not expect.
+        top1: share of the images whose largest output is the same as in float64, 0 to 1; None where the
+            model gives no class scores.
+        images: how many photographs, or images of the caller, that is a share of.
+        neural_engine: of a Core ML package, what is known of it there.
     """
 
     path: Path
@@ -36,7 +44,7 @@ class ExportReport:
     notes: tuple[str, ...]
     top1: float | None = None
     images: int = 0
-    neural_engine: NeuralEngineReport | None = None  # of a Core ML package
+    neural_engine: NeuralEngineReport | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.path} ({self.format}, {self.bytes / 1e6:.1f} MB)"]

@@ -25,10 +25,11 @@ _FINAL_NORM = tuple(
 class LoadReport(NamedTuple):
     """What `load_checkpoint` did, in the model's key names without wrapper prefixes.
 
-    loaded: tensors copied into the model.
-    missing: tensors of the model that the checkpoint lacks; they keep their values.
-    unexpected: tensors of the checkpoint that the model lacks, for no known reason.
-    skipped: tensors of the checkpoint left out on purpose, and why.
+    Attributes:
+        loaded: how many tensors were copied into the model.
+        missing: tensors of the model that the checkpoint lacks; they keep their values.
+        unexpected: tensors of the checkpoint that the model lacks, for no known reason.
+        skipped: tensors of the checkpoint left out on purpose, and why.
     """
 
     loaded: int
@@ -98,8 +99,9 @@ def load_checkpoint(
         FileNotFoundError: there is no such file.
         CheckpointError: the file is no checkpoint, or not one for this model.
         TypeError: ``model`` or ``path_or_dict`` is of another type.
-        MissingExtra: the file is of safetensors, and that is not installed.
-        After any of these the model is as it was.
+        MissingExtra: (an ImportError) the file is of safetensors, and that is not installed.
+
+    After any of these the model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

@@ -40,10 +40,10 @@ __all__ = [
 
 
 class Config(NamedTuple):
-    """One size of the family: blocks and channels of the four stages."""
+    """One size of the family."""
 
-    layers: tuple[int, int, int, int]
-    dims: tuple[int, int, int, int]
+    layers: tuple[int, int, int, int]  #: blocks of the four stages
+    dims: tuple[int, int, int, int]  #: channels of the four stages
 
 
 CONFIGS: dict[str, Config] = {
@@ -82,6 +82,8 @@ class RCViT(nn.Module):
 
     Raises:
         ValueError: an argument is out of range (named in the message).
+
+    Source: CAS-ViT, arXiv 2408.03703, section 3.3 and table 1.
     """
 
     # Of models pickled before these were attributes.
@@ -453,8 +455,8 @@ def _size(
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = (
-        f"{name}: {parameters} parameters with two heads of 1000 classes. "
-        "Arguments and errors as `RCViT` without its config."
+        f"{name}: {parameters} parameters with two heads of 1000 classes.\n\n"
+        "Arguments, shapes and errors as `RCViT`, without its config."
     )
     signature = inspect.signature(RCViT)
     build.__signature__ = signature.replace(  # type: ignore[attr-defined]

@@ -32,7 +32,7 @@ class Fold(NamedTuple):
 
     norm: str
     into: tuple[str, ...]
-    forwards: bool  # into layers behind it; else into the convolution before it
+    forwards: bool  #: into layers behind it; else into the convolution before it
 
 
 class Unfolded(NamedTuple):
@@ -43,12 +43,12 @@ class Unfolded(NamedTuple):
 
 
 class FoldReport(NamedTuple):
-    """What `fold_for_inference` did; pairs are before and after."""
+    """What `fold_for_inference` did; pairs are before and after. Printed, it says so."""
 
     folded: tuple[Fold, ...]
     left: tuple[Unfolded, ...]
-    parameters: tuple[int, int]  # values in parameters and running statistics
-    nodes: tuple[int, int]  # operations on tensors in one forward, mixers unfused
+    parameters: tuple[int, int]  #: values in parameters and running statistics
+    nodes: tuple[int, int]  #: operations on tensors in one forward, mixers unfused
 
     def __str__(self) -> str:
         lines = [

@@ -21,7 +21,7 @@ __all__ = ["FuseReport", "Refusal", "UnfuseReport", "fuse", "refusal", "share", 
 class Refusal(NamedTuple):
     """A module that looks like a mixer and was left as it is."""
 
-    name: str  # path in the model, "" for the model itself
+    name: str  #: path in the model, "" for the model itself
     reason: str
 
 
@@ -30,7 +30,7 @@ class FuseReport(NamedTuple):
 
     swapped: tuple[str, ...]
     refused: tuple[Refusal, ...]
-    already: tuple[str, ...]  # were a FusedCATM before the call
+    already: tuple[str, ...]  #: were a FusedCATM before the call
 
     def __str__(self) -> str:
         if not any(self):
@@ -48,7 +48,7 @@ class UnfuseReport(NamedTuple):
     """What `unfuse` did; names are paths in the model."""
 
     restored: tuple[str, ...]
-    kept: tuple[Refusal, ...] = ()  # with the reason: left as they are
+    kept: tuple[Refusal, ...] = ()  #: with the reason: left as they are
 
     def __str__(self) -> str:
         lines = [f"{len(self.restored)} restored", *_indented(self.restored)]
@@ -62,7 +62,7 @@ def fuse(model: nn.Module, backend: str | None = None) -> FuseReport:
     """Replace, in place, every mixer of ``model`` that computes the published CATM.
 
     Neither the class of a mixer nor the names of its children matter: these must be of the published
-    kinds, and its own forward is compared with the reference formulas (see `module.refusal`). The
+    kinds, and its own forward is compared with the reference formulas, on random float64 weights. The
     `FusedCATM` put in its place shares its submodules, parameters and hooks, so state-dict keys stay,
     and optimizers, EMA copies and DDP made before or after keep working. The original object is kept
     outside the module tree for `unfuse`; plain attributes of its own stay on it.
@@ -144,6 +144,9 @@ def unfuse(model: nn.Module) -> UnfuseReport | nn.Module:
     Of a network made by `fuse_network` the result is its model, untouched: mixers that were fused
     before stay fused. Inside a larger model it is exchanged for its model in place, as mixers are,
     unless it normalises its input: then it is kept.
+
+    Args:
+        model: any module; its mixers are exchanged in place.
 
     Returns:
         What was restored and what was kept; of a network made by `fuse_network` its model.

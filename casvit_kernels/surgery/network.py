@@ -271,7 +271,11 @@ class FusedNetwork(StandIn):
         return _handed_out(self._packed.known, outs)
 
     def compute(self, x: Tensor) -> list[Tensor]:
-        """The outputs in the order of the plan: what the operator of compiled code calls."""
+        """The outputs in the order of the plan: what the operator of compiled code calls.
+
+        Raises:
+            RuntimeError: the model returns another number of tensors than when it was compiled.
+        """
         with torch.no_grad():
             served = self._served(x)
             if served is not None:

@@ -226,7 +226,7 @@ def real_cases(
 
 
 def set_mode(mixer: nn.Module, mode: str) -> None:
-    """Put a mixer into one of `MODES`."""
+    """Put a mixer into one of `MODES`, in place."""
     mixer.train(mode != "eval")
     if mode == "frozen":
         for module in mixer.modules():
@@ -237,7 +237,12 @@ def set_mode(mixer: nn.Module, mode: str) -> None:
 def lay_out(values: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     """A tensor of these values in one of `LAYOUTS`, and the buffer that it views.
 
-    For ``"expanded"`` all images must be equal.
+    Args:
+        values: ``(B, C, H, W)``. For ``"expanded"`` all images must be equal.
+        layout: of `LAYOUTS`.
+
+    Raises:
+        ValueError: the layout is not known.
     """
     b, c, h, w = values.shape
 

@@ -175,10 +175,10 @@ def divide(a: float, b: float, nothing: float = 0.0) -> float:
 class AgainstTruth(NamedTuple):
     """Absolute errors of a result and of plain PyTorch's, both against the same float64 truth."""
 
-    scale: float  # largest absolute value of the truth
+    scale: float  #: largest absolute value of the truth
     largest: float
     mean: float
-    own_largest: float  # plain PyTorch's
+    own_largest: float  #: plain PyTorch's
     own_mean: float
 
     def bound(self, factor: float, floor: float) -> float:
@@ -193,7 +193,12 @@ class AgainstTruth(NamedTuple):
 def against_truth(got: Tensor, own: Tensor, truth: Tensor) -> AgainstTruth:
     """Compare a result with what plain PyTorch computes, `own`, by the float64 `truth`.
 
-    For whole models, where only sizes of errors are compared; `judge` looks closer.
+    For whole models, where only sizes of errors are compared; `check` looks closer.
+
+    Args:
+        got: the result, any floating dtype.
+        own: of plain PyTorch in that dtype.
+        truth: of plain PyTorch in float64. All three have one shape.
     """
     error, own_error = ((t.double() - truth).abs() for t in (got, own))
     return AgainstTruth(

@@ -28,21 +28,22 @@ class Row(NamedTuple):
     """The verdict on one case; the figures are those of `tensor`, the worst one."""
 
     backend: str
-    dtype: str  # e.g. "float32"
+    dtype: str  #: e.g. "float32"
     layout: str
     mode: str
     shape: Shape
-    tensor: str  # "out", "grad x", "grad qkv.weight", "oper_q.0.block.1.running_mean", ...
-    max_error: float  # largest absolute error against float64
-    reference_error: float  # that of plain PyTorch in the same dtype (see `judge`)
-    ratio: float  # of the two; at most 2 passes, 4 for a gradient
-    cosine: float  # between result and truth, 1 is right
-    relative_norm: float  # of result to truth, 1 is right
-    bias: float  # mean error over root mean square of the truth, signed, 0 is right
-    failures: tuple[str, ...]  # what is wrong, in words
+    tensor: str  #: "out", "grad x", "grad qkv.weight", "oper_q.0.block.1.running_mean", ...
+    max_error: float  #: largest absolute error against float64
+    reference_error: float  #: that of plain PyTorch in the same dtype (see `judge`)
+    ratio: float  #: of the two; at most 2 passes, 4 for a gradient
+    cosine: float  #: between result and truth, 1 is right
+    relative_norm: float  #: of result to truth, 1 is right
+    bias: float  #: mean error over root mean square of the truth, signed, 0 is right
+    failures: tuple[str, ...]  #: what is wrong, in words
 
     @property
     def passed(self) -> bool:
+        """Whether nothing is wrong."""
         return not self.failures
 
 
@@ -96,8 +97,8 @@ def check(case: Case, build: Callable[[Case], nn.Module] | None = None) -> Row:
         build: makes the mixer under test (default: a FusedCATM on the case's backend); its weights
             are then loaded from the case. Tests pass wrong mixers, to see them fail.
 
-    Raises:
-        Whatever the mixer raises.
+    Returns:
+        The verdict. What the mixer raises goes through: `verdict` makes a row of that, too.
     """
     device = case.device
     truth_device = device if math.prod(case.shape) >= _LARGE else "cpu"

@@ -24,8 +24,10 @@ class Clusters:
         centres: ``(B, K, C)``, K = h w, rows first; of the tokens' dtype.
         tokens: ``(B, N, C)``, those that were clustered: reconstruction compares them with the centres.
             Neither must be written to meanwhile.
-        size: ``(H, W)`` of the tokens. grid: ``(h, w)`` of the centres.
-        window, temperature: as given.
+        size: ``(H, W)`` of the tokens.
+        grid: ``(h, w)`` of the centres.
+        window: as given.
+        temperature: as given.
     """
 
     centres: Tensor
@@ -142,7 +144,8 @@ def cluster_tokens(
             bfloat16, float16 or float64; any strides. Distances and sums are float32 (float64 of
             float64). A token that is NaN makes the first centres NaN that it is averaged into.
             Centres at most 2 (window // 2) cells away from one of those stay at their average.
-        size: ``(H, W)`` of the map. grid: ``(h, w)``, at most that.
+        size: ``(H, W)`` of the map.
+        grid: ``(h, w)`` of the centres, at most that.
         iterations: of the centres, at least 0.
         window: cells across, odd; cells outside of the grid do not count.
         temperature: of the distances; above 0, finite in float32.

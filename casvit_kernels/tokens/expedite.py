@@ -50,8 +50,8 @@ def expedite(
 
     Args:
         model: any module; it is changed in place.
-        at: blocks before the clustering, at least 1. until: blocks before the reconstruction, above
-            ``at``; None: all of them.
+        at: blocks before the clustering, at least 1.
+        until: blocks before the reconstruction, above ``at``; None: all of them.
         grid: ``(h, w)`` of the centres; at most the map, which is compared in each call.
         blocks: the list of blocks, or its dotted name in the model; None: the one there is.
         size: ``(H, W)`` of the map in every call. None: each call's own, as its patch embedding (an
@@ -59,7 +59,8 @@ def expedite(
             tokens.
         prefix: class and register tokens; None: as the model has them.
         iterations, window, temperature: as of `cluster_tokens`.
-        neighbours, norm, residual: as of `reconstruct_tokens`. reconstruction_window: its ``window``.
+        neighbours, norm, residual: as of `reconstruct_tokens`.
+        reconstruction_window: its ``window``.
 
     Returns:
         `Report`: which blocks, how many tokens and multiply-accumulates.
@@ -160,6 +161,9 @@ def expedite(
 
 def unexpedite(model: nn.Module) -> None:
     """Undo `expedite`: the model computes what it did before, bit for bit, and no hook of it is left.
+
+    Args:
+        model: what `expedite` was given.
 
     Raises:
         TypeError: ``model`` is no module.

@@ -8,7 +8,11 @@ from .clusters import Clusters, Size, cluster_tokens, reconstruct_tokens
 
 
 class TokenClustering(nn.Module):
-    """`cluster_tokens` with settings of its own; ``forward(x, size)`` returns `Clusters`."""
+    """`cluster_tokens` with settings of its own; ``forward(x, size)`` returns `Clusters`.
+
+    Args:
+        grid, iterations, window, temperature: as of `cluster_tokens`, which checks them in each call.
+    """
 
     def __init__(
         self, grid: Size, *, iterations: int = 5, window: int = 5, temperature: float = 0.02
@@ -18,7 +22,7 @@ class TokenClustering(nn.Module):
         self.window, self.temperature = window, temperature
 
     def forward(self, x: Tensor, size: Size) -> Clusters:
-        """x: ``(B, N, C)`` of a map of ``size`` (H, W)."""
+        """x: ``(B, N, C)`` of a map of ``size`` (H, W); raises as `cluster_tokens` does."""
         return cluster_tokens(
             x,
             size,
@@ -36,7 +40,12 @@ class TokenClustering(nn.Module):
 
 
 class TokenReconstruction(nn.Module):
-    """`reconstruct_tokens` with settings of its own; ``forward(y, clusters)``."""
+    """`reconstruct_tokens` with settings of its own; ``forward(y, clusters)``.
+
+    Args:
+        neighbours, temperature, norm, window, residual: as of `reconstruct_tokens`, which checks them in
+            each call.
+    """
 
     def __init__(
         self,
@@ -52,7 +61,7 @@ class TokenReconstruction(nn.Module):
         self.norm, self.window, self.residual = norm, window, residual
 
     def forward(self, y: Tensor, clusters: Clusters) -> Tensor:
-        """y: ``(B, K, C')``, the refined centres."""
+        """y: ``(B, K, C')``, the refined centres; to ``(B, N, C')``."""
         return reconstruct_tokens(
             y,
             clusters,

@@ -13,7 +13,9 @@ class Preset:
     """One published experiment.
 
     Attributes:
-        task: of dense prediction. model, data: what it was published for.
+        task: of dense prediction.
+        model: what it was published for.
+        data: what it was published for.
         at, grid, iterations, window, temperature, neighbours: for `expedite`. The paper gives the number
             of clusters; the grid is its square root both ways.
         in_windows: clusters are made inside of each attention window (Swin), which `expedite` refuses;

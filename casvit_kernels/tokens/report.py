@@ -38,9 +38,11 @@ class Report:
     intermediate output that somebody reads.
 
     Attributes:
-        blocks: path of the list of blocks, of ``depth``.
+        blocks: path of the list of blocks.
+        depth: how many they are.
         at, until: blocks [at] to [until - 1] run on centres.
-        grid: of the centres. prefix: class and register tokens, which pass by.
+        grid: of the centres.
+        prefix: class and register tokens, which pass by.
         size: (H, W) of the map that the figures are for; None: not known before a call, see `for_size`.
     """
 

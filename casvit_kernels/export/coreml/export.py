@@ -76,6 +76,9 @@ def to_coreml(
             PyTorch's own rounding.
         verify: False skips evaluation and comparison, not coremltools' own checks.
 
+    Returns:
+        `ExportReport`, with what is known of the program on the Neural Engine.
+
     Raises:
         TypeError, ValueError: an argument does not fit, or the model cannot compute such an input.
         FileExistsError, OSError: ``path`` exists, or cannot be written to.

@@ -49,9 +49,9 @@ _CHANNELS = 8
 class Kind:
     """Operations of one type."""
 
-    type: str  # of convolutions with the kernel's size and "depthwise"
+    type: str  #: of convolutions with the kernel's size and "depthwise"
     count: int
-    fit: str  # "runs", "likely", "compile time" or "not known"
+    fit: str  #: "runs", "likely", "compile time" or "not known"
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,20 @@ class Width:
     """Maps of one shape at the default input size, in fp16 or what the program declares."""
 
     shape: tuple[int, ...]
-    maps: int  # how many results have it
-    aligned: bool  # channels
-    padding: float  # memory of the last axis over its content
+    maps: int  #: how many results have it
+    aligned: bool  #: channels
+    padding: float  #: memory of the last axis over its content
 
 
 @dataclass(frozen=True)
 class NeuralEngineReport:
-    """How a program fits the Neural Engine; see the module for what this can and cannot say."""
+    """How a program fits the Neural Engine, by what Apple publishes: only a device can tell."""
 
     operations: tuple[Kind, ...]
     layout: str
-    widths: tuple[Width, ...]  # of maps with four dimensions and more than one pixel
-    findings: tuple[str, ...]  # what may keep it from the Neural Engine or slow it there
-    done: tuple[str, ...]  # what the export did about it
+    widths: tuple[Width, ...]  #: of maps with four dimensions and more than one pixel
+    findings: tuple[str, ...]  #: what may keep it from the Neural Engine or slow it there
+    done: tuple[str, ...]  #: what the export did about it
 
     def __str__(self) -> str:
         lines = ["Neural Engine (by what Apple publishes; only a device can tell):"]

@@ -68,6 +68,9 @@ def to_onnx(
         example_input: floating tensor that gives the shape instead of ``input_size``, ``batch`` and
             the first Conv2d.
 
+    Returns:
+        `ExportReport`: printed, it says what was written and how exact it is.
+
     Raises:
         TypeError, ValueError: an argument does not fit, or the model cannot compute such an input.
         FileExistsError, OSError: ``path`` exists, or cannot be written to.

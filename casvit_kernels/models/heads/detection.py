@@ -21,7 +21,8 @@ class RetinaNet(OnPyramid, tv.RetinaNet):  # type: ignore[misc]
     """torchvision's RetinaNet over a `Pyramid`, with labels from 1 as in torchvision's R-CNNs.
 
     Its classification head has no column for background: class ``k`` of it is label ``k + 1``.
-    Arguments are those of torchvision's class, with ``num_classes`` without background.
+    Arguments are those of torchvision's class, with ``num_classes`` without background. Images, targets,
+    losses and results: see `retinanet`. Source: arXiv 1708.02002.
     """
 
     box_coder: Any
@@ -57,7 +58,8 @@ class MaskRCNN(OnPyramid, tv.MaskRCNN):  # type: ignore[misc]
     """torchvision's Mask R-CNN over a `Pyramid`; label 0 is background.
 
     Arguments are those of torchvision's class, with ``num_classes`` without background, and
-    ``fc_channels``, the width of the two layers before the boxes' classes.
+    ``fc_channels``, the width of the two layers before the boxes' classes. Images, targets, losses and
+    results: see `mask_rcnn`. Source: arXiv 1703.06870.
     """
 
     rpn: Any
@@ -149,9 +151,10 @@ def mask_rcnn(
     """Mask R-CNN as published with CAS-ViT: a pyramid from stride 4 to 64, three anchors a place.
 
     Args:
+        name, num_classes, channels, drop_path_rate, freeze_norms: as for `retinanet`.
+        fused, backend, in_chans, drop_rate: as for `RCViT`.
         fc_channels: width of the two layers before the boxes' classes.
         options: of torchvision's `MaskRCNN`.
-        Others as for `retinanet`.
 
     Images, targets and results as for `retinanet`, and ``masks``: of targets ``(N, H, W)`` uint8, of
     results ``(N, 1, H, W)`` probabilities.

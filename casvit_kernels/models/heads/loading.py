@@ -48,7 +48,8 @@ def load_dense_checkpoint(
         FileNotFoundError: there is no such file.
         CheckpointError: the file is no checkpoint, or one of another head, size or layout.
         TypeError: ``model`` or ``path_or_dict`` is of another type.
-        After any of these the model is as it was.
+
+    After any of these the model is as it was.
     """
     kind = _kind_of_model(model)
     source, content = read(path_or_dict)

@@ -70,7 +70,16 @@ class SemanticFPNHead(nn.Module):
 
 
 class SemanticFPN(OnPyramid):
-    """A segmenter: ``(B, in_chans, H, W)``, normalised, to scores ``(B, num_classes, H, W)``."""
+    """A segmenter: ``(B, in_chans, H, W)``, normalised, to scores ``(B, num_classes, H, W)``.
+
+    Args:
+        backbone: a `Pyramid` with levels of strides 4, 8, 16 and 32.
+        num_classes: outputs.
+        channels: of the head.
+        dropout: probability of dropping a channel before the classifier.
+
+    Source: Semantic FPN, arXiv 1901.02446.
+    """
 
     def __init__(
         self, backbone: Pyramid, num_classes: int, channels: int = 128, dropout: float = 0.1

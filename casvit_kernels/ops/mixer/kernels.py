@@ -18,7 +18,7 @@ from .weights import MixerWeights
 class MixerKernels(Protocol):
     """One backend's mixer."""
 
-    name: str  # the backend's
+    name: str  #: the backend's
 
     @property
     def phases(self) -> Phases | None:
@@ -44,35 +44,41 @@ class MixerKernels(Protocol):
 
 
 class Mixed(NamedTuple):
-    out: Tensor  # (B, C, H, W)
-    spatial: Tensor  # (B, 2, H, W) s, the spatial gates of q and k
-    pooled: Tensor  # (2, B, C) mean of z s over the pixels
-    channel: Tensor  # (2, B, C) g, the channel gates
+    """What the forward of a training step gives, and keeps."""
+
+    out: Tensor  #: (B, C, H, W)
+    spatial: Tensor  #: (B, 2, H, W) s, the spatial gates of q and k
+    pooled: Tensor  #: (2, B, C) mean of z s over the pixels
+    channel: Tensor  #: (2, B, C) g, the channel gates
 
 
 class Combined(NamedTuple):
-    grad_qkv: Tensor  # the backend's own layout; the part of v is filled in
-    grad_sum: Tensor  # the backend's own layout; ga, the gradient at a
-    pixel: Tensor  # (B, 2, H, W) sum over c of ga g z, or the backend's own terms of it
-    channel: Tensor  # (2, B, C) sum over the pixels of ga z s
-    dwc_weight: Tensor  # (C, 1, 3, 3) gradients, from here down
-    dwc_bias: Tensor  # (C,)
-    proj_weight: Tensor  # (C, 1, 3, 3)
-    proj_bias: Tensor  # (C,)
+    """The backward as far as the gradient at the sum of q and k, and those of what lies behind."""
+
+    grad_qkv: Tensor  #: the backend's own layout; the part of v is filled in
+    grad_sum: Tensor  #: the backend's own layout; ga, the gradient at a
+    pixel: Tensor  #: (B, 2, H, W) sum over c of ga g z, or the backend's own terms of it
+    channel: Tensor  #: (2, B, C) sum over the pixels of ga z s
+    dwc_weight: Tensor  #: (C, 1, 3, 3) gradient
+    dwc_bias: Tensor  #: (C,) gradient
+    proj_weight: Tensor  #: (C, 1, 3, 3) gradient
+    proj_bias: Tensor  #: (C,) gradient
 
 
 class Gated(NamedTuple):
-    logit: Tensor  # (B, 2, H, W) es, the gradient at the spatial gate's logit; the backend's dtype
-    spatial_weight: Tensor  # (2, C) sum of es r
-    sums: Tensor  # (2, 2, C) [gate][sum of gn, sum of gn n^]
+    """The backward through the gates, as far as BatchNorm."""
+
+    logit: Tensor  #: (B, 2, H, W) es, the gradient at the spatial gate's logit; the backend's dtype
+    spatial_weight: Tensor  #: (2, C) sum of es r
+    sums: Tensor  #: (2, 2, C) [gate][sum of gn, sum of gn n^]
 
 
 class ProjectionGradients(NamedTuple):
     """None where not needed; the weights' contiguous."""
 
-    x: Tensor | None  # (B, C, H, W), in the memory format of `Mixed.out`
-    qkv_weight: Tensor | None  # (3C, C)
-    qkv_bias: Tensor | None  # (3C,)
+    x: Tensor | None  #: (B, C, H, W), in the memory format of `Mixed.out`
+    qkv_weight: Tensor | None  #: (3C, C)
+    qkv_bias: Tensor | None  #: (3C,)
 
 
 class Phases(Protocol):
@@ -107,7 +113,9 @@ class Phases(Protocol):
         statistics: Tensor,
         eps: tuple[float, float],
         dtype: torch.dtype,
-    ) -> Mixed: ...
+    ) -> Mixed:
+        """From qkv and the statistics of the q and k gates to out."""
+        ...
 
     def backward_combine(
         self,

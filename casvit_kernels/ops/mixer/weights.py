@@ -21,27 +21,27 @@ class GateWeights(NamedTuple):
     ``norm_*`` are those of a BatchNorm over C channels with running statistics.
     """
 
-    depthwise_weight: Tensor  # (C, 1, 3, 3)
-    depthwise_bias: Tensor  # (C,)
-    norm_weight: Tensor | None  # (C,), None when the norm has no affine part
-    norm_bias: Tensor | None  # (C,)
-    norm_mean: Tensor | None  # (C,), None when the norm tracks no statistics
-    norm_var: Tensor | None  # (C,)
-    spatial_weight: Tensor  # (1, C, 1, 1)
-    channel_weight: Tensor  # (C, C, 1, 1)
+    depthwise_weight: Tensor  #: (C, 1, 3, 3)
+    depthwise_bias: Tensor  #: (C,)
+    norm_weight: Tensor | None  #: (C,), None when the norm has no affine part
+    norm_bias: Tensor | None  #: (C,)
+    norm_mean: Tensor | None  #: (C,), None when the norm tracks no statistics
+    norm_var: Tensor | None  #: (C,)
+    spatial_weight: Tensor  #: (1, C, 1, 1)
+    channel_weight: Tensor  #: (C, C, 1, 1)
 
 
 class MixerWeights(NamedTuple):
     """All weights of one mixer, in state-dict order."""
 
-    qkv_weight: Tensor  # (3C, C, 1, 1)
-    qkv_bias: Tensor | None  # (3C,)
+    qkv_weight: Tensor  #: (3C, C, 1, 1)
+    qkv_bias: Tensor | None  #: (3C,)
     q: GateWeights
     k: GateWeights
-    dwc_weight: Tensor  # (C, 1, 3, 3)
-    dwc_bias: Tensor  # (C,)
-    proj_weight: Tensor  # (C, 1, 3, 3)
-    proj_bias: Tensor  # (C,)
+    dwc_weight: Tensor  #: (C, 1, 3, 3)
+    dwc_bias: Tensor  #: (C,)
+    proj_weight: Tensor  #: (C, 1, 3, 3)
+    proj_bias: Tensor  #: (C,)
 
 
 def flatten(w: MixerWeights) -> tuple[Tensor | None, ...]:

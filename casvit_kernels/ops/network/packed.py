@@ -63,8 +63,8 @@ class Found(NamedTuple):
 class Memory(NamedTuple):
     """Bytes that a fused network holds beside the parameters of its model."""
 
-    packed: int  # weights as kernels read them
-    scratch: int  # kept between calls, one piece for each that ran at the same time
+    packed: int  #: weights as kernels read them
+    scratch: int  #: kept between calls, one piece for each that ran at the same time
 
 
 class Reading:

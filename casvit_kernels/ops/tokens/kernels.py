@@ -25,8 +25,8 @@ class ReconstructionKernels(Protocol):
 class TokenKernels(Protocol):
     """One backend's clustering and reconstruction, without gradients."""
 
-    name: str  # the backend's
-    reconstruction: ReconstructionKernels | None  # None: by the formulas
+    name: str  #: the backend's
+    reconstruction: ReconstructionKernels | None  #: None: by the formulas
 
     def cluster(
         self,

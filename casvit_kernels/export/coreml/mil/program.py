@@ -22,8 +22,8 @@ class Feature(NamedTuple):
     """An input or output as an application sees it."""
 
     name: str
-    kind: str  # "multiArray", "image", "string", "int64" or "dictionary"
-    shape: tuple[int, ...]  # the default one; () where the kind has none
+    kind: str  #: "multiArray", "image", "string", "int64" or "dictionary"
+    shape: tuple[int, ...]  #: the default one; () where the kind has none
 
 
 class Operation(NamedTuple):
@@ -31,8 +31,8 @@ class Operation(NamedTuple):
 
     type: str
     name: str
-    parameters: dict[str, list[tuple[str | None, Value]]]  # each (name, None) or (None, constant)
-    outputs: tuple[tuple[str, TensorType | None], ...]  # None: no tensor
+    parameters: dict[str, list[tuple[str | None, Value]]]  #: each (name, None) or (None, constant)
+    outputs: tuple[tuple[str, TensorType | None], ...]  #: None: no tensor
 
 
 class Program:

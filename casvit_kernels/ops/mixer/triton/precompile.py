@@ -35,9 +35,9 @@ class Compiled(NamedTuple):
 
     kernel: str
     channels: int
-    dtype: torch.dtype  # the first of those that share it; so in the next line
-    memory_format: torch.memory_format
-    hash: str  # Triton's name for it
+    dtype: torch.dtype  #: the first of those that share it
+    memory_format: torch.memory_format  #: likewise
+    hash: str  #: Triton's name for it
 
 
 def precompile(
