@@ -1,5 +1,5 @@
 """Turns the results under bench/results/ into the tables and the picture of README and docs, and into
-the numbers by which the package chooses between GPU backends.
+the numbers by which the package chooses between GPU backends and judges a CPU.
 
     python bench/report            write them
     python bench/report --check    exit 1 where they are not what the results give
@@ -16,9 +16,10 @@ from pathlib import Path
 from bench.report import figure2, token_speed, tokens
 from bench.report.accuracy import coreml_tables
 from bench.report.complete import complete_tables
+from bench.report.cpu_numbers import module as cpu_module
 from bench.report.documents import ReportError
 from bench.report.floor import FLOOR_MARKS, KEPT_MARKS, kept_table, load_floor
-from bench.report.gpu_order import module
+from bench.report.gpu_order import module as gpu_module
 from bench.report.load import (
     KEPT,
     load,
@@ -72,9 +73,11 @@ def outputs(root: Path) -> dict[Path, str]:
         root / "docs" / "mixers.svg": figure2.picture(documents),
         results / "README.md": complete_tables(documents, kept, gpus, accuracy),
     }
+    if documents:
+        found[root / "casvit_kernels" / "doctor" / "cpu_numbers.py"] = cpu_module(documents)
     static = results / "cuda_kernels.json"
     if static.is_file():
-        found[root / "casvit_kernels" / "backends" / "gpu_numbers.py"] = module(static, gpus)
+        found[root / "casvit_kernels" / "backends" / "gpu_numbers.py"] = gpu_module(static, gpus)
     if coreml is not None:
         page = root / "docs" / "coreml.md"
         if not page.is_file():
