@@ -486,6 +486,10 @@ def test_what_parity_covers():
         assert {c.mode for c in cases} == set(testing.MODES)
         assert {c.layout for c in cases} == set(testing.LAYOUTS)
         assert len(cases) < 60
+        if backend != "reference":
+            assert {c.shape for c in testing.real_cases(backend, 2, inputs=[64])} < {
+                c.shape for c in cases
+            }
 
 
 def test_a_whole_network_that_is_not_exact(monkeypatch):
@@ -647,6 +651,12 @@ def test_a_remedy_stands_under_what_was_found(monkeypatch):
         "problem  torch: 2.16.0; expected 2.11 or later, below 2.16",
         "         -> pip install 'torch>=2.11,<2.16'",
     ]
+
+
+def test_no_command_is_cut():
+    for start in range(1, 90):
+        finding = doctor.Finding("a", "note", "b" * start, "c" * start + " try --no-cache-dir")
+        assert " --no-cache-dir" in str(finding)
 
 
 def test_this_process_is_looked_at():
