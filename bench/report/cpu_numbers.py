@@ -38,7 +38,8 @@ def measured(
             continue
         for probe in PROBES:
             case = find([document], "mixer", *probe)
-            times = {r["candidate"]: r.get("median_s") for r in case["rows"]} if case else {}
+            rows = case.get("rows", ()) if case else ()  # none where parity was refused
+            times = {r["candidate"]: r.get("median_s") for r in rows}
             eager, fused = times.get("eager"), times.get("fused")
             if eager and fused:
                 of = round(eager / fused, 2), environment["threads"], environment["date"][:10]

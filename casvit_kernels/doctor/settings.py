@@ -46,7 +46,7 @@ def _backend(facts: Facts) -> Iterator[Finding]:
         return
     remedy = f"unset {BACKEND}"
     if facts.backend_error is not None:
-        yield Finding(BACKEND, "problem", facts.backend_error, remedy)
+        yield Finding(BACKEND, "problem", facts.backend_error.removeprefix(f"{BACKEND}: "), remedy)
     else:
         found = f"{name!r} is asked for; other backends are not tried, what it cannot do raises"
         yield Finding(BACKEND, "note", found, remedy)
