@@ -144,7 +144,7 @@ def test_the_oldest_torch_and_its_triton(tmp_path: Path) -> None:
         run(python, "-c", EXPORT, tmp_path / "m.onnx", cwd=tmp_path).splitlines()[-1]
     )
     assert max(errors) < 1e-5
-    run(python, "-m", "casvit_kernels", "doctor", "--no-speed", cwd=tmp_path)
+    run(python, "-m", "casvit_kernels", "doctor", "--quick", cwd=tmp_path)
     demo = ("demo", "--quick", "--output", tmp_path / "report.html", "--json")
     shown = json.loads(run(python, "-m", "casvit_kernels", *demo, cwd=tmp_path))
     assert shown["environment"]["torch"].startswith("2.11")
