@@ -73,11 +73,12 @@ pygments_style = "default"
 pygments_dark_style = "github-dark"
 
 
-def skip_member(
-    app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any
-) -> bool | None:
-    """Fields of a NamedTuple that nobody describes: the signature has them."""
-    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field") else None
+def blank_fields(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """NamedTuple describes fields by their number: a field that nobody else describes has its type."""
+    if lines and lines[0].startswith("Alias for field number"):
+        lines.clear()
 
 
 def drop_dead_links(
@@ -92,5 +93,5 @@ def drop_dead_links(
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("autodoc-skip-member", skip_member)
+    app.connect("autodoc-process-docstring", blank_fields)
     app.connect("html-page-context", drop_dead_links)

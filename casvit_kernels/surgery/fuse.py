@@ -76,9 +76,9 @@ def fuse(model: nn.Module, backend: str | None = None) -> FuseReport:
         backend: as for `FusedCATM`.
 
     Returns:
-        What was swapped, what was fused already, and what was refused with the reason: every module
-        with children ``qkv, oper_q, oper_k, dwc, proj``, or of their kinds, appears. All empty when
-        there is none; printed, it then says what was looked for.
+        `FuseReport`: what was swapped, what was fused already, and what was refused with the reason.
+        Every module with children ``qkv, oper_q, oper_k, dwc, proj``, or of their kinds, appears. All
+        empty when there is none; printed, it then says what was looked for.
 
     Raises:
         TypeError: ``model`` is no module.

@@ -105,7 +105,7 @@ class Program:
             observe: called with each operation and each tensor it gives, rounded, in order.
 
         Returns:
-            The value of each of `outputs`: tensors; for a classifier a label and a dictionary.
+            Of each of `outputs` a tensor; of a classifier a label and a dictionary.
 
         Raises:
             Unsupported: see the class.
