@@ -88,7 +88,8 @@ def drop_dead_links(
     if page.startswith("_modules/casvit_kernels"):
         known = app.env.domains["py"].objects  # type: ignore[attr-defined]
         link = re.compile(r'<a class="viewcode-back" href="[^"]*#([^"]+)">.*?</a>')
-        kept = link.sub(lambda found: found[0] if found[1] in known else "", context["body"])
+        there = {name for name, entry in known.items() if not entry.aliased}
+        kept = link.sub(lambda found: found[0] if found[1] in there else "", context["body"])
         context["body"] = kept
 
 

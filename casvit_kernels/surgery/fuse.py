@@ -48,7 +48,7 @@ class UnfuseReport(NamedTuple):
     """What `unfuse` did; names are paths in the model."""
 
     restored: tuple[str, ...]
-    kept: tuple[Refusal, ...] = ()  #: with the reason: left as they are
+    kept: tuple[Refusal, ...] = ()  #: left as they are, with the reason
 
     def __str__(self) -> str:
         lines = [f"{len(self.restored)} restored", *_indented(self.restored)]

@@ -32,7 +32,7 @@ class Operation(NamedTuple):
     type: str
     name: str
     parameters: dict[str, list[tuple[str | None, Value]]]  #: each (name, None) or (None, constant)
-    outputs: tuple[tuple[str, TensorType | None], ...]  #: None: no tensor
+    outputs: tuple[tuple[str, TensorType | None], ...]  #: None for what is no tensor
 
 
 class Program:
