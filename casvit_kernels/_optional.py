@@ -25,7 +25,7 @@ def need(name: str, extra: str = "demo") -> Any:
     except ImportError as error:
         if extra == "export":
             raise MissingExtra(
-                f"this export needs {name}: pip install casvit-kernels[export]"
+                f"this export needs {name}: pip install 'casvit-kernels[export]'"
             ) from error
         if not isinstance(error, ModuleNotFoundError):
             raise  # it is installed and broken: its own message says more

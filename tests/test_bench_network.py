@@ -250,7 +250,7 @@ def test_a_package_that_is_missing_is_named_with_the_extra(model, x, monkeypatch
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name)
     )
-    with pytest.raises(benchmark.Unavailable, match=r"openvino \(pip install .*\[bench\]\)"):
+    with pytest.raises(benchmark.Unavailable, match=r"openvino \(pip install '.*\[bench\]'\)"):
         candidate("openvino", model, x, Path("model.onnx"))
 
 

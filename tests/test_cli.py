@@ -17,7 +17,7 @@ from casvit_kernels.backends import cuda
 from casvit_kernels.models import rcvit_xs
 from casvit_kernels.ops.mixer.dispatch import ReferenceKernels
 
-VERBS = ("demo", "tokens", "info", "parity", "bench", "export", "plan")
+VERBS = ("demo", "tokens", "info", "doctor", "parity", "bench", "export", "plan")
 
 
 def run(*argv):

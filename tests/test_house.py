@@ -16,6 +16,7 @@ LAYERS = (
     ("testing", "benchmark"),
     ("export",),
     ("demo",),
+    ("doctor",),
     ("cli",),
 )
 

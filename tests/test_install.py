@@ -124,14 +124,14 @@ print(json.dumps([torch.__version__, triton.__version__, len(rows), failures]))
 @pytest.mark.long
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="torch brings triton on x86-64")
 def test_the_oldest_torch_and_its_triton(tmp_path: Path) -> None:
-    """Parity of the CPU's kernels and, in the interpreter, of Triton's; folding and ONNX."""
+    """Parity of the CPU's kernels and, in the interpreter, of Triton's; folding, ONNX, the demo."""
     if torch.__version__.startswith("2.11"):
         pytest.skip("it is the one that runs")
     wheel = build_wheel(tmp_path, CASVIT_KERNELS_REQUIRE_NATIVE="1")
     other = tmp_path / "venv"
     venv.create(other, with_pip=True)
     python = other / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", *OLDEST_TORCH, f"{wheel}[export]", cwd=tmp_path)
+    run(python, "-m", "pip", "install", "--quiet", *OLDEST_TORCH, f"{wheel}[demo]", cwd=tmp_path)
     parity = "-m", "casvit_kernels", "parity", "--backend", "cpu", "--dtype", "float32", "--json"
     assert json.loads(run(python, *parity, cwd=tmp_path))["passed"]
     said = run(python, "-c", INTERPRET, env={"TRITON_INTERPRET": "1"}, cwd=tmp_path)
@@ -144,6 +144,11 @@ def test_the_oldest_torch_and_its_triton(tmp_path: Path) -> None:
         run(python, "-c", EXPORT, tmp_path / "m.onnx", cwd=tmp_path).splitlines()[-1]
     )
     assert max(errors) < 1e-5
+    run(python, "-m", "casvit_kernels", "doctor", "--no-speed", cwd=tmp_path)
+    demo = ("demo", "--quick", "--output", tmp_path / "report.html", "--json")
+    shown = json.loads(run(python, "-m", "casvit_kernels", *demo, cwd=tmp_path))
+    assert shown["environment"]["torch"].startswith("2.11")
+    assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
 @pytest.mark.long

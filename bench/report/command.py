@@ -1,5 +1,5 @@
 """Turns the results under bench/results/ into the tables and the picture of README and docs, and into
-the numbers by which the package chooses between GPU backends.
+the numbers by which the package chooses between GPU backends and judges a CPU.
 
     python bench/report            write them
     python bench/report --check    exit 1 where they are not what the results give
@@ -16,9 +16,12 @@ from pathlib import Path
 from bench.report import figure2, token_speed, tokens
 from bench.report.accuracy import coreml_tables
 from bench.report.complete import complete_tables
+from bench.report.cpu_numbers import module as cpu_module
 from bench.report.documents import ReportError
-from bench.report.gpu_order import module
+from bench.report.floor import FLOOR_MARKS, KEPT_MARKS, kept_table, load_floor
+from bench.report.gpu_order import module as gpu_module
 from bench.report.load import (
+    KEPT,
     load,
     load_accuracy,
     load_coreml,
@@ -70,9 +73,11 @@ def outputs(root: Path) -> dict[Path, str]:
         root / "docs" / "mixers.svg": figure2.picture(documents),
         results / "README.md": complete_tables(documents, kept, gpus, accuracy),
     }
+    if documents:
+        found[root / "casvit_kernels" / "doctor" / "cpu_numbers.py"] = cpu_module(documents)
     static = results / "cuda_kernels.json"
     if static.is_file():
-        found[root / "casvit_kernels" / "backends" / "gpu_numbers.py"] = module(static, gpus)
+        found[root / "casvit_kernels" / "backends" / "gpu_numbers.py"] = gpu_module(static, gpus)
     if coreml is not None:
         page = root / "docs" / "coreml.md"
         if not page.is_file():
@@ -80,6 +85,14 @@ def outputs(root: Path) -> dict[Path, str]:
         tables = "\n".join(coreml_tables(coreml))
         name = "docs/coreml.md"
         found[page] = with_table(page.read_text(encoding="utf-8"), tables, name, COREML_MARKS)
+    name = "docs/how_it_works.md"
+    how = root / name
+    if how.is_file():
+        if kept is None:
+            raise ReportError(f"{name}: expected {results / KEPT}")
+        text = how.read_text(encoding="utf-8")
+        text = with_table(text, "\n".join(load_floor(root)), name, FLOOR_MARKS)
+        found[how] = with_table(text, "\n".join(kept_table(kept)), name, KEPT_MARKS)
     vits = load_token_vits(results)
     if vits is not None:
         found[root / "docs" / "token_speed.md"] = token_speed.page(vits)

@@ -69,7 +69,7 @@ def library() -> ctypes.CDLL:
     """
     found, reason = native.load()
     if found is None or (reason := _not_built(found)) is not None:
-        raise BackendUnavailable(f"backend='cuda': {reason}")
+        raise BackendUnavailable(f"backend='cuda' has no kernels here: {reason}")
     return found
 
 

@@ -19,9 +19,13 @@ REMEDY = (
 )
 
 
+_loaded_by: int | None = None
+
+
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library and None, or None and the reason why it cannot be used."""
+    global _loaded_by
     path = Path(__file__).parent.parent / "_C.so"
     if not path.exists():
         return None, f"the native library was not built ({path.name} is missing): {REMEDY}"
@@ -29,7 +33,10 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         torch.ops.load_library(str(path))
         library = _declare(ctypes.CDLL(str(path)))
     except (OSError, AttributeError) as error:
-        return None, f"the native library does not load with torch {torch.__version__}: {error}"
+        return None, (
+            f"the native library does not load with torch {torch.__version__}: {error}; {REMEDY}"
+        )
+    _loaded_by = os.getpid()
     forced = os.environ.get(ISA_ENVIRONMENT)
     if forced:
         # Bytes that are no UTF-8 come as surrogates; they name no instruction set either.
@@ -38,6 +45,11 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         if reason:
             return None, f"{ISA_ENVIRONMENT}={forced!r} cannot be used: {reason}"
     return library, None
+
+
+def loaded_by() -> int | None:
+    """The process that loaded the library: another one where this was forked afterwards."""
+    return _loaded_by
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -50,6 +50,15 @@ class BackendStatus(NamedTuple):
     reason: str | None  #: why not, None when usable
 
 
+class Choice(NamedTuple):
+    """What `select` answers to a problem, and why."""
+
+    backend: str | None  # that serves it; None: the call raises
+    asked: str | None  # by whom it was asked for, e.g. "CASVIT_KERNELS_BACKEND"; None: by nobody
+    passed_over: tuple[BackendStatus, ...]  # the earlier ones, each with its reason
+    error: str | None  # what the call raises
+
+
 def backends() -> list[BackendStatus]:
     """Every known backend, in order of preference, usable on this machine or why not.
 
@@ -144,6 +153,29 @@ def select(
     raise AssertionError("the reference backend serves every problem")
 
 
+def explain(problem: Problem, among: Container[str] | None = None, operation: str = "") -> Choice:
+    """The choice for a call without a `backend=` of its own; nothing is raised or warned of.
+
+    Args:
+        among, operation: as `select` takes them.
+    """
+    name, origin = _asked(None)
+    if name is not None:
+        try:
+            return Choice(select(None, problem, among, operation).name, origin, (), None)
+        except (ValueError, BackendUnavailable) as error:
+            return Choice(None, origin, (), str(error))
+    passed: list[BackendStatus] = []
+    for backend in _in_order(problem.device, problem.ordinal):
+        if among is not None and backend.name not in among:
+            continue
+        if (reason := backend.why_not(problem)) is None:
+            break
+        passed.append(BackendStatus(backend.name, False, reason))
+    missing = _unmet(problem) if backend.name == "reference" else None
+    return Choice(None if missing else backend.name, None, tuple(passed), missing)
+
+
 def first_choice(requested: str | None) -> str:
     """The name of the backend that `select` takes if it can serve the problem; unchecked."""
     name, _ = _asked(requested)
@@ -169,11 +201,17 @@ def _say_once(problem: Problem) -> None:
     reason = None if kernels is None else _REGISTRY[kernels].why_not()
     if reason is None:
         return
-    if kernels == "cpu" and os.environ.get(ISA_ENVIRONMENT):
-        raise BackendUnavailable(reason)  # an instruction set was asked for
+    if (missing := _unmet(problem)) is not None:
+        raise BackendUnavailable(missing)
     if _warned:
         return
     _warned = True
     warnings.warn(
         f"casvit_kernels runs on its plain PyTorch reference path: {reason}", stacklevel=4
     )
+
+
+def _unmet(problem: Problem) -> str | None:
+    """Why the reference must not serve instead: an instruction set was asked for, and cannot be used."""
+    asked = problem.device == "cpu" and os.environ.get(ISA_ENVIRONMENT)
+    return _REGISTRY["cpu"].why_not() if asked else None

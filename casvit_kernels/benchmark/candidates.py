@@ -353,7 +353,7 @@ def _onnxruntime(module: nn.Module, x: Tensor) -> Call:
     missing = [p for p in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(p)]
     if missing:
         raise Unavailable(
-            f"not installed: {', '.join(missing)} (pip install casvit-kernels[export])"
+            f"not installed: {', '.join(missing)} (pip install 'casvit-kernels[export]')"
         )
     import onnxruntime
 

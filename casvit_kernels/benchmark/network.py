@@ -125,7 +125,7 @@ def _installed(package: str, onnx: Path | None) -> Path:
     """
     if not importlib.util.find_spec(package):
         extra = PACKAGES[package]
-        raise Unavailable(f"not installed: {package} (pip install casvit-kernels[{extra}])")
+        raise Unavailable(f"not installed: {package} (pip install 'casvit-kernels[{extra}]')")
     if onnx is None:
         raise Unavailable(f"{package} reads an ONNX file, there is none")
     return onnx

@@ -206,6 +206,9 @@ def _coreml(arguments: argparse.Namespace) -> dict[str, Any]:
         try:
             text = arguments.class_labels.read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
-            raise Refused(f"--class-labels: {error}") from None
+            raise Refused(
+                "--class-labels: expected a text file in UTF-8, a label a line, got "
+                f"{arguments.class_labels} ({error})"
+            ) from None
         options["class_labels"] = text.splitlines()
     return options

@@ -1,16 +1,26 @@
-"""`casvit-kernels info`: versions, CPU features and backends."""
+"""`casvit-kernels info`: versions, the machine, each backend, and every choice with its reason."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from .. import benchmark
-from ..backends import backends, cpu, cuda, gpu_order
+from ..backends import Problem, backends, cpu, cuda, explain, gpu_order
 from ..demo import phrases
+from ..doctor import facts, processor, variables
+from ..ops.network import dispatch
+from ..ops.network.kernels import PRECISIONS
 from .arguments import Outcome, add_verb
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Whose reasons tell something on a device; the others' is that they compute elsewhere.
+_OF_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_TOLD_BELOW = ("cores", "threads")  # with more beside them
+_THREADS = ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OMP_THREAD_LIMIT")
 
 
 def add(verbs: Any) -> None:
@@ -19,56 +29,132 @@ def add(verbs: Any) -> None:
         verbs,
         "info",
         run,
-        "versions, CPU features, and each backend: usable or why not",
-        "Shows what a report of a problem should contain.",
+        "versions, the machine, each backend: usable or why not, and which one serves what",
+        "Shows what a report of a problem should contain. 'casvit-kernels doctor' looks for mistakes.",
         "casvit-kernels info --json",
     )
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
-    document: dict[str, Any] = {
-        "command": "info",
+    found = {"command": "info", **document()}
+    return Outcome(found, _text(found))
+
+
+def document() -> dict[str, Any]:
+    """All of it, as it goes into --json."""
+    here = facts.gather()
+    return {
         "environment": benchmark.environment(),
-        "cpu_features": _cpu_features(),
+        "cpu_features": processor.features(here.cpuinfo or ""),
         "instruction_sets": cpu.instruction_sets(),
-        "whole_network": {
-            "instruction_set": cpu.active_instruction_set(),
-            "precisions": benchmark.precisions(),
+        "instruction_set": _instruction_set(here),
+        "whole_network": _whole_network(),
+        "threads": {
+            "torch": here.threads,
+            "set_by": [f"{n}={here.environ[n]}" for n in _THREADS if n in here.environ],
+            "cpus": here.cpus,
+            "allowed": here.allowed,
+            "quota": here.quota,
         },
+        "variables": [v._asdict() for v in variables.present(here.environ)],
         "cuda_build": cuda.build(),
         "gpu_order": [
             {"gpu": name, "capability": f"{major}.{minor}", **of._asdict()}
             for name, (major, minor), of in gpu_order.orders()
         ],
+        "choices": list(_choices()),
         "backends": [status._asdict() for status in backends()],
     }
-    return Outcome(document, _text(document))
+
+
+def _instruction_set(here: facts.Facts) -> dict[str, Any]:
+    """The one in use, and why this one."""
+    active, forced = cpu.active_instruction_set(), here.environ.get(variables.ISA)
+    why = f"{variables.ISA} asks for it" if forced else "the best that this CPU and this build have"
+    return {"active": active, "why": here.native.why_not if active is None else why}
+
+
+def _whole_network() -> dict[str, Any]:
+    """What `fuse_network` gets here."""
+    choice = explain(Problem("cpu", torch.float32), dispatch.ABLE, "a whole network")
+    reasons = [choice.error, *(s.reason for s in choice.passed_over)]
+    if choice.asked is not None and choice.backend == "reference":
+        reasons.append(f"{choice.asked} asks for the reference formulas")
+    served = benchmark.precisions()
+    return {
+        "instruction_set": cpu.active_instruction_set(),
+        "precisions": served,
+        "without": {p: dispatch.why_not_precision(p) for p in PRECISIONS if p not in served},
+        "why_not": None if choice.backend == "cpu" else next(filter(None, reasons), None),
+        "threads": dispatch.thread_count(),
+    }
+
+
+def _choices() -> Iterator[dict[str, Any]]:
+    """Which backend serves a mixer, for each device and dtype, and why none before it."""
+    devices: list[tuple[str, int | None, str | None]] = [("cpu", None, None)]
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        devices += [("cuda", i, torch.cuda.get_device_name(i)) for i in range(count)]
+    if torch.backends.mps.is_available():
+        devices.append(("mps", None, None))
+    for device, ordinal, name in devices:
+        for dtype in DTYPES:
+            choice = explain(Problem(device, dtype, ordinal=ordinal))
+            yield {
+                "device": device if ordinal is None else f"{device}:{ordinal}",
+                "gpu": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                **choice._asdict(),
+                "passed_over": [status._asdict() for status in choice.passed_over],
+            }
 
 
 def _text(document: dict[str, Any]) -> str:
-    facts = [[n, v] for n, v in phrases.facts(document["environment"])]
-    facts.append(["CPU features", " ".join(document["cpu_features"]) or "unknown"])
-    facts.append(["CUDA kernels", document["cuda_build"] or "not built"])
-    facts.append(["whole networks (fuse_network)", _network(document["whole_network"])])
-    sets = document["instruction_sets"]
-    backends = [
-        [b["name"], "usable" if b["usable"] else f"not usable: {b['reason']}"]
-        for b in document["backends"]
-    ]
-    parts = [_pairs(facts)]
+    told = document["environment"].items()
+    rows = [[n, v] for n, v in phrases.facts({n: v for n, v in told if n not in _TOLD_BELOW})]
+    rows.append(["CPU features", " ".join(document["cpu_features"]) or "unknown"])
+    rows.append(["CUDA kernels", document["cuda_build"] or "not built"])
+    rows += _network(document["whole_network"])
+    rows.append(["threads", _threads(document["threads"])])
+    parts = [_pairs(rows)]
     orders = document["gpu_order"]
     here = "" if orders[0]["gpu"] else "; there is no GPU here"
     parts.append(f"cuda or triton first, in bfloat16 and float16{here}\n" + _pairs(_orders(orders)))
+    sets, chosen = document["instruction_sets"], document["instruction_set"]
     if sets:
-        parts.append("Instruction sets of the native library\n" + _pairs(_usable(sets)))
-    parts.append("Backends, in order of preference\n" + _pairs(backends))
+        parts.append("Instruction sets of the native library\n" + _pairs(_usable(sets, chosen)))
+    parts.append("Backends, in order of preference\n" + _pairs(_backends(document["backends"])))
+    parts.append(
+        "Which one serves a mixer, where the call (backend=) and use_backend ask for none\n"
+        + _pairs(_served(document["choices"], chosen["active"]))
+    )
+    found = [[f"{v['name']}={v['value']}", v["effect"]] for v in document["variables"]]
+    title = "Environment variables that are set"
+    parts.append(f"{title}\n{_pairs(found)}" if found else f"{title}: none that matters here")
     return "\n\n".join(parts)
 
 
-def _network(served: dict[str, Any]) -> str:
+def _network(served: dict[str, Any]) -> Iterator[list[str]]:
+    title = "whole networks (fuse_network)"
     if not served["precisions"]:
-        return "no kernels: the model computes by itself"
-    return f"{served['instruction_set']}, in {' and '.join(served['precisions'])}"
+        yield [title, "no kernels: the model computes by itself"]
+        return
+    if served["why_not"] is not None:
+        yield [title, f"not served: {served['why_not']}"]
+        return
+    yield [title, f"{served['instruction_set']}, in {' and '.join(served['precisions'])}"]
+    for precision, reason in served["without"].items():
+        yield [f"whole networks in {precision}", f"no: {reason}"]
+
+
+def _threads(of: dict[str, Any]) -> str:
+    by = f" ({', '.join(of['set_by'])})" if of["set_by"] else ""
+    quota = "no CPU quota" if of["quota"] is None else f"a CPU quota of {of['quota']:g}"
+    return (
+        f"{of['torch']}{by}, of PyTorch and the kernels together; {of['allowed']} of {of['cpus']} CPUs "
+        f"for this process, {quota}"
+    )
 
 
 def _orders(orders: list[dict[str, Any]]) -> Iterator[list[str]]:
@@ -77,26 +163,39 @@ def _orders(orders: list[dict[str, Any]]) -> Iterator[list[str]]:
         yield [gpu, f"{of['first']}, {of['why']}"]
 
 
-def _usable(sets: dict[str, str | None]) -> Iterator[list[str]]:
+def _usable(sets: Mapping[str, str | None], chosen: dict[str, Any]) -> Iterator[list[str]]:
     for name, reason in sets.items():
-        yield [name, "usable" if reason is None else f"not usable: {reason}"]
+        use = f", in use: {chosen['why']}" if name == chosen["active"] else ""
+        yield [name, f"usable{use}" if reason is None else f"not usable: {reason}"]
+
+
+def _backends(found: list[dict[str, Any]]) -> Iterator[list[str]]:
+    for b in found:
+        yield [b["name"], "usable" if b["usable"] else f"not usable: {b['reason']}"]
+
+
+def _served(choices: list[dict[str, Any]], isa: str | None) -> Iterator[list[str]]:
+    """One line for the dtypes of a device that are served alike."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for of in choices:
+        device = of["device"] + (f" ({of['gpu']})" if of["gpu"] else "")
+        groups.setdefault((device, _serves(of, isa)), []).append(of["dtype"])
+    for (device, answer), dtypes in groups.items():
+        yield [f"{device}, {', '.join(dtypes)}", answer]
+
+
+def _serves(of: dict[str, Any], isa: str | None) -> str:
+    if of["backend"] is None:
+        return f"an error: {of['error']}"
+    answer = f"{of['backend']} ({isa})" if of["backend"] == "cpu" else str(of["backend"])
+    if of["asked"] is not None:
+        answer += f", as {of['asked']} asks"
+    able = _OF_DEVICE.get(of["device"].partition(":")[0], ())
+    reasons = [f"{s['name']}: {s['reason']}" for s in of["passed_over"] if s["name"] in able]
+    return "; not ".join([answer, *reasons])
 
 
 def _pairs(rows: Iterable[Sequence[str]]) -> str:
     rows = list(rows)
     width = max(len(row[0]) for row in rows)
     return "\n".join(f"  {row[0]:<{width}}  {row[1]}" for row in rows)
-
-
-def _cpu_features() -> list[str]:
-    """The instruction set extensions that matter here, by the names Linux gives them."""
-    wanted = (
-        "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16",
-        "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "asimdhp", "bf16", "sve", "i8mm",
-    )  # fmt: skip
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    flags = next((x for x in lines if x.lower().startswith(("flags", "features"))), "").split()
-    return [name for name in wanted if name in flags]

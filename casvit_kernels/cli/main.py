@@ -15,7 +15,7 @@ from .. import __version__
 from .._files import NotWritten
 from ..demo.results import finite
 from ..export import ExportError
-from . import bench, demo, export, info, parity, plan, tokens
+from . import bench, demo, doctor, export, info, parity, plan, tokens
 from .arguments import Outcome, Parser, Refused
 
 INTERRUPTED = 130  # exit status
@@ -69,6 +69,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"casvit-kernels {__version__}")
     verbs = parser.add_subparsers(dest="name", metavar="VERB", required=True, parser_class=Parser)
-    for verb in (demo, tokens, info, parity, bench, export, plan):
+    for verb in (demo, tokens, info, doctor, parity, bench, export, plan):
         verb.add(verbs)
     return parser

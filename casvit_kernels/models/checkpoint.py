@@ -241,7 +241,8 @@ def _converted(
             converted[key] = tensor.detach().to(own[key].dtype)
         except Exception as error:
             raise CheckpointError(
-                f"{source}: {key}: expected {own[key].dtype}, got {tensor.dtype}: {error}"
+                f"{source}: {key}: {tensor.dtype} cannot be converted to the model's "
+                f"{own[key].dtype}: {error}"
             ) from error
     return converted
 

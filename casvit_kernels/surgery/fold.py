@@ -191,7 +191,8 @@ class _Layers:
     def called(self, call: Call, function: Any, kind: type[nn.Module]) -> Any:
         """The plain layer whose weights this call alone reads, or _No."""
         if call.function is not function:
-            raise _No(f"{getattr(call.function, '__name__', call.function)} is no {kind.__name__}")
+            operation = getattr(call.function, "__name__", call.function)
+            raise _No(f"its neighbour is the operation {operation}, no {kind.__name__}")
         weight = call.inputs[1]
         owners = self.owners.get(id(weight), [])
         layer = owners[0] if len(owners) == 1 else None
@@ -204,7 +205,7 @@ class _Layers:
         if bias is not None and (len(self.owners[id(bias)]) != 1 or self.uses[id(bias)] != 1):
             raise _No(f"the bias of {name} is shared")
         if _watched(layer):
-            raise _No(f"{name} has hooks")
+            raise _No(f"the layer {name} has hooks")
         return layer
 
 

@@ -8,6 +8,7 @@
 
 #include <optional>
 
+#include "cpu/huge_pages.h"
 #include "cpu/pack.h"
 #include "cpu/thread_pool.h"
 #include "mixer_weights.h"
@@ -85,9 +86,13 @@ inline casvit::Input input_of(const Tensor& t, const char* name) {
 // As ops.output_memory_format: channels last when channels are innermost, else contiguous.
 inline bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && x.strides()[1] == 1; }
 inline Tensor empty_output(const Tensor& x, ScalarType dtype) {
-  return torch::stable::empty(
+  Tensor out = torch::stable::empty(
       x.sizes(), dtype, std::nullopt, std::nullopt, std::nullopt,
       is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  // Large tensors are new memory in each call: what faults is most of their cost.
+  const int64_t each = dtype == ScalarType::Float ? 4 : 2;
+  casvit::wish_huge_pages(out.mutable_data_ptr(), out.numel() * each);
+  return out;
 }
 inline casvit::Output output_of(Tensor& out, const Tensor& x) {
   return {out.mutable_data_ptr(), dtype_of(out, "dtype"), is_channels_last(x)};

@@ -117,6 +117,41 @@ struct Group {
     for (int64_t image = 0; image < images; ++image)
       for (int64_t block = 0; block < g.blocks; ++block) combine(image, block, 0, g.H);
   }
+  int64_t rows_of_strips() const { return images * (strips.count / strips.across); }
+
+  // Each thread projects a band of rows of strips, of all images as one sequence, and computes a
+  // row's gates as soon as its neighbours are there: q and k are still in its L2 cache. Rows at a
+  // cut, whose halo is another thread's, come after all.
+  void project_and_gate_in_bands(const ThreadPool& pool) const {
+    const int64_t down = strips.count / strips.across, rows = rows_of_strips();
+    const auto band = [&](int64_t i) { return i * rows / pool.threads; };
+    // Whether the halo of `row` lies within [begin, end) or outside of the image.
+    const auto within = [&](int64_t row, int64_t begin, int64_t end) {
+      return (row % down == 0 || row > begin) && (row % down == down - 1 || row + 1 < end);
+    };
+    parallel_for(pool, pool.threads, [&](int64_t i) {
+      const int64_t begin = band(i), end = band(i + 1);
+      const auto gates = [&](int64_t row) {
+        if (row >= begin && within(row, begin, end)) spatial_gates(row / down, row % down);
+      };
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t y = row % down * strips.rows;
+        const int64_t y_end = y + strips.rows < g.H ? y + strips.rows : g.H;
+        const int64_t image_begin = row / down * g.pixels();
+        project(image_begin + y * g.W, image_begin + y_end * g.W, 0, 3 * g.blocks);
+        gates(row - 1);
+      }
+      gates(end - 1);
+    });
+    // Two rows at most for each cut, its last and its first: a task for each, q and k.
+    parallel_for(pool, pool.threads * 4, [&](int64_t i) {
+      const int64_t begin = band(i / 4), end = band(i / 4 + 1);
+      const int64_t row = i % 4 < 2 ? begin : end - 1;
+      if (within(row, begin, end)) return;
+      for (int64_t j = 0; j < strips.across; ++j)
+        spatial_gate(row / down, i % 2, row % down * strips.across + j);
+    });
+  }
   void spatial_gates(int64_t image, int64_t row_of_strips) const {
     for (int64_t which = 0; which < 2; ++which)
       for (int64_t i = 0; i < strips.across; ++i)
@@ -124,9 +159,8 @@ struct Group {
   }
 };
 
-// Few images: every phase is spread over the threads. Tasks count along the rows, and the pool
-// gives each thread a run of them, so a thread mostly reads what it has written itself.
-void by_phases(const Group& group, const ThreadPool& pool) {
+// Small maps, which stay in the caches between the two.
+void project_then_gate(const Group& group, const ThreadPool& pool) {
   const Geometry& g = group.g;
   const int64_t threads = pool.threads, pixels = group.images * g.pixels();
   int64_t parts = pixels / 64 < threads ? pixels / 64 : threads;
@@ -144,6 +178,15 @@ void by_phases(const Group& group, const ThreadPool& pool) {
   const int64_t strips = group.strips.count;
   parallel_for(pool, group.images * strips * 2,
                [&](int64_t i) { group.spatial_gate(i / (2 * strips), i % 2, i / 2 % strips); });
+}
+
+// Few images: every phase is spread over the threads. Tasks count along the rows, and the pool
+// gives each thread a run of them, so a thread mostly reads what it has written itself.
+void by_phases(const Group& group, const ThreadPool& pool) {
+  const Geometry& g = group.g;
+  const int64_t threads = pool.threads;
+  if (group.rows_of_strips() >= 8 * threads) group.project_and_gate_in_bands(pool);
+  else project_then_gate(group, pool);
   group.spatial_mean();
   const int64_t gate_part =
       divide_up(2 * g.blocks, threads) < g.blocks ? divide_up(2 * g.blocks, threads) : g.blocks;

@@ -5,11 +5,12 @@
 #include <cstring>
 #include <new>
 
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 
 namespace casvit {
 
-// A growing allocation, page-aligned; declare it thread_local.
+// A growing allocation, page-aligned, in huge pages where it is large; declare it thread_local.
 class Buffer {
  public:
   ~Buffer() { std::free(data_); }
@@ -17,9 +18,11 @@ class Buffer {
     if (bytes > capacity_) {
       std::free(data_);
       capacity_ = 0;
-      const size_t rounded = static_cast<size_t>((bytes + 4095) / 4096 * 4096);
-      data_ = std::aligned_alloc(4096, rounded);
+      const int64_t page = bytes < HUGE_FROM ? 4096 : HUGE_PAGE;
+      const size_t rounded = static_cast<size_t>((bytes + page - 1) / page * page);
+      data_ = std::aligned_alloc(static_cast<size_t>(page), rounded);
       if (!data_) throw std::bad_alloc();
+      wish_huge_pages(data_, static_cast<int64_t>(rounded));
       capacity_ = static_cast<int64_t>(rounded);
       std::memset(&shape_, 0, sizeof shape_);
     }

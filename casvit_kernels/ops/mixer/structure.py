@@ -234,7 +234,7 @@ def _collect(
 ) -> str | None:
     """Enter the layers below a container, in order; the reason where one is not what it was."""
     if inner.get(name) is not type(module):
-        was = inner[name].__name__ if name in inner else "a layer of torch.nn"
+        was = f"the container {inner[name].__name__}" if name in inner else "a layer of torch.nn"
         return f"{name}: expected {was}, got {described(module)}"
     reason = _replaced(name, module)
     if reason is not None:

@@ -30,7 +30,8 @@ class CpuNetworkKernels:
         count = int(self._scratch(plan, len(ints), *size, precision, threads))
         if count < 0:
             raise ValueError(
-                f"expected a plan and a call, got {ints}, size {size}, {precision=}, {threads=}"
+                "plan, size, precision, threads: expected those of a call that kernels serve, "
+                f"got {ints}, {size}, {precision} and {threads}"
             )
         return count
 

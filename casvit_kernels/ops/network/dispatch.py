@@ -17,7 +17,7 @@ from .kernels import PRECISIONS, NetworkKernels
 # What serves instead of the native kernels; None: themselves. Tests put formulas here.
 _instead: NetworkKernels | None = None
 _BF16_SETS = ("amx", "avx512_bf16")
-_ABLE = ("cpu", "reference")
+ABLE = ("cpu", "reference")  # backends that have whole networks
 
 
 def kernels() -> NetworkKernels | None:
@@ -36,14 +36,22 @@ def check_precision(precision: object) -> str:
         known = " or ".join(map(repr, PRECISIONS))
         raise ValueError(f"precision: expected {known}, got {precision!r}")
     if precision != "fp32" and not cpu.has_precision(precision):
-        there = instruction_sets()
-        usable = ", ".join(name for name, reason in there.items() if reason is None) or "none"
-        active = active_instruction_set()
         raise BackendUnavailable(
-            f"precision: expected 'fp32', got {precision!r}, which needs the instruction set "
-            f"{' or '.join(_BF16_SETS)}; this CPU and this build have {usable}, in use is {active}"
+            f"precision: expected 'fp32', got {precision!r}, which {why_not_precision(precision)}"
         )
     return precision
+
+
+def why_not_precision(precision: str) -> str:
+    """Of one that is not served here: what it needs, and what there is."""
+    if precision == "fp32":
+        return "needs the native library"
+    there = instruction_sets()
+    usable = ", ".join(name for name, reason in there.items() if reason is None) or "none"
+    return (
+        f"needs the instruction set {' or '.join(_BF16_SETS)}; this CPU and this build have {usable}, "
+        f"in use is {active_instruction_set()}"
+    )
 
 
 def plain_call(x: Tensor) -> bool:
@@ -74,7 +82,7 @@ def chosen() -> NetworkKernels | None:
     if first_choice(None) == "cpu" and found is not None:
         return found
     # The reasons, and the warning where the native library is missing.
-    backend = select(None, Problem("cpu", torch.float32), _ABLE, "a whole network")
+    backend = select(None, Problem("cpu", torch.float32), ABLE, "a whole network")
     return found if backend.name == "cpu" else None
 
 

@@ -59,7 +59,10 @@ def enter(network: Live) -> int:
 def _find(handle: int) -> Live:
     network = _live.get(handle)
     if network is None:
-        raise RuntimeError("the fused network of this compiled function was deleted")
+        raise RuntimeError(
+            "the fused network of this compiled function was deleted: keep a reference to it, or call "
+            "torch.compiler.reset() and compile the function again with another one"
+        )
     return network
 
 
