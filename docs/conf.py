@@ -32,7 +32,9 @@ include_patterns = [
     "CONTRIBUTING.md",
     "bench/README.md",
     "bench/results/README.md",
+    "SECURITY.md",
     "csrc/README.md",
+    "release/README.md",
     "tests/cuda_emulation/README.md",
 ]
 exclude_patterns = [".*", "build", "dist", "shared"]  # not walked through
