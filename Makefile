@@ -51,7 +51,7 @@ format: setup
 # The site, in build/docs. Warnings are errors, and every link inside it leads somewhere.
 docs: setup $(VENV)/.docs
 	rm -rf build/docs
-	$(BIN)/python -m sphinx -W --keep-going -q -c docs -d build/doctrees . build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -E -c docs -d build/doctrees . build/docs
 	$(BIN)/python docs/check_links.py build/docs
 
 # Needs no network: where a Python that is there sees a GPU with its torch, that one runs it. Again to go on.

@@ -32,7 +32,9 @@ include_patterns = [
     "CONTRIBUTING.md",
     "bench/README.md",
     "bench/results/README.md",
+    "SECURITY.md",
     "csrc/README.md",
+    "release/README.md",
     "tests/cuda_emulation/README.md",
 ]
 exclude_patterns = [".*", "build", "dist", "shared"]  # not walked through
@@ -73,11 +75,12 @@ pygments_style = "default"
 pygments_dark_style = "github-dark"
 
 
-def skip_member(
-    app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any
-) -> bool | None:
-    """Fields of a NamedTuple that nobody describes: the signature has them."""
-    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field") else None
+def blank_fields(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """NamedTuple describes fields by their number: a field that nobody else describes has its type."""
+    if lines and lines[0].startswith("Alias for field number"):
+        lines.clear()
 
 
 def drop_dead_links(
@@ -87,10 +90,11 @@ def drop_dead_links(
     if page.startswith("_modules/casvit_kernels"):
         known = app.env.domains["py"].objects  # type: ignore[attr-defined]
         link = re.compile(r'<a class="viewcode-back" href="[^"]*#([^"]+)">.*?</a>')
-        kept = link.sub(lambda found: found[0] if found[1] in known else "", context["body"])
+        there = {name for name, entry in known.items() if not entry.aliased}
+        kept = link.sub(lambda found: found[0] if found[1] in there else "", context["body"])
         context["body"] = kept
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("autodoc-skip-member", skip_member)
+    app.connect("autodoc-process-docstring", blank_fields)
     app.connect("html-page-context", drop_dead_links)

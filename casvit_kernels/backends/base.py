@@ -17,8 +17,8 @@ class Problem(NamedTuple):
 
     device: str  #: torch device type, e.g. "cpu"
     dtype: torch.dtype  #: the dtype that is computed in (autocast applied)
-    channels: int = 0  #: where they may be too many; 0: not asked
-    ordinal: int | None = None  #: of the device among those of its type; None: any
+    channels: int = 0  #: where they may be too many; 0 asks nothing
+    ordinal: int | None = None  #: of the device among those of its type; None for any
 
 
 class Backend(Protocol):

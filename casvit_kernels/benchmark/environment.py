@@ -22,7 +22,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         device: as `torch.device` takes it; of a GPU its name, capability and memory in bytes are added.
 
     Returns:
-        Versions, CPU, cores, threads, instruction sets and the date (ISO 8601, UTC): plain values, for
+        Versions, CPU, cores, threads, instruction sets and the date (ISO 8601, UTC), as plain values for
         JSON.
     """
     kind = torch.device(device).type

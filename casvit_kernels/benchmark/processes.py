@@ -39,7 +39,7 @@ def output_of(name: str) -> str:
 class Race:
     """What came of the candidates, by name."""
 
-    timings: Timings = field(default_factory=Timings)  #: `absent`: what could not be built, and why
+    timings: Timings = field(default_factory=Timings)  #: `absent` has what could not be built
     outputs: dict[str, Tensor] = field(default_factory=dict)  #: of all images, float32
     facts: dict[str, dict[str, str]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  #: what raised or crashed

@@ -39,7 +39,7 @@ class LoadReport(NamedTuple):
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """What was left out and why, in sentences: one for each reason, or tensor where few."""
+        """What was left out and why, a sentence for each reason, or for each tensor where few."""
         reasons: dict[str, list[str]] = {}
         for name, why in self.skipped.items():
             reasons.setdefault(why, []).append(name)

@@ -48,7 +48,7 @@ class UnfuseReport(NamedTuple):
     """What `unfuse` did; names are paths in the model."""
 
     restored: tuple[str, ...]
-    kept: tuple[Refusal, ...] = ()  #: with the reason: left as they are
+    kept: tuple[Refusal, ...] = ()  #: left as they are, with the reason
 
     def __str__(self) -> str:
         lines = [f"{len(self.restored)} restored", *_indented(self.restored)]
@@ -76,9 +76,9 @@ def fuse(model: nn.Module, backend: str | None = None) -> FuseReport:
         backend: as for `FusedCATM`.
 
     Returns:
-        What was swapped, what was fused already, and what was refused with the reason: every module
-        with children ``qkv, oper_q, oper_k, dwc, proj``, or of their kinds, appears. All empty when
-        there is none; printed, it then says what was looked for.
+        `FuseReport`: what was swapped, what was fused already, and what was refused with the reason.
+        Every module with children ``qkv, oper_q, oper_k, dwc, proj``, or of their kinds, appears. All
+        empty when there is none; printed, it then says what was looked for.
 
     Raises:
         TypeError: ``model`` is no module.

@@ -98,7 +98,7 @@ def check(case: Case, build: Callable[[Case], nn.Module] | None = None) -> Row:
             are then loaded from the case. Tests pass wrong mixers, to see them fail.
 
     Returns:
-        The verdict. What the mixer raises goes through: `verdict` makes a row of that, too.
+        The verdict. What the mixer raises goes through; of `verdict` that is a row, too.
     """
     device = case.device
     truth_device = device if math.prod(case.shape) >= _LARGE else "cpu"

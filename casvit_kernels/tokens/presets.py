@@ -37,7 +37,7 @@ class Preset:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Arguments of `expedite`: ``expedite(model, **PRESETS[name].settings)``.
+        """Arguments of `expedite`, as in ``expedite(model, **PRESETS[name].settings)``.
 
         Raises:
             ValueError: clusters are made inside of windows, which `expedite` does not serve.

@@ -26,7 +26,7 @@ class TokenKernels(Protocol):
     """One backend's clustering and reconstruction, without gradients."""
 
     name: str  #: the backend's
-    reconstruction: ReconstructionKernels | None  #: None: by the formulas
+    reconstruction: ReconstructionKernels | None  #: None where the formulas serve
 
     def cluster(
         self,

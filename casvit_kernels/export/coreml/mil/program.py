@@ -32,7 +32,7 @@ class Operation(NamedTuple):
     type: str
     name: str
     parameters: dict[str, list[tuple[str | None, Value]]]  #: each (name, None) or (None, constant)
-    outputs: tuple[tuple[str, TensorType | None], ...]  #: None: no tensor
+    outputs: tuple[tuple[str, TensorType | None], ...]  #: None for what is no tensor
 
 
 class Program:
@@ -105,7 +105,7 @@ class Program:
             observe: called with each operation and each tensor it gives, rounded, in order.
 
         Returns:
-            The value of each of `outputs`: tensors; for a classifier a label and a dictionary.
+            Of each of `outputs` a tensor; of a classifier a label and a dictionary.
 
         Raises:
             Unsupported: see the class.
