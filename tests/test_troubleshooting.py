@@ -65,6 +65,7 @@ SECTIONS = {
     "photographs.py": (CLI,),
     "cli/": (CLI,),
     "demo/": (CLI,),
+    "doctor/": (CLI,),
     "benchmark/": (BENCHMARKS,),
     "testing/": (BENCHMARKS,),
     "csrc/": (NATIVE,),
