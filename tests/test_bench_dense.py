@@ -23,7 +23,9 @@ from bench.harness.results import Measured, write  # noqa: E402
 from bench.levels import test_dense as dense_level  # noqa: E402
 from bench.levels import test_dense_mixer as dense_mixer_level  # noqa: E402
 from bench.levels import test_figure2 as figure2_level  # noqa: E402
-from bench.report import command, dense, figure2  # noqa: E402
+from bench.report import command, dense, dense_digits, figure2  # noqa: E402
+from bench.report.documents import ReportError  # noqa: E402
+from bench.report.load import load_digits  # noqa: E402
 
 SETTINGS = Settings(rounds=2, min_round_seconds=0.0, backend="reference", pause_seconds=0.0)
 QUICK = dataclasses.replace(SETTINGS, quick=True)
@@ -382,3 +384,47 @@ def test_the_command_writes_json(tmp_path, level):
     (path,) = tmp_path.iterdir()
     document = json.loads(path.read_text())
     assert all("refused" not in case for case in document["cases"])
+
+
+# Digits: bench/accuracy/dense.py
+
+
+def digits(**scores):
+    """What the script writes, of segmentation alone."""
+    environment = {
+        "cpu": "a CPU", "isa": "avx2", "casvit_kernels": "1", "torch": "2", "date": "2026-11-29T00:00",
+    }  # fmt: skip
+    runs = {n: {"miou": s, "accuracy": 99.0, "environment": environment} for n, s in scores.items()}
+    return {"segmentation": runs}
+
+
+@pytest.mark.parametrize(
+    ("fused", "reference", "enough", "alike"),
+    [
+        (86.0, 85.5, "met", "met (0.5)"),
+        (86.0, 84.5, "met", "missed (1.5)"),
+        (84.5, 86.0, "met", "missed (1.5)"),
+        (80.2, 79.9, "missed", "met (0.3)"),
+    ],
+)
+def test_the_table_of_digits_judges_both(fused, reference, enough, alike):
+    lines = dense_digits.digits_table(digits(fused=fused, reference=reference))
+    assert f"| segmentation, mIoU | {fused} | {reference} | {fused - reference:+.1f} |" in lines
+    assert "| detection, AP50 | not measured | not measured | not measured |" in lines
+    (verdict,) = (line for line in lines if line.startswith("- "))
+    assert f"with both: {enough};" in verdict
+    assert verdict.endswith(alike)
+
+
+def test_half_of_the_digits_is_no_verdict():
+    lines = dense_digits.digits_table(digits(fused=90.0))
+    assert "| segmentation, mIoU | 90.0 | not measured | not measured |" in lines
+    assert not [line for line in lines if line.startswith("- ")]
+
+
+def test_a_broken_file_of_digits_is_said(tmp_path):
+    (tmp_path / "dense_digits.json").write_text('{"segmentation": []}')
+    with pytest.raises(
+        ReportError, match=r"dense_digits.json: expected what bench/accuracy/dense.py"
+    ):
+        load_digits(tmp_path)

@@ -17,6 +17,7 @@ from bench.report import figure2, token_speed, tokens
 from bench.report.accuracy import coreml_tables
 from bench.report.complete import complete_tables
 from bench.report.cpu_numbers import module as cpu_module
+from bench.report.dense_digits import DIGITS_MARKS, digits_table
 from bench.report.documents import ReportError
 from bench.report.floor import FLOOR_MARKS, KEPT_MARKS, kept_table, load_floor
 from bench.report.gpu_order import module as gpu_module
@@ -25,6 +26,7 @@ from bench.report.load import (
     load,
     load_accuracy,
     load_coreml,
+    load_digits,
     load_gpu,
     load_kept,
     load_token_vits,
@@ -85,6 +87,14 @@ def outputs(root: Path) -> dict[Path, str]:
         tables = "\n".join(coreml_tables(coreml))
         name = "docs/coreml.md"
         found[page] = with_table(page.read_text(encoding="utf-8"), tables, name, COREML_MARKS)
+    digits = load_digits(results)
+    if digits is not None:
+        name = "docs/dense_prediction.md"
+        page = root / name
+        if not page.is_file():
+            raise ReportError(f"{name}: expected a file at {page}")
+        tables = "\n".join(digits_table(digits))
+        found[page] = with_table(page.read_text(encoding="utf-8"), tables, name, DIGITS_MARKS)
     name = "docs/how_it_works.md"
     how = root / name
     if how.is_file():

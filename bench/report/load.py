@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.report import token_speed
 from bench.report.accuracy import coreml_tables, onnx_table
+from bench.report.dense_digits import digits_table
 from bench.report.documents import SPEED, Document, ReportError
 from bench.report.gate import gated
 from bench.report.memory import kept_table
@@ -17,6 +18,7 @@ GATED = {*SPEED, "counters"}
 KEPT = "saved_bytes.json"  # written by static/saved_bytes.py
 ACCURACY = "int8_accuracy.json"  # written by accuracy/int8.py
 COREML = "coreml_accuracy.json"  # written by accuracy/coreml.py
+DIGITS = "dense_digits.json"  # written by accuracy/dense.py
 TOKEN_VITS = "token_vits.json"  # written by accuracy/token_vits.py
 TOKENS = "token_clustering.json"  # written by accuracy/tokens.py
 
@@ -89,6 +91,11 @@ def load_coreml(folder: Path) -> Document | None:
     return _load_one(folder / COREML, "bench/accuracy/coreml.py", coreml_tables)
 
 
+def load_digits(folder: Path) -> Document | None:
+    """Detection and segmentation of digits; None where that was not measured."""
+    return _load_one(folder / DIGITS, "bench/accuracy/dense.py", digits_table)
+
+
 def load_tokens(folder: Path) -> Document | None:
     """mIoU and speed of token clustering; None where that was not measured."""
     return _load_one(folder / TOKENS, "bench/accuracy/tokens.py", page)
@@ -110,6 +117,8 @@ def _load_one(path: Path, writer: str, table: Callable[[Document], object]) -> D
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         table(document)
-    except (ValueError, KeyError, TypeError, ZeroDivisionError, StopIteration) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, StopIteration,
+    ) as error:  # fmt: skip
         raise ReportError(f"{path.name}: expected what {writer} writes: {error!r}") from None
     return dict(document)
