@@ -54,7 +54,20 @@ def run(*command: str) -> str:
 
 
 def nvcc() -> str:
-    """The CUDA compiler: that of CUDA_HOME, of `make cuda`, or on PATH; empty where none is."""
+    """The CUDA compiler: that of CUDA_HOME, of `make cuda`, or on PATH; empty where none is.
+
+    CASVIT_KERNELS_CUDA=0 builds without CUDA kernels whatever there is, =1 not without them.
+    """
+    wanted = os.environ.get("CASVIT_KERNELS_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"CASVIT_KERNELS_CUDA: expected 0, 1 or nothing, got {wanted!r}")
+    found = "" if wanted == "0" else find_nvcc()
+    if wanted == "1" and not found:
+        raise NotBuilt("CASVIT_KERNELS_CUDA=1, and there is no nvcc ('make cuda' installs one)")
+    return found
+
+
+def find_nvcc() -> str:
     homes = [os.environ.get("CUDA_HOME"), ROOT / "build" / "cuda-toolkit" / "nvidia" / "cu13"]
     places = [Path(home, "bin") for home in homes if home] + [Path("/usr/local/cuda/bin")]
     for place in places:

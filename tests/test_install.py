@@ -251,6 +251,32 @@ def test_a_compiler_error_stops_a_build_that_requires_the_native_library(tmp_pat
     assert "no C++ compiler found ('/no/such/compiler'" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("yes", "CASVIT_KERNELS_CUDA: expected 0, 1 or nothing, got 'yes'"),
+        ("1", "there is no nvcc"),
+    ],
+)
+def test_what_is_asked_of_cuda_is_done_or_refused(tmp_path: Path, asked: str, said: str) -> None:
+    """With a source tree, a PATH and a CUDA_HOME that have no nvcc."""
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    code = (
+        "import shutil, runpy; shutil.which = lambda *a, **k: None; import setuptools;"
+        "setuptools.setup = lambda **k: None; runpy.run_path('setup.py')['nvcc']()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "CASVIT_KERNELS_CUDA": asked},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
 def without(tmp_path: Path, name: str) -> dict[str, str]:
     """An environment in which a tool is nowhere to be found."""
     tools = tmp_path / "tools"

@@ -230,7 +230,7 @@ def test_a_source_distribution_builds_offline_and_its_wheel_is_clean(tmp_path: P
     def run(*command: str | Path, cwd: Path = tmp_path) -> str:
         done = subprocess.run(
             [str(c) for c in command], cwd=cwd, capture_output=True, text=True, check=False,
-            env={**os.environ, "CASVIT_KERNELS_REQUIRE_NATIVE": "1", "PIP_NO_INDEX": "1"},
+            env={**os.environ, "CASVIT_KERNELS_REQUIRE_NATIVE": "1", "CASVIT_KERNELS_CUDA": "0", "PIP_NO_INDEX": "1"},
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -246,7 +246,8 @@ def test_a_source_distribution_builds_offline_and_its_wheel_is_clean(tmp_path: P
     offline = ("unshare", "--net") if probe.returncode == 0 else ()
     run(*offline, *build, "--wheel", unpacked)
     (made,) = dist.glob("*.whl")
-    run(sys.executable, RELEASE / "audit.py", made, sources)
+    (row, _) = json.loads(run(sys.executable, RELEASE / "audit.py", made, sources, "--json"))
+    assert row["cuda_kernels"] is False
     run(sys.executable, RELEASE / "sbom.py", made)
     bill = json.loads((dist / f"{made.name}.cdx.json").read_text())
     assert bill["metadata"]["component"]["version"] == casvit_kernels.__version__

@@ -24,7 +24,7 @@ def digits_table(document: Document) -> list[str]:
         fused, plain = runs.get("fused"), runs.get("reference")
         for at, (name, title) in enumerate(scores.items()):
             ours, theirs = _percent(fused, name), _percent(plain, name)
-            apart = f"{fused[name] - plain[name]:+.1f}" if fused and plain else NOT_MEASURED
+            apart = _apart(fused[name] - plain[name]) if fused and plain else NOT_MEASURED
             lines.append(f"| {kind}, {title} | {ours} | {theirs} | {apart} |")
             if at == 0 and fused and plain:
                 verdicts.append(_verdict(kind, title, fused[name], plain[name]))
@@ -34,6 +34,10 @@ def digits_table(document: Document) -> list[str]:
 
 def _percent(run: Document | None, name: str) -> str:
     return NOT_MEASURED if run is None else f"{run[name]:.1f}"
+
+
+def _apart(points: float) -> str:
+    return f"{round(points, 1) + 0.0:+.1f}"  # never -0.0
 
 
 def _verdict(kind: str, title: str, fused: float, plain: float) -> str:
