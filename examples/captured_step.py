@@ -5,7 +5,7 @@ python examples/captured_step.py --way plain --way graph --amp fp16 --steps 200 
 
 A small CAS-ViT learns to tell noisy patterns apart, once in each way, from the same seed and on the
 same batches. Graphs need a GPU: without one the same step is run as it is, and that is said. What must
-hold of a step that is captured: docs/training.md.
+hold of a step that is captured: docs/gpus.md.
 """
 
 from __future__ import annotations

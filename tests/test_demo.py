@@ -189,6 +189,19 @@ def test_gates_are_what_the_network_multiplies_with():
         assert torch.equal(g.k, seen[g.mixer, "k"])
 
 
+def test_channel_gates_follow_the_spatial_ones():
+    mixer, x = small().get_submodule("network.2.0.attn").eval(), torch.randn(2, 12, 9, 7)
+    with torch.no_grad():
+        maps, vectors = gates.spatial_gates(mixer, x), gates.channel_gates(mixer, x)
+        q, k, _ = mixer.qkv(x).chunk(3, dim=1)
+        for z, operation, over, across in zip(
+            (q, k), (mixer.oper_q, mixer.oper_k), maps, vectors, strict=True
+        ):
+            assert across.shape == (2, 12)
+            gated = z * over[:, None] * across[:, :, None, None]
+            torch.testing.assert_close(gated, operation(z))
+
+
 @pytest.mark.parametrize("name", ["network.0.0.attn.dwc.bias", "network.6.0.attn.qkv.weight"])
 def test_check_finds_a_wrong_weight(name):
     model, x = small(), torch.randn(2, 3, 64, 64)

@@ -36,7 +36,7 @@ from segmentation_vit import (  # noqa: E402
 )
 
 from casvit_kernels import _files, benchmark  # noqa: E402
-from casvit_kernels.backends import requested  # noqa: E402
+from casvit_kernels.backends import Problem, select  # noqa: E402
 from casvit_kernels.tokens import cluster_tokens, reconstruct_tokens  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "token_clustering.json"
@@ -203,7 +203,7 @@ def speed(found: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {
         **found,
         "speed_environment": benchmark.environment(),
-        "speed_backend": requested() or "automatic",
+        "speed_backend": select(None, Problem("cpu", torch.float32)).name,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,13 @@ class Digits:
         self.x, self.y = images[train], labels[train]
         self.test_x, self.test_y = images[test], labels[test]
 
+    def batches(self, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """`count` times `BATCH` images to train on, drawn with replacement, and their labels."""
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(count):
+            chosen = torch.randint(len(self.x), (BATCH,), generator=generator)
+            yield self.x[chosen], self.y[chosen]
+
 
 def train_both(seed: int, quick: bool, advance: Callable[[], object]) -> Training:
     """Train the reference and the fused network from equal weights on equal batches.
@@ -77,16 +84,14 @@ def train_both(seed: int, quick: bool, advance: Callable[[], object]) -> Trainin
     torch.manual_seed(seed)
     start = models.RCViT(CONFIG, num_classes=10, in_chans=1, distillation=False)
     count = steps(quick)
-    learners = [_Learner(start, count), _Learner(start, count)]
+    learners = [Learner(start, count), Learner(start, count)]
     fuse(learners[1].model)
-    generator = torch.Generator().manual_seed(seed)
-    for step in range(count):
-        chosen = torch.randint(len(digits.x), (BATCH,), generator=generator)
+    for step, (x, y) in enumerate(digits.batches(count, seed)):
         # Step by step in turn, so that both meet the machine in the same state.
         for learner in learners if step % 2 else reversed(learners):
-            learner.step(digits.x[chosen], digits.y[chosen])
+            learner.step(x, y)
         advance()
-    predictions = [_predict(learner.model, digits.test_x) for learner in learners]
+    predictions = [predict(learner.model, digits.test_x) for learner in learners]
     reference, fused = (
         Run(
             learner.losses,
@@ -115,7 +120,7 @@ def steps(quick: bool) -> int:
     return QUICK_STEPS if quick else STEPS
 
 
-class _Learner:
+class Learner:
     """A copy of `start` with its optimizer, schedule and records."""
 
     def __init__(self, start: nn.Module, count: int) -> None:
@@ -139,6 +144,7 @@ class _Learner:
 
 
 @torch.no_grad()
-def _predict(model: nn.Module, x: Tensor) -> Tensor:
+def predict(model: nn.Module, x: Tensor) -> Tensor:
+    """The likeliest class of each image; the model is in eval mode afterwards."""
     model.eval()
     return torch.cat([model(part).argmax(1) for part in torch.split(x, BATCH)])
