@@ -16,7 +16,7 @@ from casvit_kernels import benchmark
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.harness import process_memory  # noqa: E402
+from bench.harness import compare, process_memory  # noqa: E402
 from bench.harness import results as harness_results  # noqa: E402
 from bench.harness.case import GPU_CHOICE, Case, Choice, Settings, names  # noqa: E402
 from bench.harness.results import Measured, write  # noqa: E402
@@ -428,3 +428,26 @@ def test_a_broken_file_of_digits_is_said(tmp_path):
         ReportError, match=r"dense_digits.json: expected what bench/accuracy/dense.py"
     ):
         load_digits(tmp_path)
+
+
+# Parity
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "refused"),
+    [
+        ("fused", 1.9e-4, False),
+        ("fused", 2.1e-4, True),
+        ("fused channels_last", 2.1e-4, False),  # PyTorch is less exact in this layout
+        ("fused channels_last", 6.1e-4, True),
+        ("fused compile channels_last", 6.1e-4, True),
+        ("fused channels_last", float("nan"), True),
+    ],
+)
+def test_a_layout_is_judged_by_eager_in_that_layout(name, error, refused):
+    measured = Measured(BACKBONE)
+    measured.errors = {"eager": 1e-4, "eager channels_last": 3e-4, name: error}
+    said = compare.refusal(BACKBONE, measured, "eager", (torch.ones(1),))
+    assert (said is not None) == refused
+    if refused:
+        assert f"{name}: max error" in said

@@ -104,7 +104,7 @@ def _measure(
     """As `measure`, of several outputs: parity of eager and ours, then of the rest, then all in turn."""
     measured = Measured(case)
     truth = compare.truth(case, _Joined(model), x)
-    ours = [name for name in calls if name == "eager" or name.startswith("fused")]
+    ours = [name for name in calls if name.startswith(("eager", "fused"))]
     for name in [*ours, *(name for name in calls if name not in ours)]:
         if name not in ours and measured.refused is None:
             measured.refused = compare.refusal(case, measured, "eager", truth)
