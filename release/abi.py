@@ -10,10 +10,13 @@ import re
 import subprocess
 from pathlib import Path
 
+import mach_o
+
 HEADERS = ("torch/csrc/stable/c/shim.h", "torch/csrc/inductor/aoti_torch/c/shim.h")
 _GUARD = re.compile(r"TORCH_FEATURE_VERSION\s*>=\s*TORCH_VERSION_(\d+)_(\d+)_\d+")
 _DECLARED = re.compile(r"\bAOTI_TORCH_EXPORT\b[^;{(]*?\b(\w+)\s*\(")
 _OF_TORCH = re.compile(r"_?_Z\w*?(2at|3c10|5torch|6caffe2)")  # mangled names in its C++ namespaces
+_OURS = ("torch_", "aoti_torch_", "Py", "_Py")  # that torch and Python export as C functions
 
 
 def declared(include: Path, oldest: tuple[int, int]) -> set[str]:
@@ -49,18 +52,20 @@ def _since(text: str, oldest: tuple[int, int]) -> str:
 
 def is_mach_o(library: Path) -> bool:
     """Whether it is of macOS, by its first bytes."""
-    return library.read_bytes()[:4] in (b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")
+    return library.read_bytes()[:4] in (mach_o.MAGIC, mach_o.UNIVERSAL)
 
 
 def undefined(library: Path) -> list[str]:
-    """The symbols that a library expects from others, as `nm` prints them: ``name`` or ``name@version``.
+    """The symbols that a library expects from others; of ELF ``name`` or ``name@version``, as `nm` says.
 
     Raises:
         OSError: there is no `nm`.
         RuntimeError: `nm` cannot read the file.
+        ValueError: it is of macOS, and not whole or for several architectures.
     """
-    dynamic = [] if is_mach_o(library) else ["-D"]
-    command = ["nm", *dynamic, "-u", str(library)]
+    if is_mach_o(library):
+        return mach_o.asked(library.read_bytes()).symbols
+    command = ["nm", "-D", "-u", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
@@ -73,14 +78,14 @@ def unstable(symbols: list[str], stable: set[str], *, mach_o: bool = False) -> l
     """Those among undefined symbols that torch may not have tomorrow.
 
     Symbols with a version are of the C and C++ libraries. Mach-O has no versions (and a ``_`` in front);
-    there only what torch exports is judged.
+    there only what torch and Python export is judged.
     """
     found = []
     for symbol in symbols:
         name = symbol.removeprefix("_") if mach_o else symbol
         if "@" in symbol or name in stable:
             continue
-        ours = name.startswith(("torch_", "aoti_torch_")) or _OF_TORCH.match(symbol)
+        ours = name.startswith(_OURS) or _OF_TORCH.match(symbol)
         if ours or not mach_o:
             found.append(symbol)
     return found

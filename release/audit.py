@@ -6,7 +6,7 @@
 Of a wheel: its tags, that the native library uses torch's stable functions alone (release/abi.py), names
 no folder to search, and needs no library but torch's and the system's; that it holds the package, its
 licence and nothing else. Of a source distribution: that everything is there to build and to read. Sizes
-and SHA-256 are printed. Exit status 1 where something is wrong. Needs torch, for its headers, and nm.
+and SHA-256 are printed. Exit status 1 where something is wrong. Needs torch, for its headers, nm and readelf.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import abi
+import mach_o
 
 LIBRARY = "casvit_kernels/_C.so"
 # From the system, by their names up to the version.
 NEEDED = {
     "libtorch_cpu", "libstdc++", "libm", "libgcc_s", "libc", "libpthread", "libdl", "librt", "ld-linux",
 }  # fmt: skip
+NEEDED_ON_MACOS = re.compile(r"/usr/lib/.*|@rpath/libtorch_cpu\.dylib")
 SOURCES = (
     "setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "csrc/CMakeLists.txt",
     "csrc/cuda/toolkit.txt", "casvit_kernels/__init__.py", "casvit_kernels/py.typed", "docs/start.md",
@@ -47,7 +49,10 @@ def audit(path: Path, include: Path) -> dict[str, Any]:
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    found |= of_wheel(path, include) if path.suffix == ".whl" else of_sources(path)
+    try:
+        found |= of_wheel(path, include) if path.suffix == ".whl" else of_sources(path)
+    except (ValueError, RuntimeError, zipfile.BadZipFile, tarfile.TarError) as error:
+        found |= {"version": None, "wrong": [f"cannot be read: {error}"]}
     return found
 
 
@@ -55,11 +60,16 @@ def of_wheel(path: Path, include: Path) -> dict[str, Any]:
     wrong = []
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/")]
-        (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
+        metadata = next((n for n in names if n.endswith(".dist-info/METADATA")), None)
+        if metadata is None:
+            raise ValueError("it has no METADATA")
         info = metadata.removesuffix("METADATA")
         about = email.message_from_bytes(archive.read(metadata))
         library = archive.read(LIBRARY) if LIBRARY in names else None
-    tags = path.stem.split("-")[-3:]
+    parts = path.stem.split("-")
+    if len(parts) not in (5, 6):  # with a build number
+        raise ValueError("its name is none of a wheel")
+    tags = parts[-3:]
     if tags[:2] != ["py3", "none"] or tags[2] == "any":
         wrong.append(f"tags: expected py3-none-PLATFORM, got {'-'.join(tags)}")
     for name in names:
@@ -81,7 +91,7 @@ def _oldest_torch(about: email.message.Message) -> tuple[int, int]:
     for line in about.get_all("Requires-Dist") or ():
         if line.startswith("torch") and (found := re.search(r">=(\d+)\.(\d+)", line)):
             return int(found[1]), int(found[2])
-    raise SystemExit("the wheel does not say from which torch on it works")
+    raise ValueError("it does not say from which torch on it works")
 
 
 def _library(
@@ -91,14 +101,15 @@ def _library(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "_C.so")
         path.write_bytes(data)
-        symbols, mach_o = abi.undefined(path), abi.is_mach_o(path)
-        needed, search = ([], []) if mach_o else _dynamic(path)
+        symbols, macos = abi.undefined(path), abi.is_mach_o(path)
+        needed, search = _dynamic(path)
     used = sorted(n for s in symbols if (n := s.removeprefix("_")) in stable or s in stable)
-    unstable = abi.unstable(symbols, stable, mach_o=mach_o)
+    unstable = abi.unstable(symbols, stable, mach_o=macos)
     wrong = [f"not of torch {oldest[0]}.{oldest[1]}'s stable ABI: {s}" for s in unstable]
     wrong += [f"searches a folder of the machine it was built on: {s}" for s in search]
     for name in needed:
-        if re.split(r"\.so|-x86|-aarch64", name)[0] not in NEEDED:
+        known = NEEDED_ON_MACOS.fullmatch(name) if macos else _stem(name) in NEEDED
+        if not known:
             wrong.append(f"needs a library that users may not have: {name}")
     facts = {
         "library_bytes": len(data),
@@ -112,10 +123,18 @@ def _library(
 
 
 def _dynamic(path: Path) -> tuple[list[str], list[str]]:
-    """The libraries that an ELF file needs, and the folders that it searches."""
+    """The libraries that a library needs, and the folders that it searches."""
+    if abi.is_mach_o(path):
+        asked = mach_o.asked(path.read_bytes())
+        return asked.libraries, asked.folders
     done = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True)
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", done.stdout)
     return needed, re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.+)\]", done.stdout)
+
+
+def _stem(name: str) -> str:
+    """Of an ELF library's name, without its version."""
+    return re.split(r"\.so|-x86|-aarch64", name)[0]
 
 
 def of_sources(path: Path) -> dict[str, Any]:
@@ -150,8 +169,9 @@ def main(argv: list[str] | None = None) -> int:
     from torch.utils.cpp_extension import include_paths
 
     rows = [audit(path, Path(include_paths()[0])) for path in arguments.files]
-    if len({row["version"].partition("+")[0] for row in rows}) > 1:
-        rows[0]["wrong"].append(f"other versions beside it: {[row['version'] for row in rows]}")
+    versions = [row["version"] for row in rows if row["version"] is not None]
+    if len({version.partition("+")[0] for version in versions}) > 1:
+        rows[0]["wrong"].append(f"other versions beside it: {versions}")
     print(json.dumps(rows, indent=1) if arguments.json else "\n".join(map(text, rows)))
     return int(any(row["wrong"] for row in rows))
 

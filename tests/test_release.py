@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -23,6 +24,7 @@ RELEASE = ROOT / "release"
 sys.path.insert(0, str(RELEASE))
 import abi  # noqa: E402
 import audit  # noqa: E402
+import mach_o  # noqa: E402
 
 INCLUDE = Path(include_paths()[0])
 LIBRARY = ROOT / "casvit_kernels" / "_C.so"
@@ -100,10 +102,11 @@ def test_functions_of_later_versions_are_not_stable_yet(
 
 def test_the_library_uses_stable_functions_alone() -> None:
     symbols = abi.undefined(LIBRARY)
-    mach_o = abi.is_mach_o(LIBRARY)
-    assert abi.unstable(symbols, abi.declared(INCLUDE, OLDEST), mach_o=mach_o) == []
+    macos = abi.is_mach_o(LIBRARY)
+    assert abi.unstable(symbols, abi.declared(INCLUDE, OLDEST), mach_o=macos) == []
     # A torch before its time lacks some: so they were judged.
-    assert "torch_call_dispatcher" in abi.unstable(symbols, abi.declared(INCLUDE, (2, 9)))
+    early = abi.unstable(symbols, abi.declared(INCLUDE, (2, 9)), mach_o=macos)
+    assert "torch_call_dispatcher" in {name.removeprefix("_") for name in early}
 
 
 @pytest.mark.parametrize(
@@ -113,6 +116,7 @@ def test_the_library_uses_stable_functions_alone() -> None:
         (["memcpy@GLIBC_2.14", "torch_stable", "torch_new"], "torch_new", False),
         (["PyList_New"], "PyList_New", False),
         (["_memcpy", "__ZN3c104warnEv", "_torch_stable"], "__ZN3c104warnEv", True),
+        (["_memcpy", "_PyList_New", "_torch_stable"], "_PyList_New", True),
         (["_memcpy", "__ZNSt3__1lsE", "_torch_stable", "_aoti_torch_x"], "_aoti_torch_x", True),
     ],
 )
@@ -179,6 +183,91 @@ def test_a_search_path_and_a_foreign_library_are_found(tmp_path: Path) -> None:
     assert any("zlibVersion" in fault for fault in wrong)
 
 
+def of_macos(
+    symbols: list[tuple[str, int, int]], libraries: list[str], folders: list[str]
+) -> bytes:
+    """A Mach-O file with (name, type, value) of its symbols and without any code."""
+
+    def command(number: int, fixed: bytes, text: str) -> bytes:
+        body = fixed + text.encode() + b"\0"
+        body += bytes(-len(body) % 8)
+        return struct.pack("<II", number, 8 + len(body)) + body
+
+    asked = [command(0xC, struct.pack("<4I", 24, 0, 0, 0), name) for name in libraries]
+    asked += [command(0x8000001C, struct.pack("<I", 12), folder) for folder in folders]
+    asked.append(command(0xD, struct.pack("<4I", 24, 0, 0, 0), "@rpath/_C.so"))  # its own name
+    begin = 32 + sum(map(len, asked)) + 24
+    names, table = b"\0", b""
+    for name, kind, value in symbols:
+        table += struct.pack("<IBBHQ", len(names), kind, 0, 0, value)
+        names += name.encode() + b"\0"
+    at = struct.pack("<6I", 0x2, 24, begin, len(symbols), begin + len(table), len(names))
+    commands = b"".join(asked) + at
+    counts = (0x0100000C, 0, 6, len(asked) + 1, len(commands), 0, 0)
+    return mach_o.MAGIC + struct.pack("<7I", *counts) + commands + table + names
+
+
+SYMBOLS = [
+    ("_torch_call_dispatcher", 0x01, 0),
+    ("_memcpy", 0x01, 0),
+    ("_our_own", 0x0F, 64),  # in a section
+    ("_common", 0x01, 8),  # of a size: not asked of others
+    ("_private", 0x00, 0),
+    ("debugging", 0x64, 0),
+]
+ON_MACOS = ["@rpath/libtorch_cpu.dylib", "/usr/lib/libc++.1.dylib", "/usr/lib/libSystem.B.dylib"]
+
+
+def test_the_audit_of_a_library_of_macos() -> None:
+    data = of_macos(SYMBOLS, ON_MACOS, [])
+    assert mach_o.asked(data) == (["_torch_call_dispatcher", "_memcpy"], ON_MACOS, [])
+    facts, wrong = audit._library(data, OLDEST, INCLUDE)
+    assert wrong == []
+    assert facts["stable_functions_used"] == 1
+    more = [*SYMBOLS, ("__ZN3c104warnEv", 0x01, 0)]
+    data = of_macos(more, [*ON_MACOS, "/opt/homebrew/lib/libomp.dylib"], ["/Users/me/torch/lib"])
+    assert audit._library(data, OLDEST, INCLUDE)[1] == [
+        "not of torch 2.11's stable ABI: __ZN3c104warnEv",
+        "searches a folder of the machine it was built on: /Users/me/torch/lib",
+        "needs a library that users may not have: /opt/homebrew/lib/libomp.dylib",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (of_macos(SYMBOLS, ON_MACOS, [])[:-30], "expected a whole Mach-O file"),
+        (of_macos(SYMBOLS, ON_MACOS, [])[:40], "expected a whole Mach-O file"),
+        (mach_o.UNIVERSAL + bytes(60), "for one architecture, got a universal file"),
+        (b"\x7fELF" + bytes(60), "for one architecture, got one that begins with"),
+    ],
+)
+def test_what_is_no_library_of_macos_is_refused(data: bytes, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        mach_o.asked(data)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_the_audit_goes_on_after_a_file_that_it_cannot_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = wheel(tmp_path)
+    bad, empty, odd = (tmp_path / good.name.replace("-py3", f"-{n}-py3") for n in "123")
+    renamed = shutil.copy(good, tmp_path / "mine.whl")
+    bad.write_bytes(b"no archive")
+    with zipfile.ZipFile(empty, "w") as archive:
+        archive.writestr("casvit_kernels/__init__.py", b"")
+    with zipfile.ZipFile(good) as whole, zipfile.ZipFile(odd, "w") as archive:
+        for name in whole.namelist():
+            archive.writestr(name, b"no library" if name.endswith(".so") else whole.read(name))
+    paths = [bad, empty, odd, renamed, good]
+    assert audit.main([*map(str, paths), "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert [bool(row["wrong"]) for row in rows] == [True, True, True, True, False]
+    assert all("cannot be read: " in row["wrong"][0] for row in rows[:4])
+    assert "it has no METADATA" in rows[1]["wrong"][0]
+
+
 def test_the_audit_refuses_what_is_no_distribution(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,12 +292,16 @@ def test_issue_templates_ask_for_info(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=str)
 def test_workflows_name_what_is_there(path: Path) -> None:
-    jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    jobs = workflow["jobs"]
+    # Where none is named, the shell takes a pipe's last status, and `audit.py | tee` never fails.
+    pipefail = workflow.get("defaults", {}).get("run", {}).get("shell") == "bash"
     targets = re.findall(r"^([\w-]+):", text("Makefile"), re.MULTILINE)
     for job in jobs.values():
         needs = job.get("needs", [])
         assert set([needs] if isinstance(needs, str) else needs) <= set(jobs)
         for step in job["steps"]:
+            assert pipefail or "|" not in step.get("run", "")
             for line in step.get("run", "").splitlines():
                 if found := re.match(r"make ([\w-]+)", line):
                     assert found[1] in targets
