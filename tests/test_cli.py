@@ -304,6 +304,33 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     assert [p.name for p in tmp_path.rglob("*") if "report" in p.name] == []
 
 
+def printed_to(stdout):
+    """Exit status and stderr of a verb that prints its result there."""
+    done = subprocess.run(
+        [sys.executable, "-m", "casvit_kernels", "info", "--json"],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert printed_to(writer) == (0, "")
+    os.close(writer)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
+def test_a_result_that_cannot_be_written_is_an_error():
+    with open("/dev/full", "w") as full:
+        status, said = printed_to(full)
+    assert status == 2
+    assert said == "casvit-kernels info: error: stdout: No space left on device\n"
+
+
 def test_errors_of_our_own_are_not_passed_off_as_wrong_input(monkeypatch, tmp_path):
     def broken(self):
         raise BackendUnavailable("a bug")

@@ -54,11 +54,23 @@ def _run(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    text = outcome.text
     if arguments.json:
-        print(json.dumps(finite(outcome.document), indent=2, allow_nan=False))
-    else:
-        print(outcome.text)
+        text = json.dumps(finite(outcome.document), indent=2, allow_nan=False)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever reads it has read enough, as `head` does
+        _drop_stdout()
+    except OSError as error:
+        _drop_stdout()
+        print(f"{name}: error: stdout: {error.strerror}", file=sys.stderr)
+        return 2
     return 0 if outcome.passed else 1
+
+
+def _drop_stdout() -> None:
+    """What is left in its buffer would be written at the exit of Python, and fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
