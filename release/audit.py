@@ -6,7 +6,7 @@
 Of a wheel: its tags, that the native library uses torch's stable functions alone (release/abi.py), names
 no folder to search, and needs no library but torch's and the system's; that it holds the package, its
 licence and nothing else. Of a source distribution: that everything is there to build and to read. Sizes
-and SHA-256 are printed. Exit status 1 where something is wrong. Needs torch, for its headers, and binutils.
+and SHA-256 are printed. Exit status 1 where something is wrong. Needs torch (its headers) and binutils.
 """
 
 from __future__ import annotations
