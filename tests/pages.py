@@ -48,14 +48,14 @@ class Page:
         """The blocks of a language."""
         return [block for block in self.blocks if block.language == language]
 
-    def commands(self) -> Iterator[str]:
-        """Lines of sh blocks, and what begins as a command in indented blocks and inline."""
+    def commands(self, inline: bool = True) -> Iterator[str]:
+        """Lines of sh blocks, and what begins as a command in indented blocks and, if asked, inline."""
         for block in self.code("sh"):
             lines = block.code.replace("\\\n", " ").splitlines()
             yield from (line for line in lines if line.strip() and line[0] != "#")
         indented = re.findall(r"^    (\S.*)$", self.prose, re.MULTILINE)
-        inline = re.findall(r"`([^`\n]+)`", self.prose)
-        for text in (*indented, *inline):
+        spans = re.findall(r"`([^`\n]+)`", self.prose) if inline else []
+        for text in (*indented, *spans):
             if _BEGINS.match(text) and " | " not in text:  # else a list of several
                 yield from text.split(" && ")
 

@@ -216,7 +216,7 @@ def test_wrong_suffix(export):
 )
 def test_a_missing_package_names_the_extra(function, name, package, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, package, None)
-    with pytest.raises(ImportError, match=rf"{package}: pip install casvit-kernels\[export\]"):
+    with pytest.raises(ImportError, match=rf"{package}: pip install 'casvit-kernels\[export\]'"):
         function(FusedCATM(4), tmp_path / name)
 
 
