@@ -77,11 +77,11 @@ clean:
 
 setup: $(VENV)/.packages $(VENV)/.native
 
-# The packages; again when the list of them changes.
+# The packages; again when the list of them changes. torch is named twice: extras would bring the newest.
 $(VENV)/.packages: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH) "setuptools>=77" wheel "cmake>=3.24" ninja
-	CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
+	CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]" $(TORCH)
 	touch $@
 
 # What builds the site; only `make docs` needs it.

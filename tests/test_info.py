@@ -33,7 +33,8 @@ def text():
 
 
 def line(start):
-    return next(x for x in text().splitlines() if x.lstrip().startswith(start))
+    rows = re.sub(r"\n {5,}", " ", text())  # lines that go on
+    return next(x for x in rows.splitlines() if x.lstrip().startswith(start))
 
 
 @pytest.mark.parametrize("asked", [None, "reference", "cpu", "triton", "metal"])
@@ -152,3 +153,8 @@ def test_the_instruction_set_in_use(monkeypatch):
         found = document()["whole_network"]
         assert found["precisions"] == ["fp32"]
         assert found["without"]["bf16"].endswith("in use is portable")
+
+
+def test_no_line_is_wider_than_a_terminal():
+    wide = [x for x in text().splitlines() if len(x) > 80 and " " in x.strip()[40:]]
+    assert wide == []

@@ -75,8 +75,8 @@ def refusal(case: Case, measured: Measured, eager: str, truth: tuple[Tensor, ...
     """Where a fused candidate is further from `truth` than `FACTOR` times eager is.
 
     Eager in the same layout, where that was called: around the mixers a model is PyTorch's own, whose
-    channels-last convolutions are less exact. In a training step it is `GRADIENT_FACTOR` times, as in the parity suite, and a mixer's gradients may
-    be off by `KINKS`.
+    channels-last convolutions are less exact. In a training step it is `GRADIENT_FACTOR` times, as in
+    the parity suite, and a mixer's gradients may be off by `KINKS`.
     """
     errors = measured.errors
     if eager not in errors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from .. import benchmark
 from ..backends import Problem, backends, cpu, cuda, explain, gpu_order
 from ..demo import phrases
 from ..doctor import facts, processor, variables
+from ..doctor.finding import WIDTH
 from ..ops.network import dispatch
 from ..ops.network.kernels import PRECISIONS
 from .arguments import Outcome, add_verb
@@ -196,6 +198,19 @@ def _serves(of: dict[str, Any], isa: str | None) -> str:
 
 
 def _pairs(rows: Iterable[Sequence[str]]) -> str:
+    """Names and what is so, in lines of 80 columns where there are blanks to break at."""
     rows = list(rows)
     width = max(len(row[0]) for row in rows)
-    return "\n".join(f"  {row[0]:<{width}}  {row[1]}" for row in rows)
+    wrapped = [
+        textwrap.wrap(
+            row[1],
+            width=WIDTH,
+            initial_indent=f"  {row[0]:<{width}}  ",
+            subsequent_indent=" " * (width + 4),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        or [f"  {row[0]}"]
+        for row in rows
+    ]
+    return "\n".join(line for lines in wrapped for line in lines)
