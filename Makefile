@@ -18,8 +18,15 @@ PYTEST := CASVIT_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n 2 --dist wo
 demo: setup
 	$(BIN)/python -m casvit_kernels demo $(ARGS)
 
+# In two runs: after all other tests in one process, LLVM (Triton's, Inductor's) ended it three times with a
+# general protection fault in some test_t*.py. Not seen in fresh processes; the cause is not found.
 test: setup
+ifeq ($(strip $(ARGS)),)
+	$(PYTEST) -m "not long" --ignore-glob="*/test_t*.py"
+	$(PYTEST) -m "not long" tests/test_t*.py
+else
 	$(PYTEST) -m "not long" $(ARGS)
+endif
 
 # What builds environments, starts many processes or sweeps.
 test-long: setup
