@@ -94,62 +94,52 @@ struct Group {
   }
 
   void all_on_this_thread() const {
-    // One row of strips after the other: q and k are still in the L2 cache when the gates read
-    // them.
-    const int64_t down = strips.count / strips.across;
-    for (int64_t image = 0; image < images; ++image) {
-      const int64_t first_pixel = image * g.pixels();
-      if (down == 1) {
-        if (image == 0) project(0, images * g.pixels(), 0, 3 * g.blocks);
-        spatial_gates(image, 0);
-        continue;
-      }
-      for (int64_t i = 0; i < down; ++i) {
-        const int64_t begin = i * strips.rows * g.W;
-        const int64_t end = i + 1 < down ? begin + strips.rows * g.W : g.pixels();
-        project(first_pixel + begin, first_pixel + end, 0, 3 * g.blocks);
-        if (i > 0) spatial_gates(image, i - 1);  // whose halo is the first row of the next
-      }
-      spatial_gates(image, down - 1);
+    if (strips.count > strips.across) {
+      project_and_gate(0, rows_of_strips());
+    } else {
+      project(0, images * g.pixels(), 0, 3 * g.blocks);
+      for (int64_t image = 0; image < images; ++image) spatial_gates(image, 0);
     }
     spatial_mean();
     for (int64_t which = 0; which < 2; ++which) channel_gate(which, 0, g.blocks);
     for (int64_t image = 0; image < images; ++image)
       for (int64_t block = 0; block < g.blocks; ++block) combine(image, block, 0, g.H);
   }
-  int64_t rows_of_strips() const { return images * (strips.count / strips.across); }
+  // Rows of strips, of all images as one sequence.
+  int64_t down() const { return strips.count / strips.across; }
+  int64_t rows_of_strips() const { return images * down(); }
+  // Whether the halo of a row lies within [begin, end) or outside of the image.
+  bool has_halo(int64_t row, int64_t begin, int64_t end) const {
+    return (row % down() == 0 || row > begin) && (row % down() == down() - 1 || row + 1 < end);
+  }
 
-  // Each thread projects a band of rows of strips, of all images as one sequence, and computes a
-  // row's gates as soon as its neighbours are there: q and k are still in its L2 cache. Rows at a
-  // cut, whose halo is another thread's, come after all.
-  void project_and_gate_in_bands(const ThreadPool& pool) const {
-    const int64_t down = strips.count / strips.across, rows = rows_of_strips();
-    const auto band = [&](int64_t i) { return i * rows / pool.threads; };
-    // Whether the halo of `row` lies within [begin, end) or outside of the image.
-    const auto within = [&](int64_t row, int64_t begin, int64_t end) {
-      return (row % down == 0 || row > begin) && (row % down == down - 1 || row + 1 < end);
+  // One row after the other, and a row's gates as soon as the next row is there, whose first pixels
+  // are its halo: q and k are still in the L2 cache. Rows that lack their halo are left out.
+  void project_and_gate(int64_t begin, int64_t end) const {
+    const auto gates = [&](int64_t row) {
+      if (row >= begin && has_halo(row, begin, end)) spatial_gates(row / down(), row % down());
     };
-    parallel_for(pool, pool.threads, [&](int64_t i) {
-      const int64_t begin = band(i), end = band(i + 1);
-      const auto gates = [&](int64_t row) {
-        if (row >= begin && within(row, begin, end)) spatial_gates(row / down, row % down);
-      };
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t y = row % down * strips.rows;
-        const int64_t y_end = y + strips.rows < g.H ? y + strips.rows : g.H;
-        const int64_t image_begin = row / down * g.pixels();
-        project(image_begin + y * g.W, image_begin + y_end * g.W, 0, 3 * g.blocks);
-        gates(row - 1);
-      }
-      gates(end - 1);
-    });
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t y = row % down() * strips.rows;
+      const int64_t y_end = y + strips.rows < g.H ? y + strips.rows : g.H;
+      const int64_t first_pixel = row / down() * g.pixels();
+      project(first_pixel + y * g.W, first_pixel + y_end * g.W, 0, 3 * g.blocks);
+      gates(row - 1);
+    }
+    gates(end - 1);
+  }
+
+  // Each thread has a band of rows. Those at a cut, whose halo is another thread's, come after all.
+  void project_and_gate_in_bands(const ThreadPool& pool) const {
+    const auto band = [&](int64_t i) { return i * rows_of_strips() / pool.threads; };
+    parallel_for(pool, pool.threads, [&](int64_t i) { project_and_gate(band(i), band(i + 1)); });
     // Two rows at most for each cut, its last and its first: a task for each, q and k.
     parallel_for(pool, pool.threads * 4, [&](int64_t i) {
       const int64_t begin = band(i / 4), end = band(i / 4 + 1);
       const int64_t row = i % 4 < 2 ? begin : end - 1;
-      if (within(row, begin, end)) return;
+      if (has_halo(row, begin, end)) return;
       for (int64_t j = 0; j < strips.across; ++j)
-        spatial_gate(row / down, i % 2, row % down * strips.across + j);
+        spatial_gate(row / down(), i % 2, row % down() * strips.across + j);
     });
   }
   void spatial_gates(int64_t image, int64_t row_of_strips) const {
