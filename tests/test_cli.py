@@ -4,12 +4,12 @@ import contextlib
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from interrupted import interrupted
 
 from casvit_kernels import BackendUnavailable, backends, demo, export, testing
 from casvit_kernels.__main__ import main
@@ -282,23 +282,10 @@ def test_export_without_its_packages_says_how_to_get_them(tmp_path, monkeypatch)
 
 
 def test_ctrl_c_leaves_nothing(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "casvit_kernels", "demo", "--output", tmp_path / "report.html"],
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        # A parent that runs in the background may have it ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    status, out, err = interrupted(
+        "demo", "--output", tmp_path / "report.html", after="speed", TMPDIR=str(tmp_path)
     )
-    seen = ""
-    while "speed" not in seen:
-        letter = process.stderr.read(1)
-        assert letter, seen
-        seen += letter
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
-    assert process.returncode == 130
+    assert status == 130
     assert out == ""
     assert "interrupted" in err
     assert "Traceback" not in err

@@ -3,14 +3,12 @@
 import json
 import os
 import runpy
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import require_native
+from interrupted import interrupted
 from test_cli import run, wrong_backend  # noqa: F401
 
 from bench.report import command as report
@@ -700,21 +698,7 @@ def test_the_whole_command():
 
 @pytest.mark.long
 def test_ctrl_c():
-    process = subprocess.Popen(
-        [sys.executable, "-m", "casvit_kernels", "doctor"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        # A parent that runs in the background may have it ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    seen = ""
-    while "doctor" not in seen:
-        letter = process.stderr.read(1)
-        assert letter, seen
-        seen += letter
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
-    assert (process.returncode, out) == (130, "")
+    status, out, err = interrupted("doctor", after="doctor")
+    assert (status, out) == (130, "")
     assert "interrupted" in err
     assert "Traceback" not in err
