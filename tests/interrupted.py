@@ -7,7 +7,7 @@ import sys
 
 
 def interrupted(*arguments, after, **variables):
-    """Exit status, stdout and stderr of `casvit-kernels`, interrupted once it has said `after` on stderr."""
+    """Status, stdout and stderr of `casvit-kernels`, interrupted once it has said `after` on stderr."""
     process = subprocess.Popen(
         [sys.executable, "-m", "casvit_kernels", *map(str, arguments)],
         env={**os.environ, **variables},
